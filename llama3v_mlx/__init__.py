@@ -1,0 +1,49 @@
+"""Llama3-V on Apple Silicon with MLX: images and text in, text out.
+
+    from llama3v_mlx import generate, load
+    model, processor = load("path/or/repo")
+    print(generate(model, processor, "What is this image?", image="photo.jpg"))
+"""
+
+import ctypes
+import importlib
+import sys
+
+__version__ = "0.1.0"
+
+# Where the public names live: nothing heavy is imported before one is used, so that `--help` stays instant.
+_PUBLIC = {
+    "load": "engine",
+    "generate": "engine",
+    "stream_generate": "engine",
+    "register": "engine",
+    "Llama3V": "engine",
+    "Model": "model",
+    "ModelArgs": "model",
+    "Processor": "processor",
+    "load_image": "image",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def _prefer_openblas() -> bool:
+    """Let MLX's Linux CPU wheel, which bundles the reference BLAS, find OpenBLAS's `cblas_*` first.
+
+    It works only before `mlx.core` is imported, and makes float32 matmul 40 to 80 times faster.
+    """
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return False
+    try:
+        ctypes.CDLL("libopenblas.so.0", ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+HAS_OPENBLAS = _prefer_openblas()
