@@ -1,0 +1,192 @@
+"""SigLIP's vision transformer, in both forms that Llama3-V meets.
+
+`idefics2`: the tower of the released weights. It takes tiles of any size; patch i of N gets row i·side//N of a table of
+side² position rows, counted along the tile's patches as one strip. `siglip_vision_model`: Google's own tower, with one
+image size, one row per patch, and a pooling head. The transformer blocks are the same.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
+
+
+@dataclass
+class VisionConfig(BaseModelArgs):
+    """Names and defaults as in Hugging Face's `vision_config`; the defaults are so400m's."""
+
+    model_type: str = "idefics2"  # or "siglip_vision_model"
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 980  # pixels; the position table has (image_size // patch_size)² rows
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    vision_use_head: bool = True  # Google's tower only
+
+    def __post_init__(self):
+        if self.hidden_act != "gelu_pytorch_tanh":
+            raise ValueError(f"vision_config: hidden_act {self.hidden_act!r} is not SigLIP's gelu_pytorch_tanh")
+        if self.model_type == "siglip":
+            self.model_type = "siglip_vision_model"
+        if self.model_type not in ("idefics2", "siglip_vision_model"):
+            raise ValueError(f"vision_config: unknown model_type {self.model_type!r}")
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of the position table."""
+        return self.image_size // self.patch_size
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        patch, channels = config.patch_size, config.num_channels
+        self.patch_embedding = nn.Conv2d(channels, config.hidden_size, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Embedding(config.side**2, config.hidden_size)
+
+    def position_ids(self, num_patches: int) -> mx.array:
+        if self.config.model_type == "siglip_vision_model":
+            return mx.arange(num_patches)
+        return mx.arange(num_patches) * self.config.side // num_patches
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        B, H, W, C = pixels.shape
+        p = self.config.patch_size
+        h, w = H // p, W // p
+        # The convolution's windows do not overlap, so it is one matrix product over flattened patches.
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        x = normalize(pixels[:, : h * p, : w * p]).astype(weight.dtype)
+        x = x.reshape(B, h, p, w, p, C).swapaxes(2, 3).reshape(B, h * w, p * p * C)
+        x = mx.addmm(bias, x, weight.reshape(weight.shape[0], -1).T)  # (B, h·w, D)
+        return x + self.position_embedding(self.position_ids(h * w))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.scale = (D // self.num_heads) ** -0.5
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, L, D = x.shape
+        q, k, v = (
+            proj(x).reshape(B, L, self.num_heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Never a mask: tiles are batched by size, and masks would keep Metal from its fused head_dim 72 kernel.
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.out_proj(x.swapaxes(1, 2).reshape(B, L, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(nn.gelu_approx(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class PoolingAttention(nn.Module):
+    """torch's packed multi-head attention, with one query."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.in_proj = nn.Linear(D, 3 * D)
+        self.out_proj = nn.Linear(D, D)
+
+    def __call__(self, query: mx.array, x: mx.array) -> mx.array:
+        B, _, D = x.shape
+        weights, biases = mx.split(self.in_proj.weight, 3), mx.split(self.in_proj.bias, 3)
+        q, k, v = (
+            mx.addmm(b, y, w.T).reshape(B, y.shape[1], self.num_heads, -1).swapaxes(1, 2)
+            for y, w, b in zip((query, x, x), weights, biases, strict=True)
+        )
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return self.out_proj(y.swapaxes(1, 2).reshape(B, -1, D))
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's attention pooling: a learned probe looks at all patches."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.probe = mx.zeros((1, 1, config.hidden_size))
+        self.attention = PoolingAttention(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        probe = mx.broadcast_to(self.probe, (x.shape[0], 1, x.shape[2]))
+        y = self.attention(probe, x)
+        return (y + self.mlp(self.layernorm(y)))[:, 0]
+
+
+class VisionTower(nn.Module):
+    """Tiles of one size to patch features."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.model_type == "siglip_vision_model" and config.vision_use_head:
+            self.head = PoolingHead(config)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """Patch features after `post_layernorm`.
+
+        Args:
+            pixels: uint8 (B, height, width, 3) RGB. A last strip narrower than a patch is not used.
+
+        Returns:
+            (B, (height // patch)·(width // patch), hidden_size), row-major, in the dtype of the weights.
+        """
+        return self.post_layernorm(self.encoder(self.embeddings(pixels)))
+
+    def pool(self, features: mx.array) -> mx.array:
+        """Patch features (B, L, hidden_size) to image embeddings (B, hidden_size); Google's tower only."""
+        return self.head(features)
+
+
+def normalize(pixels: mx.array) -> mx.array:
+    """uint8 to float32 in -1…1: mean and standard deviation 0.5 of value / 255."""
+    return (pixels.astype(mx.float32) / 255 - 0.5) / 0.5
