@@ -1,0 +1,311 @@
+"""Checkpoints on disk: find one, read its config in either layout, load its tensors strictly.
+
+Two layouts are read: Hugging Face's (the released llama3v and MiniCPM-Llama3-V-2.5 folders) and ours, which `convert`
+writes. Only safetensors, JSON and the chat template are read; nothing from a checkpoint is ever run.
+"""
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .model import Model, ModelArgs, rename
+from .processor import EOT, PromptTokens, chat_template
+
+MODEL_TYPE = "llama3v"
+RELEASED_TYPES = ("llama3v", "minicpmv")
+CONFIG, INDEX, GENERATION_CONFIG = "config.json", "model.safetensors.index.json", "generation_config.json"
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
+
+# The reference's sampling (`chat` with sampling=True).
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}
+
+# What the released llama3v config leaves out is as in MiniCPM-Llama3-V-2.5, whose weights have the same structure.
+_VISION_DEFAULTS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_TEXT_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one, or a Hub repository's, downloaded into Hugging Face's cache.
+
+    Raises:
+        CheckpointError: if there is no such folder, and no such repository can be had.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(f"{path}: has no {CONFIG}; give the folder of a checkpoint")
+        return path
+    name = str(path_or_hf_repo)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name}: no such folder, and not a Hub repository (owner/name)")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
+    except (HfHubHTTPError, HFValidationError, OSError) as e:
+        raise CheckpointError(f"{name}: no such folder, and the Hub could not give it ({_line(e)})") from e
+    return find_checkpoint(path)
+
+
+def read_config(folder: Path) -> dict:
+    """The config of a checkpoint in our layout, translated if it is in the released one.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another model.
+    """
+    config = read_json(folder / CONFIG)
+    kind = config.get("model_type")
+    if kind not in RELEASED_TYPES:
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type is {kind!r}; this package takes {' and '.join(RELEASED_TYPES)} checkpoints"
+        )
+    if "text_config" in config:
+        return config
+    missing = [key for key in _TEXT_KEYS[:4] + ("vocab_size", "query_num") if key not in config]
+    if missing:
+        raise CheckpointError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
+    if kind == "minicpmv" and str(config.get("version", "2.5")) != "2.5":
+        raise CheckpointError(f"{folder / CONFIG}: MiniCPM-V {config['version']} is another architecture than 2.5")
+
+    slices = config.get("slice_config") or {}
+    patch_size = config.get("patch_size", 14)
+    vision = {**_VISION_DEFAULTS, "image_size": 70 * patch_size, "patch_size": patch_size}
+    vision |= {**(config.get("vision_config") or {}), "model_type": "idefics2"}
+    text = {key: config[key] for key in _TEXT_KEYS if key in config}
+    eos = [config.get("eos_token_id", 128001), _token_ids(folder, [EOT])[0]]
+    ids = _token_ids(folder, PromptTokens.TEXTS.values())
+    return {
+        "model_type": MODEL_TYPE,
+        "processor_type": MODEL_TYPE,
+        "architectures": ["Llama3V"],
+        "dtype": config.get("torch_dtype", "float16"),
+        "bos_token_id": config.get("bos_token_id", 128000),
+        "eos_token_id": list(dict.fromkeys(eos)),
+        "text_config": {"model_type": "llama", "tie_word_embeddings": False, **text},
+        "vision_config": vision,
+        "projector_config": {
+            "projector_type": "resampler",
+            "hidden_size": config["hidden_size"],
+            "vision_hidden_size": vision["hidden_size"],
+            "num_queries": config["query_num"],
+            "num_attention_heads": max(1, config["hidden_size"] // 128),
+        },
+        "image_config": {
+            "scale_resolution": slices.get("scale_resolution", config.get("image_size", 448)),
+            "patch_size": patch_size,
+            "max_slice_nums": slices.get("max_slice_nums", 9) if config.get("slice_mode", True) else 1,
+        },
+        "prompt_tokens": dict(zip(PromptTokens.TEXTS, ids, strict=True)),
+    }
+
+
+def read_generation_config(folder: Path, config: dict) -> dict:
+    """How to sample and where to stop: the folder's own file over the reference's values."""
+    path = folder / GENERATION_CONFIG
+    own = read_json(path) if path.exists() else {}
+    # The released file names <|end_of_text|> alone, but turns end with <|eot_id|>.
+    return {**SAMPLING, **own, "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+
+
+def read_tensors(folder: Path) -> dict[str, mx.array]:
+    """All tensors of a checkpoint by name, in the order of its files, lazily: one is read when it is first evaluated.
+
+    Raises:
+        CheckpointError: if a shard is missing or damaged.
+    """
+    index = folder / INDEX
+    if index.exists():
+        weight_map = read_json(index).get("weight_map", {})
+        shards = sorted(set(weight_map.values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: {_some('missing shard', missing)}; copy or download the folder again")
+    else:
+        shards = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not shards:
+            raise CheckpointError(f"{folder}: has no safetensors files; only safetensors weights are read")
+    tensors: dict[str, mx.array] = {}
+    for shard in shards:
+        names = check_shard(folder / shard)
+        loaded = mx.load(str(folder / shard))
+        tensors.update((name, loaded[name]) for name in names)
+    return tensors
+
+
+def check_shard(path: Path) -> list[str]:
+    """The names in a safetensors file in the order of its data; CheckpointError unless it is as long as it says."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        ends = {name: tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"}
+        expected = 8 + length + max(ends.values(), default=0)
+        names = sorted(ends, key=ends.__getitem__)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, OverflowError, MemoryError) as e:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged; download it again") from e
+    if path.stat().st_size < expected:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: cut short ({size:,} of {expected:,} bytes); download it again")
+    return names
+
+
+def lay_out(name: str, tensor: mx.array) -> dict[str, mx.array]:
+    """What becomes of one tensor in our model, lazily. One that does not fit stays, for `check_tensors` to name."""
+    try:
+        return Model.sanitize({name: tensor})
+    except (ValueError, IndexError):
+        return {rename(name): tensor}
+
+
+def build_model(config: dict, tensors: dict[str, mx.array] | None = None) -> Model:
+    """The model of a config in our layout, its weights not yet loaded, quantized where config and `tensors` say so."""
+    try:
+        model = Model(ModelArgs.from_dict(config))
+    except (TypeError, ValueError, KeyError) as e:
+        raise CheckpointError(f"config.json: {_line(e)}") from e
+    quantization = config.get("quantization")
+    if quantization and tensors is not None:
+
+        def as_saved(path: str, module: nn.Module) -> bool | dict:
+            own = quantization.get(path)
+            return own if isinstance(own, dict) else hasattr(module, "to_quantized") and f"{path}.scales" in tensors
+
+        defaults = {key: quantization[key] for key in ("group_size", "bits")}
+        nn.quantize(model, **defaults, mode=quantization.get("mode", "affine"), class_predicate=as_saved)
+    return model
+
+
+def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: bool = False) -> Model:
+    """The model of a folder of either layout, its weights loaded strictly.
+
+    Args:
+        folder: the checkpoint.
+        config: what `read_config` made of its config.
+        dtype: what floating tensors are cast to; by default they stay as they are.
+        lazy: leave the tensors to be read when first used.
+
+    Raises:
+        CheckpointError: if tensors are missing, unknown or of the wrong shape.
+    """
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        tensors.update(lay_out(name, tensor))
+    model = build_model(config, tensors)
+    check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
+    if dtype is not None:
+        tensors = {n: t.astype(dtype) if mx.issubdtype(t.dtype, mx.floating) else t for n, t in tensors.items()}
+    model.load_weights(list(tensors.items()))
+    model.eval()
+    if not lazy:
+        mx.eval(model.parameters())
+    return model
+
+
+def check_tensors(folder: Path, model: Model, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise one CheckpointError that names up to ten tensors which are missing, unknown or of the wrong shape."""
+    expected = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
+    wrong = [f"{name} missing" for name in expected if name not in shapes]
+    wrong += [f"{name} unknown" for name in shapes if name not in expected]
+    wrong += [
+        f"{name} {list(shapes[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != tuple(shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder}: {_some('tensor that does not fit', wrong)}; is it the checkpoint you meant?")
+
+
+def load_tokenizer(folder: Path, eos_token_ids: list[int]):
+    """mlx-lm's wrapped tokenizer of a folder of either layout, from tokenizer.json alone, with our chat template."""
+    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+    from transformers import PreTrainedTokenizerFast
+
+    config = tokenizer_config(folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER), **config)
+    except Exception as e:  # the Rust parser raises bare Exceptions
+        raise CheckpointError(f"{folder / TOKENIZER}: damaged ({_line(e)}); download it again") from e
+    tokenizer.chat_template = chat_template(tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()))
+    return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=eos_token_ids)
+
+
+def tokenizer_config(folder: Path) -> dict:
+    """The settings of a checkpoint's tokenizer that a plain fast tokenizer needs; no class or code names."""
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights")
+    path = folder / TOKENIZER_CONFIG
+    config = read_json(path) if path.exists() else {}
+    kept = {"clean_up_tokenization_spaces": config.get("clean_up_tokenization_spaces", True)}
+    for key, default in (
+        ("bos_token", "<|begin_of_text|>"),
+        ("eos_token", "<|end_of_text|>"),
+        ("unk_token", "<unk>"),
+        ("pad_token", "!"),
+    ):
+        token = config.get(key) or default
+        kept[key] = token["content"] if isinstance(token, dict) else token
+    return kept
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; CheckpointError if it cannot be had."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({_line(e)})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def _token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
+    """The one id of each text in a folder's tokenizer."""
+    from tokenizers import Tokenizer
+
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:
+        raise CheckpointError(f"{path}: damaged ({_line(e)}); download it again") from e
+    ids = []
+    for text in texts:
+        encoded = tokenizer.encode(text, add_special_tokens=False).ids
+        if len(encoded) != 1:
+            raise CheckpointError(f"{path}: {text!r} is not one token; is it the tokenizer of these weights?")
+        ids += encoded
+    return ids
+
+
+def _some(noun: str, items: list[str], most: int = 10) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}: {', '.join(items[:most])}{more}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

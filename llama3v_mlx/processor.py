@@ -1,0 +1,246 @@
+"""Chat messages and images to token ids, in the released prompt format, and mlx-lm's processor contract.
+
+An image's whole block (`<image>…</image><slice>…</slice>`) is written as one run of its placeholder token; the model
+lays the block's true rows in. Text that a user wrote never becomes a special token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from .image import ImageConfig, ImageSource, TiledImage, tile_image
+
+BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
+HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
+ROLES = ("system", "user", "assistant")
+
+# A message's content: text, or texts and images in order (OpenAI's and Hugging Face's parts, or bare).
+Content = str | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The ids that an image's block is made of; `TEXTS` has the tokens."""
+
+    image: int  # one visual token
+    image_start: int
+    image_end: int
+    slice_start: int
+    slice_end: int
+    newline: int  # between rows of slices
+
+    TEXTS: ClassVar[dict[str, str]] = {
+        "image": "<unk>",
+        "image_start": "<image>",
+        "image_end": "</image>",
+        "slice_start": "<slice>",
+        "slice_end": "</slice>",
+        "newline": "\n",
+    }
+
+    def block(self, grid: tuple[int, int] | None, num_queries: int) -> list[int]:
+        """The ids of an image: the overview, then the slices row by row if there is a (columns, rows) grid."""
+        tile = [self.image_start, *[self.image] * num_queries, self.image_end]
+        if grid is None:
+            return tile
+        columns, rows = grid
+        ids = [*tile, self.slice_start]
+        for row in range(rows):
+            ids += ([self.newline] if row else []) + tile * columns
+        return [*ids, self.slice_end]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What goes into the model."""
+
+    ids: list[int]  # each image one run of placeholders
+    images: list[TiledImage]  # in the order of their runs
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Turns conversations with images into prompts; `processor.tokenizer` is mlx-lm's wrapped tokenizer."""
+
+    image_config: ImageConfig
+    num_queries: int  # visual tokens per tile
+    prompt_tokens: PromptTokens
+    tokenizer: Any = None  # None where mlx-lm, which has its own, made the processor
+
+    image_token: ClassVar[str] = PromptTokens.TEXTS["image"]
+
+    @classmethod
+    def from_config(cls, config: dict, tokenizer: Any = None) -> Processor:
+        """The processor of a converted checkpoint's config."""
+        return cls(
+            image_config=ImageConfig(**config["image_config"]),
+            num_queries=config["projector_config"]["num_queries"],
+            prompt_tokens=PromptTokens(**config["prompt_tokens"]),
+            tokenizer=tokenizer,
+        )
+
+    def with_max_tiles(self, max_tiles: int | None) -> Processor:
+        """The same, for at most `max_tiles` tiles per image."""
+        return replace(self, image_config=self.image_config.with_max_tiles(max_tiles))
+
+    def num_image_tokens(self, image: TiledImage) -> int:
+        """How many tokens of the context an image takes."""
+        return len(self.prompt_tokens.block(image.grid, self.num_queries))
+
+    def __call__(self, text: str, *, images: Sequence[ImageSource]) -> tuple[str, list[TiledImage]]:
+        """mlx-lm's contract: each placeholder of a templated `text` grown to its image's length, and the images tiled.
+
+        A text without any placeholder gets the images in front of its last user turn.
+
+        Raises:
+            ValueError: if the numbers of placeholders and images differ.
+            ImageError: if an image cannot be used.
+        """
+        if images and self.image_token not in text:
+            head = f"{HEADER_START}user{HEADER_END}\n\n"
+            before, found, after = text.rpartition(head)
+            text = before + found + f"{self.image_token}\n" * len(images) + after
+        parts = text.split(self.image_token)
+        if len(parts) - 1 != len(images):
+            raise ValueError(f"the text has places for {len(parts) - 1} images, but {len(images)} were given")
+        tiled = [tile_image(image, self.image_config) for image in images]
+        grown = parts[0]
+        for image, part in zip(tiled, parts[1:], strict=True):
+            grown += self.image_token * self.num_image_tokens(image) + part
+        return grown, tiled
+
+    def encode(
+        self, prompt: str | Sequence[dict] | Sequence[int], images: Sequence[ImageSource] = ()
+    ) -> Prompt:
+        """The prompt for a question, a conversation, or a text already templated.
+
+        Args:
+            prompt: a question of the user; or messages, dicts of `role` and `content`, whose image parts may hold
+                their image or stand for the next of `images`; or a templated text, which starts with
+                `<|begin_of_text|>`; or ids.
+            images: they go in front of a question, or fill the places of messages or of a templated text.
+
+        Raises:
+            ValueError: if messages are malformed, or places and images do not match.
+            ImageError: if an image cannot be used.
+        """
+        if isinstance(prompt, str):
+            if prompt.startswith(BOS):
+                text, tiled = self(prompt, images=images)
+                return Prompt(self.tokenizer.encode(text, add_special_tokens=False), tiled)
+            prompt, images = [{"role": "user", "content": [*map(_Image, images), prompt]}], ()
+        elif all(isinstance(i, int) for i in prompt):
+            return Prompt(list(prompt), [tile_image(image, self.image_config) for image in images])
+        return self._encode_messages(prompt, images)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+    def _encode_messages(self, messages: Sequence[dict], images: Sequence[ImageSource]) -> Prompt:
+        waiting = iter(images)
+        ids, tiled = [self._special(BOS)], []
+        for message in messages:
+            role = message.get("role")
+            if role not in ROLES:
+                raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")
+            ids += [self._special(HEADER_START), *self._text(role), self._special(HEADER_END)]
+            text = "\n\n"
+            for i, part in enumerate(_trimmed(_parts(message.get("content"), waiting))):
+                text += "\n" if i else ""
+                if isinstance(part, str):
+                    text += part
+                    continue
+                image = tile_image(part.source, self.image_config)
+                tiled.append(image)
+                ids += self._text(text) + [self.prompt_tokens.image] * self.num_image_tokens(image)
+                text = ""
+            ids += [*self._text(text), self._special(EOT)]
+        if next(waiting, None) is not None:
+            raise ValueError(f"{len(images)} images were given, but the messages have places for fewer")
+        ids += [self._special(HEADER_START), *self._text("assistant"), self._special(HEADER_END), *self._text("\n\n")]
+        return Prompt(ids, tiled)
+
+    def _special(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def _text(self, text: str) -> list[int]:
+        """Ids of text as text: what looks like a special token is spelled out."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+
+@dataclass(frozen=True)
+class _Image:
+    source: ImageSource
+
+
+def _parts(content: Content | None, waiting: Iterable[ImageSource]) -> list[str | _Image]:
+    """The texts and images of a message's content, those without a source of their own taken from `waiting`."""
+    if content is None or isinstance(content, str):
+        return [content or ""]
+    parts: list[str | _Image] = []
+    for part in content:
+        if isinstance(part, (str, _Image)):
+            parts.append(part)
+        elif not isinstance(part, dict):
+            parts.append(_Image(part))
+        elif part.get("type") == "text":
+            parts.append(str(part.get("text", "")))
+        elif part.get("type") in ("image", "image_url", "input_image"):
+            source = part.get("image", part.get("image_url"))
+            if isinstance(source, dict):
+                source = source.get("url")
+            if source is None and (source := next(waiting, None)) is None:
+                raise ValueError("the messages have places for more images than were given")
+            parts.append(_Image(source))
+        else:
+            raise ValueError(f"a message part has the type {part.get('type')!r}; it must be text or image")
+    return parts
+
+
+def _trimmed(parts: list[str | _Image]) -> list[str | _Image]:
+    """The reference trims a message's content at both ends."""
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return parts
+
+
+def chat_template(special_tokens: Iterable[str]) -> str:
+    """The same format as a Jinja template, for mlx-lm's own tools: an image part becomes one placeholder.
+
+    Special tokens in a user's text are broken up by a zero-width space, for there the text is parsed after templating.
+    """
+    specials = json.dumps([token for token in special_tokens if token.startswith("<")])
+    return _TEMPLATE.replace("SPECIALS", specials)
+
+
+_TEMPLATE = """\
+{%- set specials = SPECIALS %}
+{%- macro plain(text) %}
+    {%- set ns = namespace(text=text) %}
+    {%- for token in specials %}
+        {%- set ns.text = ns.text.replace(token, '<\\u200b' + token[1:]) %}
+    {%- endfor %}
+    {{- ns.text }}
+{%- endmacro %}
+{{- '<|begin_of_text|>' }}
+{%- for message in messages %}
+    {%- set ns = namespace(parts=[]) %}
+    {%- if message['content'] is string %}
+        {%- set ns.parts = [plain(message['content'])] %}
+    {%- else %}
+        {%- for part in message['content'] %}
+            {%- set ns.parts = ns.parts + ([plain(part['text'])] if part['type'] == 'text' else ['<unk>']) %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- ns.parts | join('\\n') | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
