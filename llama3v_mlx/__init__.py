@@ -1,8 +1,8 @@
 """Llama3-V on Apple Silicon with MLX: images and text in, text out.
 
-    from llama3v_mlx import generate, load
-    model, processor = load("path/or/repo")
-    print(generate(model, processor, "What is this image?", image="photo.jpg"))
+from llama3v_mlx import generate, load
+model, processor = load("path/or/repo")
+print(generate(model, processor, "What is this image?", image="photo.jpg"))
 """
 
 import ctypes

@@ -236,7 +236,7 @@ def check_tensors(folder: Path, model: Model, shapes: dict[str, tuple[int, ...]]
         if name in shapes and tuple(shapes[name]) != tuple(shape)
     ]
     if wrong:
-        raise CheckpointError(f"{folder}: {_some('tensor that does not fit', wrong)}; is it the checkpoint you meant?")
+        raise CheckpointError(f"{folder}: {_some('wrong tensor', wrong)}; is it the checkpoint you meant?")
 
 
 def load_tokenizer(folder: Path, eos_token_ids: list[int]):

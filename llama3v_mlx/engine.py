@@ -91,7 +91,7 @@ def load(
     Args:
         path_or_hf_repo: a folder, or a Hub repository.
         revision: a branch, tag or commit of the repository.
-        dtype: of the floating tensors; by default float32 on a CPU, where half precision is slow, else the checkpoint's.
+        dtype: of the floating tensors; by default float32 on a CPU, where half precision is slow, else as they are.
         max_image_tiles: at most this many tiles per image, the overview included.
         lazy: leave the weights to be read when first used.
 
@@ -193,7 +193,7 @@ def generate(
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:
-    """The whole answer; `verbose` prints it as it comes, and mlx-lm's statistics. For the rest see `stream_generate`."""
+    """The whole answer; `verbose` prints it as it comes, and the statistics. For the rest see `stream_generate`."""
     if verbose:
         print("=" * 10)
     text = ""
@@ -223,7 +223,7 @@ def statistics(response: GenerationResponse) -> str:
 
 
 def register() -> None:
-    """Make Llama3-V known to mlx-lm, whose `load`, `stream_generate`, `generate` and server then take our checkpoints."""
+    """Make Llama3-V known to mlx-lm: its `load`, `stream_generate`, `generate` and server then take our checkpoints."""
     sys.modules[f"mlx_lm.models.{MODEL_TYPE}"] = model_module
     mlx_lm.processors.PROCESSORS[MODEL_TYPE] = Processor
 

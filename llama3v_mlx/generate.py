@@ -88,8 +88,8 @@ def answer(args: argparse.Namespace) -> None:
             print(response.text, end="", flush=True)
     if args.json:
         figures = {key: value for key, value in vars(response).items() if key not in ("text", "token", "logprobs")}
-        model_name = args.model or str(CHECKPOINT)
-        print(json.dumps({"text": text.strip(), "model": model_name, "images": args.image, "prompt": prompt, **figures}))
+        asked = {"model": args.model or str(CHECKPOINT), "images": args.image, "prompt": prompt}
+        print(json.dumps({"text": text.strip(), **asked, **figures}))
     else:
         print()
     if not quiet:

@@ -112,9 +112,7 @@ class Processor:
             grown += self.image_token * self.num_image_tokens(image) + part
         return grown, tiled
 
-    def encode(
-        self, prompt: str | Sequence[dict] | Sequence[int], images: Sequence[ImageSource] = ()
-    ) -> Prompt:
+    def encode(self, prompt: str | Sequence[dict] | Sequence[int], images: Sequence[ImageSource] = ()) -> Prompt:
         """The prompt for a question, a conversation, or a text already templated.
 
         Args:

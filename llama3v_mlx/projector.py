@@ -53,7 +53,7 @@ class Resampler(nn.Module):
         """
         B, L, _ = features.shape
         h, w = grid
-        if L != h * w:
+        if h * w != L:
             raise ValueError(f"{L} patch features do not make a grid of {h}x{w}")
         values = self.ln_kv(self.kv_proj(features))
         # Only the keys know where they are: neither queries nor values carry the code.
