@@ -1,0 +1,68 @@
+"""Shared by all tests: float32 that is float32, OpenBLAS before MLX, and the checkpoints to try things on."""
+
+import os
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import llama3v_mlx  # noqa: F401, I001  (loads OpenBLAS, which must come before mlx.core)
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from llama3v_mlx.demo import CHECKPOINT
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled model and its processor, for tests that do not change them."""
+    from llama3v_mlx import load
+
+    return load(CHECKPOINT)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the bundled checkpoint, to be damaged."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def circles() -> Image.Image:
+    """Three blue circles on white, 640×480: sliced in two rows of two by the demo."""
+    image = Image.new("RGB", (640, 480), "white")
+    for x, y in ((140, 130), (420, 160), (260, 350)):
+        ImageDraw.Draw(image).ellipse((x - 80, y - 80, x + 80, y + 80), fill=(40, 70, 220))
+    return image
+
+
+@pytest.fixture
+def picture(circles: Image.Image, tmp_path: Path) -> Path:
+    path = tmp_path / "circles.png"
+    circles.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess]:
+    """Run `python ARGS…` in the repository and keep what it prints."""
+
+    def run(*args: str | Path, **kwargs) -> subprocess.CompletedProcess:
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | kwargs
+        return subprocess.run([sys.executable, *map(str, args)], **options)
+
+    return run
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

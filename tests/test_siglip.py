@@ -1,0 +1,83 @@
+"""The vision tower where no reference is needed: position ids, dtypes, pooling's shape."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from llama3v_mlx import siglip
+from llama3v_mlx.siglip import Embeddings, VisionConfig, VisionTower
+
+TINY = VisionConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14
+)
+
+
+def position_ids(num_patches: int) -> list[int]:
+    config = VisionConfig(hidden_size=1)  # the released side of 70
+    return Embeddings(config).position_ids(num_patches).tolist()
+
+
+@pytest.mark.parametrize(
+    "num_patches, firsts", [(1024, [0, 15, 30, 44, 59, 74]), (1035, [0, 15, 30, 45, 60, 74, 89, 104])]
+)
+def test_position_buckets_start_where_the_release_starts_them(num_patches: int, firsts: list[int]) -> None:
+    ids = position_ids(num_patches)
+    assert [ids.index(bucket) for bucket in range(len(firsts))] == firsts
+    assert ids[-1] == 69
+
+
+def test_position_ids_follow_the_released_formula() -> None:
+    bounds = np.arange(1, 70, dtype=np.float32) / np.float32(70)
+    for n in (*range(1, 150), *range(960, 1081)):
+        places = np.arange(n)
+        expected = np.searchsorted(bounds, places.astype(np.float32) / np.float32(n), side="right")
+        difference = np.array(position_ids(n)) - expected
+        tie = 70 * places % n == 0
+        assert not difference[~tie].any()
+        # On a tie float32 may round to either side of a bucket's edge; exact arithmetic does not.
+        assert np.isin(difference[tie], (0, 1)).all()
+
+
+def test_google_tower_numbers_its_patches() -> None:
+    config = VisionConfig(model_type="siglip_vision_model", hidden_size=1, image_size=384)
+    assert Embeddings(config).position_ids(729).tolist() == list(range(729))
+
+
+def record_dtypes(monkeypatch: pytest.MonkeyPatch, *classes: type[nn.Module]) -> dict[str, set[mx.Dtype]]:
+    """The floating dtypes that go into and come out of every call of these modules, by class, from now on."""
+    seen: dict[str, set[mx.Dtype]] = {cls.__name__: set() for cls in classes}
+
+    def recording(cls: type[nn.Module]) -> Callable[..., mx.array]:
+        call = cls.__call__
+
+        def wrapper(self: nn.Module, *args: mx.array) -> mx.array:
+            y = call(self, *args)
+            seen[cls.__name__] |= {x.dtype for x in (*args, y) if mx.issubdtype(x.dtype, mx.floating)}
+            return y
+
+        return wrapper
+
+    for cls in classes:
+        monkeypatch.setattr(cls, "__call__", recording(cls))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("model_type", ["idefics2", "siglip_vision_model"])
+def test_nothing_leaves_the_dtype_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: mx.Dtype
+) -> None:
+    tower = VisionTower(VisionConfig(**{**vars(TINY), "model_type": model_type}))
+    tower.set_dtype(dtype)
+    ours = [cls for cls in vars(siglip).values() if isinstance(cls, type) and issubclass(cls, nn.Module)]
+    if model_type == "idefics2":
+        ours = [cls for cls in ours if not cls.__name__.startswith("Pooling")]
+    seen = record_dtypes(monkeypatch, *ours, nn.Linear, nn.LayerNorm, nn.Embedding)
+    features = tower(mx.zeros((2, 70, 70, 3), dtype=mx.uint8))
+    if model_type == "siglip_vision_model":
+        assert tower.pool(features).shape == (2, TINY.hidden_size)
+    assert seen == {name: {dtype} for name in seen}
+    assert len(seen) == len(ours) + 3
