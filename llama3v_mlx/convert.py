@@ -1,0 +1,311 @@
+"""Convert a released checkpoint for MLX: `python convert.py --hf-path DIR_OR_REPO --mlx-path DIR -q`.
+
+The weights are streamed, so that a full-size checkpoint takes a few GB of memory. The new folder appears under its name
+when it is complete, and never before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .atomic import flush, new_folder
+from .cli import run
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from .streaming import Plan
+
+DTYPES = ("float16", "bfloat16", "float32")
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
+# MLX's quantization modes: group sizes and bits that each takes, its default first.
+MODES = {
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "nvfp4": ((16,), (4,)),
+    "mxfp8": ((32,), (8,)),
+}
+SPARE_BYTES = 100_000_000  # of the disk, beside the tensors: tokenizer, headers, room to breathe
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Llama3-V checkpoint for MLX.")
+    parser.add_argument("--hf-path", "--model", required=True, help="folder or Hub repository of the checkpoint")
+    parser.add_argument("--mlx-path", default="mlx_model", help="folder to be written (default: mlx_model)")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is not quantized (default: as in config.json)")
+    quantization = parser.add_argument_group("quantization of the language model")
+    quantization.add_argument("-q", "--quantize", action="store_true", help="quantize it")
+    quantization.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="per weight (default: 4)")
+    quantization.add_argument(
+        "--q-group-size", type=int, choices=(16, 32, 64, 128), help="weights with one scale (default: 64)"
+    )
+    quantization.add_argument("--q-mode", choices=MODES, default="affine", help="(default: affine)")
+    quantization.add_argument("--quant-predicate", choices=RECIPES, help="mlx-lm's recipe of mixed bits")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="measure what the result lost; for an --mlx-path that exists already, do nothing else",
+    )
+    parser.add_argument("--upload-repo", metavar="REPO", help="Hub repository to upload the result to")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
+    debug = options.pop("debug")
+    try:
+        check_quantization(**{key: options[key] for key in options if key.startswith("q")})
+    except ValueError as e:
+        parser.error(str(e))
+    run(lambda: convert(**options), debug)
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | None = None,
+    dtype: str | None = None,
+    upload_repo: str | None = None,
+    revision: str | None = None,
+    verify: bool = False,
+) -> None:
+    """Convert a checkpoint for MLX, within a few GB of memory, and print what was written.
+
+    Args:
+        hf_path: a folder, or a Hub repository, of llama3v, MiniCPM-Llama3-V-2.5, or an unquantized conversion.
+        mlx_path: the folder to be written; it must not exist.
+        quantize: quantize the language model. Tower and projector never are.
+        q_bits: bits per weight; by default 4, or what `q_mode` has.
+        q_group_size: weights that share a scale; by default 64, or what `q_mode` has.
+        q_mode: affine, mxfp4, nvfp4 or mxfp8.
+        quant_predicate: mlx-lm's recipe for more bits in some layers: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.
+        dtype: float16, bfloat16 or float32, of what is not quantized; by default as the source's config says.
+        upload_repo: a Hub repository to upload the result to.
+        revision: a branch, tag or commit of the repository `hf_path`.
+        verify: measure what the result lost against the source; if `mlx_path` exists, do nothing else.
+
+    Raises:
+        ValueError: for options that do not go together.
+        CheckpointError: if the source cannot be converted, or the place cannot be written.
+    """
+    tic = time.perf_counter()
+    mlx_path = Path(mlx_path).expanduser()
+    quantization = check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if verify and mlx_path.is_dir() and not (quantize or dtype or upload_repo):
+        _verify(hf_path, revision, mlx_path)
+        return
+    if os.path.lexists(mlx_path):
+        way_out = ", or --verify alone to verify it" if verify else ""
+        raise FileExistsError(f"{mlx_path} exists already; remove it, or give another --mlx-path{way_out}")
+    if upload_repo:
+        _check_upload(upload_repo)
+
+    from .checkpoint import find_checkpoint, read_tensors
+    from .streaming import make_plan
+
+    folder = find_checkpoint(hf_path, revision)
+    config = _new_config(folder, dtype)
+    tensors = read_tensors(folder)
+    plan = make_plan(folder, config, tensors, quantization, quant_predicate)
+    if quantization:
+        overrides = {path: own for path, own in plan.quantized.items() if own != quantization}
+        config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
+    texts = _texts(folder, config, hf_path, upload_repo or mlx_path.name)
+    with new_folder(mlx_path, plan.num_bytes + SPARE_BYTES) as partial:
+        num_shards = _write(folder, partial, tensors, plan, texts)
+    print(
+        f"{mlx_path}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' if num_shards > 1 else ''}, "
+        f"{8 * plan.num_bytes / plan.num_parameters:.2f} bits per weight, {time.perf_counter() - tic:.1f} s, "
+        f"peak memory {_peak_memory() / 1e9:.2f} GB"
+    )
+    if verify:
+        _verify(folder, None, mlx_path)
+    if upload_repo:
+        _upload(mlx_path, upload_repo)
+
+
+def check_quantization(
+    quantize: bool, q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str | None
+) -> dict | None:
+    """The quantization that options ask for: group_size, bits and mode, or None; ValueError if they do not fit."""
+    if not quantize:
+        given = {"q_bits": q_bits, "q_group_size": q_group_size, "quant_predicate": quant_predicate}
+        given["q_mode"] = q_mode if q_mode != "affine" else None
+        if names := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(names)} without -q: nothing would be quantized")
+        return None
+    if q_mode not in MODES:
+        raise ValueError(f"--q-mode is {q_mode!r}; it must be one of {', '.join(MODES)}")
+    for flag, value, allowed in zip(("--q-group-size", "--q-bits"), (q_group_size, q_bits), MODES[q_mode], strict=True):
+        if value is not None and value not in allowed:
+            raise ValueError(f"{flag} {value} does not go with {q_mode}, which takes {_either(allowed)}")
+    if quant_predicate is not None:
+        if quant_predicate not in RECIPES:
+            raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {', '.join(RECIPES)}")
+        low_bits = int(quant_predicate.split("_")[1])
+        if q_mode != "affine" or q_bits not in (None, low_bits):
+            raise ValueError(
+                f"--quant-predicate {quant_predicate} is affine, and chooses the bits itself; leave them out"
+            )
+        q_bits = low_bits
+    group_sizes, bits = MODES[q_mode]
+    return {"group_size": q_group_size or group_sizes[0], "bits": q_bits or bits[0], "mode": q_mode}
+
+
+def _new_config(folder: Path, dtype: str | None) -> dict:
+    """The config of the conversion, not yet quantized."""
+    from . import checkpoint as ck
+
+    raw, config = ck.read_json(folder / ck.CONFIG), ck.read_config(folder)
+    if raw.get("quantization") or raw.get("quantization_config"):
+        raise ck.CheckpointError(f"{folder}: is quantized already; convert the checkpoint that it was made from")
+    config.pop("auto_map", None)
+    config["dtype"] = dtype or config.get("dtype")
+    if config["dtype"] not in DTYPES:
+        raise ck.CheckpointError(f"{folder / ck.CONFIG}: its dtype is {config['dtype']!r}; give --dtype")
+    return config
+
+
+def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[str, str]:
+    """The text files of the conversion beside the index and tokenizer.json, in the order they are to be written."""
+    from . import checkpoint as ck
+
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **ck.tokenizer_config(folder)}
+    return {
+        ck.TOKENIZER_CONFIG: _json(tokenizer),
+        ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config["eos_token_id"]).chat_template,
+        ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
+        "README.md": _model_card(source, name, config),
+        ck.CONFIG: _json(config),  # last: without it nothing takes the folder for a checkpoint
+    }
+
+
+def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan, texts: dict[str, str]) -> int:
+    """Write all files; how many shards they are."""
+    from tqdm import tqdm
+
+    from .checkpoint import TOKENIZER
+    from .streaming import ShardWriter, write_tensors
+
+    writer = ShardWriter(partial)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
+        write_tensors(tensors, plan, writer, bar.update)
+    shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
+    for path in partial.iterdir():
+        flush(path)
+    for name, text in texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
+        flush(partial / name)
+    return len(writer.shards)
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _model_card(source: str | Path, name: str, config: dict) -> str:
+    from huggingface_hub import ModelCardData
+
+    from . import __version__
+
+    repo = None if Path(source).expanduser().is_dir() else str(source)
+    data = ModelCardData(
+        library_name="mlx",
+        pipeline_tag="image-text-to-text",
+        tags=["mlx", config["model_type"]],
+        base_model=repo,
+        base_model_relation="quantized" if repo and "quantization" in config else None,
+    )
+    origin = f"[{repo}](https://huggingface.co/{repo})" if repo else "a local checkpoint"
+    quantization = config.get("quantization")
+    form = "{bits}-bit {mode}, groups of {group_size}".format(**quantization) if quantization else config["dtype"]
+    return f"---\n{data.to_yaml()}\n---\n\n" + _CARD.format(name=name, origin=origin, form=form, version=__version__)
+
+
+_CARD = """\
+# {name}
+
+Converted from {origin} for [MLX](https://github.com/ml-explore/mlx) with llama3v_mlx {version}.
+Language model: {form}. Vision tower and projector are not quantized.
+
+```bash
+python -m llama3v_mlx.generate --model {name} --image photo.jpg --prompt "What is this image?"
+```
+
+```python
+from llama3v_mlx import generate, load
+
+model, processor = load("{name}")
+print(generate(model, processor, "What is this image?", image="photo.jpg"))
+```
+
+The weights keep the licence of the checkpoint they were converted from.
+"""
+
+
+def _verify(source: str | Path, revision: str | None, result: Path) -> None:
+    from .checkpoint import find_checkpoint
+    from .cli import note_slow_cpu
+    from .verify import verify
+
+    note_slow_cpu()
+    tic = time.perf_counter()
+    print(verify(find_checkpoint(source, revision), find_checkpoint(result)))
+    print(f"verified in {time.perf_counter() - tic:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
+
+
+def _check_upload(repo: str) -> None:
+    """Fail before the work if the upload after it could not succeed."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo)
+    HfApi().whoami()
+
+
+def _upload(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_large_folder(repo_id=repo, folder_path=folder, repo_type="model")
+    except OSError as e:  # as Hugging Face's HTTP errors are
+        raise OSError(f"{folder} is complete, but was not uploaded to {repo}: {e}") from e
+    print(f"uploaded to {url}")
+
+
+def _peak_memory() -> int:
+    """The most memory that this process had, in bytes: resident, or allocated by MLX, as a GPU's may not count."""
+    import resource
+
+    import mlx.core as mx
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(resident, mx.get_peak_memory())
+
+
+def _either(values: tuple[int, ...]) -> str:
+    *most, last = map(str, sorted(values))
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+if __name__ == "__main__":
+    main()
