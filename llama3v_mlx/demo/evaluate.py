@@ -1,0 +1,74 @@
+"""How often the demo is right on images it has never seen: `python -m llama3v_mlx.demo.evaluate [--model DIR]`.
+
+One question about each image, the kinds in turn; an answer counts if it is right to the letter. The pictures come from
+seeds that training does not use, the handwriting from the test split. Needs the `demo` extra.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+from ..cli import run
+from . import CHECKPOINT
+
+SEED = 20_000_000
+# Kinds of questions that suit pictures of shapes and of numbers, each asked equally often.
+SHAPE_KINDS = ("describe", "count", "shape", "color", "background")
+NUMBER_KINDS = ("describe", "number", "color", "background")
+
+
+def held_out(count: int) -> Iterator[tuple[str, object, str, str, str]]:
+    """`count` times (name, PIL image, kind, question, right answer), always the same; four in ten are numbers."""
+    import numpy as np
+
+    from . import world
+
+    for i in range(count):
+        rng = np.random.default_rng(SEED + i)
+        is_number = i % 5 < 2
+        scene = world.draw_scene(rng, world.draw_size(rng), "test", numbers=float(is_number))
+        kinds = NUMBER_KINDS if is_number else SHAPE_KINDS
+        kind, question, answer = world.ask(rng, scene, kinds[i // 5 % len(kinds)])
+        noun = "number" if scene.number else "shapes"
+        yield f"held-out {i}", scene.image, f"{kind} ({noun})" if kind in NUMBER_KINDS[:1] else kind, question, answer
+
+
+def evaluate(model: str, count: int, show: bool = False) -> dict[str, tuple[int, int]]:
+    """(right, asked) by kind of question, and under "all"."""
+    from tqdm import tqdm
+
+    from ..engine import generate, load
+
+    loaded = load(model)
+    right, asked = Counter(), Counter()
+    for name, image, kind, question, expected in tqdm(held_out(count), total=count, unit="image", disable=None):
+        answer = generate(*loaded, question, image=image, temperature=0, repetition_penalty=1, max_tokens=40)
+        for key in (kind, "all"):
+            asked[key] += 1
+            right[key] += answer == expected
+        if show and answer != expected:
+            print(f"{name} {image.size}: {question} {answer!r}, not {expected!r}", file=sys.stderr)
+    return {key: (right[key], n) for key, n in sorted(asked.items())}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.demo.evaluate", description=__doc__)
+    parser.add_argument("--model", default=str(CHECKPOINT), help="a demo checkpoint (default: the bundled)")
+    parser.add_argument("--count", type=int, default=500, help="images (default: 500)")
+    parser.add_argument("--show", action="store_true", help="print wrong answers to stderr")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+
+    def report() -> None:
+        results = evaluate(args.model, args.count, args.show)
+        for kind, (right, asked) in results.items():
+            print(f"{kind:20} {right:4} of {asked:4}  {right / asked:6.1%}")
+        print(json.dumps({kind: right / asked for kind, (right, asked) in results.items()}))
+
+    run(report, args.debug)
+
+
+if __name__ == "__main__":
+    main()
