@@ -1,0 +1,127 @@
+"""The generate command, as its users run it."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llama3v_mlx import generate
+from llama3v_mlx.demo import IMAGES
+
+COMMAND = ("-m", "llama3v_mlx.generate")
+
+
+def test_answer_and_statistics(run_python, picture: Path) -> None:
+    done = run_python(*COMMAND, "--image", picture, "--prompt", "What is this image?", "--temp", "0")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert lines[0] == lines[2] == "=" * 10
+    assert lines[1] == "Three blue circles on a white background."
+    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Image"]
+    assert "5 tiles, 60 visual tokens" in lines[6]
+    # One line says what answered, and nothing else is said: no library's warning.
+    assert len(done.stderr.splitlines()) == 1
+    assert "bundled demo" in done.stderr
+
+
+def test_no_verbose_prints_the_answer_alone(run_python, picture: Path) -> None:
+    done = run_python(*COMMAND, "--image", picture, "--temp", "0", "--no-verbose")
+    assert done.stdout == "Three blue circles on a white background.\n"
+
+
+def test_json_is_one_object(run_python, picture: Path) -> None:
+    done = run_python(*COMMAND, "--image", picture, picture, "-p", "-", "--temp", "0", "--json", input="What is it?")
+    figures = json.loads(done.stdout)
+    assert figures["prompt"] == "What is it?"
+    assert figures["num_tiles"] == 10
+    assert {"text", "model", "images", "prompt_tokens", "generation_tps", "vision_seconds"} <= figures.keys()
+
+
+def test_all_flags(run_python, picture: Path) -> None:
+    flags = shlex.split(
+        "--max-tokens 5 --temp 0.5 --top-p 0.9 --top-k 20 --min-p 0.1 --seed 1 --repetition-penalty 1.1 --no-verbose "
+        "--kv-bits 8 --kv-group-size 64 --quantized-kv-start 0 --max-image-tiles 1 --system-prompt 'Answer briefly.'"
+    )
+    runs = [run_python(*COMMAND, "--image", picture, *flags) for _ in range(2)]
+    assert runs[0].returncode == 0
+    assert runs[0].stdout == runs[1].stdout != "\n"
+
+
+def test_bundled_images_are_answered_right(demo) -> None:
+    """Their names say what is right."""
+    for image in sorted(IMAGES.iterdir()):
+        answer = generate(*demo, "What is this image?", image=image, temperature=0).lower()
+        assert all(word in answer for word in image.stem.split("-")), (image.name, answer)
+
+
+def test_help_loads_nothing_heavy(run_python) -> None:
+    """Which is what keeps it under 0.3 s."""
+    for module in ("generate", "convert"):
+        code = f"import sys, llama3v_mlx.{module} as m; heavy = {{'mlx', 'mlx_lm', 'numpy', 'PIL'}} & set(sys.modules)"
+        done = run_python("-c", f"{code}; print(heavy or 'light'); sys.argv[1:] = ['--help']; m.main()")
+        assert done.returncode == 0
+        assert done.stdout.startswith("light\nusage: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jpg", None, "no such file"),
+        ("empty.png", b"", "the file is empty"),
+        ("text.jpg", b"hello, I am text", "not an image"),
+        (".", None, "is a folder"),
+    ],
+)
+def test_bad_image_is_one_line(run_python, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    done = run_python(*COMMAND, "--image", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_model_and_long_prompt_are_one_line(run_python, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--model", tmp_path, "--prompt", "Hi"), "has no config.json"),
+        (("--prompt", "red " * 3000), "is too long for the context of 2048"),
+    ):
+        done = run_python(*COMMAND, *arguments)
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+        assert done.returncode == 1
+        assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+
+
+def test_debug_shows_the_traceback(run_python, tmp_path: Path) -> None:
+    done = run_python(*COMMAND, "--image", tmp_path / "gone.png", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_usage_errors(run_python) -> None:
+    for flags in ((), ("--prompt", "Hi", "--kv-bits", "7"), ("--prompt", "Hi", "--max-tokens", "0"), ("--nonsense",)):
+        assert run_python(*COMMAND, *flags).returncode == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_is_130(picture: Path) -> None:
+    """Interrupted while it waits for the prompt on stdin, so the moment is sure."""
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, "--image", picture, "--prompt", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.strip()) == (130, b"")
+    assert b"Traceback" not in err

@@ -1,0 +1,39 @@
+"""What the README shows is what happens."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+# Commands that need no download and no other folder than the clone.
+COMMANDS = [line for line in re.findall(r"^python -m llama3v_mlx.*$", README, re.MULTILINE) if "4bit" not in line]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_blocks_run(run_python, code: str) -> None:
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "hree blue circles" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(run_python, command: str) -> None:
+    done = run_python(*shlex.split(command)[1:])
+    assert done.returncode == 0, done.stderr
+
+
+def test_quick_start_output_is_the_real_one(run_python) -> None:
+    """But for the figures, which differ from run to run."""
+    shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    command = re.search(r"python (-m llama3v_mlx.generate --image \S+ --temp 0)$", README, re.MULTILINE)[1]
+    done = run_python(*shlex.split(command))
+    real = (done.stderr + done.stdout).splitlines()
+    assert [re.sub(r"[\d.]+", "0", line) for line in shown] == [re.sub(r"[\d.]+", "0", line) for line in real]
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"(?:llama3v_mlx|benchmarks)/[\w/.-]+\.\w+", README):
+        assert (ROOT / name).is_file(), name
