@@ -6,9 +6,10 @@ weights alone, and a full-size pair takes less than 4 GB.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +27,8 @@ from .checkpoint import (
     read_tensors,
 )
 from .demo import IMAGES
-from .image import ImageSource
+from .image import ImageSource, TiledImage, load_image
+from .model import Model
 from .processor import Processor
 from .streaming import row_slices
 
@@ -85,13 +87,15 @@ def verify(source: Path, result: Path, image: ImageSource | None = None, prompt:
 
     Raises:
         CheckpointError: if one cannot be used, or is no conversion of the other.
+        ImageError: if the image cannot be used.
     """
     if image is None:
         image = bundled_image()
+    loaded = load_image(image)  # a bad one is found before minutes of work
     total = 2 * sum(Weights(folder).num_bytes for folder in (source, result))
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None) as bar:
         tensors = compare_tensors(source, result, bar.update)
-        before, after = (first_token_logprobs(folder, image, prompt, bar.update) for folder in (source, result))
+        before, after = (first_token_logprobs(folder, loaded, prompt, bar.update) for folder in (source, result))
     tokens = [logprobs.argmax().item() for logprobs in (before, after)]
     tokenizer = load_tokenizer(source, read_config(source)["eos_token_id"])
     return Report(
@@ -185,6 +189,14 @@ class Weights:
             mx.eval(parameter)  # one by one: as stored, they need not all be in memory together
         mx.clear_cache()
 
+    def run(self, layers: Sequence[nn.Module], path: str, xs: list[mx.array], *args: Any) -> list[mx.array]:
+        """Arrays after all of `layers`, which are alike: the first is read anew in the place of each."""
+        for i in range(len(layers)):
+            self.fill(layers[0], f"{path}.{i}")
+            xs = [layers[0](x, *args) for x in xs]
+            mx.eval(xs)
+        return xs
+
 
 def compare_tensors(
     source: Path, result: Path, progress: Callable[[int], object] = lambda num_bytes: None
@@ -224,7 +236,7 @@ def first_token_logprobs(
 ) -> mx.array:
     """Log-probabilities (vocab_size,) of the first token of the answer to a question about an image, in float32.
 
-    The same as the loaded model's, but that no more than one layer of Llama is in memory at a time.
+    The same as the loaded model's, but that no more than one layer is in memory at a time.
     """
     weights = Weights(folder, progress)
     model = build_model(weights.config)  # of lazy arrays: what is not filled below takes no memory
@@ -232,24 +244,16 @@ def first_token_logprobs(
     tokenizer = load_tokenizer(folder, weights.config["eos_token_id"])
     encoded = Processor.from_config(weights.config, tokenizer).encode(prompt, [image])
 
-    weights.fill(model.vision_tower, "vision_tower")
-    weights.fill(model.projector, "projector")
-    visual = model.encode_image(encoded.images)
-    mx.eval(visual)
-    model.vision_tower = None
+    (tiled,) = encoded.images
+    visual = _visual_tokens(weights, model, tiled)
     embedding = weights.take("language_model.model.embed_tokens.weight")
     llama.model.embed_tokens = embedding.rows
-    h = model.splice(mx.array(encoded.ids), [image.grid for image in encoded.images], visual)[None]
+    h = model.splice(mx.array(encoded.ids), [tiled.grid], [visual])[None]
     mx.eval(h)
-
     if "language_model.lm_head.weight" in weights:
         llama.model.embed_tokens = embedding = None
-    mask = create_attention_mask(h, None)
-    layer = llama.layers[0]  # one for all: Llama's are alike
-    for i in range(len(llama.layers)):
-        weights.fill(layer, f"language_model.model.layers.{i}")
-        h = layer(h, mask)
-        mx.eval(h)
+
+    (h,) = weights.run(llama.layers, "language_model.model.layers", [h], create_attention_mask(h, None))
     weights.fill(llama.model.norm, "language_model.model.norm")
     h = llama.model.norm(h[0, -1])
     head = embedding or weights.take("language_model.lm_head.weight")
@@ -259,6 +263,23 @@ def first_token_logprobs(
         mx.eval(logits)
     logits = mx.concatenate(logits)
     return logits - mx.logsumexp(logits)
+
+
+def _visual_tokens(weights: Weights, model: Model, image: TiledImage) -> mx.array:
+    """An image's visual tokens (tiles·num_queries, hidden_size)."""
+    tower, patch = model.vision_tower, model.vision_tower.config.patch_size
+    weights.fill(tower.embeddings, "vision_tower.embeddings")
+    features = [tower.embeddings(mx.array(tile[None])) for tile in image.tiles]
+    features = weights.run(tower.encoder.layers, "vision_tower.encoder.layers", features)
+    weights.fill(tower.post_layernorm, "vision_tower.post_layernorm")
+    weights.fill(model.projector, "projector")
+    tokens = []
+    for tile, x in zip(image.tiles, features, strict=True):
+        grid = (tile.shape[0] // patch, tile.shape[1] // patch)
+        tokens.append(model.projector(tower.post_layernorm(x), grid)[0])
+    tokens = mx.concatenate(tokens)
+    mx.eval(tokens)
+    return tokens
 
 
 def _kind(name: str) -> str:
