@@ -6,7 +6,7 @@ weights alone, and a full-size pair takes less than 4 GB.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,13 @@ class Weights:
             mx.eval(parameter)  # one by one: as stored, they need not all be in memory together
         mx.clear_cache()
 
-    def run(self, layers: Sequence[nn.Module], path: str, xs: list[mx.array], *args: Any) -> list[mx.array]:
-        """Arrays after all of `layers`, which are alike: the first is read anew in the place of each."""
+    def run(self, layers: list[nn.Module], path: str, xs: list[mx.array], *args: Any) -> list[mx.array]:
+        """Arrays after all of `layers`, which are alike: the first is read anew for each. The list is emptied."""
         for i in range(len(layers)):
             self.fill(layers[0], f"{path}.{i}")
             xs = [layers[0](x, *args) for x in xs]
             mx.eval(xs)
+        layers.clear()
         return xs
 
 
