@@ -1,8 +1,10 @@
 """Training batches of the demo world, drawn in processes of their own while the model trains."""
 
+import itertools
 import math
 import multiprocessing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -21,16 +23,46 @@ class ImageBatch:
     slices: np.ndarray | None  # uint8 (B·n, h, w, 3), the slices of a picture together
     patches: list[np.ndarray]  # int32 (B or B·n, patches, 4): region, color, background, whether a center is here
     ink: list[np.ndarray]  # float32 (B or B·n, patches, CELLS²): how much ink is in each cell of a patch
-    facts: np.ndarray  # int32 (B, 8): shape, count, color, background, digits, and the three digits; see `facts_of`
+    facts: np.ndarray | None  # int32 (B, 8), see `facts_of`; None: not asked for
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B conversations about one or two pictures each."""
+    """B conversations about one or two pictures each, or none; L and n are rounded up, so that few shapes are met."""
 
     images: list[ImageBatch]
     ids: np.ndarray  # int32 (B, L), each image's block written out
-    weights: np.ndarray  # float32 (B, L): 1 where the id is to be predicted
+    source: np.ndarray  # int32 (B·L,): an embedding comes from this place, or is visual token `source - B·L`
+    places: np.ndarray  # int32 (n,): where the next token is to be predicted
+    targets: np.ndarray  # int32 (n,): what it is
+    weights: np.ndarray  # float32 (n,): 0 for those that only fill up
+
+
+def split_arrays(batch: Batch) -> tuple[list[np.ndarray], Callable[[list], Batch]]:
+    """The arrays of a batch, and what makes a batch of the same structure of others: for a compiled function."""
+    arrays: list[np.ndarray] = []
+
+    def take(value):
+        if isinstance(value, np.ndarray):
+            arrays.append(value)
+        elif isinstance(value, list):
+            for item in value:
+                take(item)
+        elif is_dataclass(value):
+            for field in fields(value):
+                take(getattr(value, field.name))
+
+    def put(value, new: Iterator):
+        if isinstance(value, np.ndarray):
+            return next(new)
+        if isinstance(value, list):
+            return [put(item, new) for item in value]
+        if is_dataclass(value):
+            return replace(value, **{f.name: put(getattr(value, f.name), new) for f in fields(value)})
+        return value
+
+    take(batch)
+    return arrays, lambda new: put(batch, iter(new))
 
 
 def draw_batch(
@@ -47,7 +79,7 @@ def draw_batch(
         num_images = int(rng.choice([0, 1, 2], p=[0.02, 0.83, 0.15]))
     if num_images == 0:
         pairs = [[world.TEXT_ONLY[rng.integers(len(world.TEXT_ONLY))]] for _ in range(size)]
-        return Batch([], *_pad([_conversation(tokenizer, [("", turns)], None) for turns in pairs]))
+        return _batch([], [_conversation(tokenizer, [("", turns)], None) for turns in pairs], tokenizer)
     scenes = [_draw_scenes(rng, size, config, split) for _ in range(num_images)]
     blocks = [image_block(tiling.grid, num_queries) for tiling, _ in scenes]
     system = str(rng.choice(world.SYSTEM_PROMPTS)) if rng.random() < 0.1 else None
@@ -58,7 +90,7 @@ def draw_batch(
             questions = [world.ask(rng, drawn[i])[1:] for _ in range(3 if num_images == 1 else 2)]
             turns.append((block, questions))
         rows.append(_conversation(tokenizer, turns, system))
-    return Batch([_image_batch(tiling, drawn, config) for tiling, drawn in scenes], *_pad(rows))
+    return _batch([_image_batch(tiling, drawn, config) for tiling, drawn in scenes], rows, tokenizer)
 
 
 EASY_SIZE = 48
@@ -70,10 +102,21 @@ def draw_easy_batch(rng: np.random.Generator, size: int, config: ImageConfig, sp
     A tower that has learnt the shapes here soon finds them again in colors, at other aspects, and cut apart by slices.
     """
     side = 2 * config.scale_resolution
-    scenes = [world.draw_scene(rng, (side, side), split, plain=plain) for _ in range(size)]
-    overview_only = replace(config, max_slice_nums=1)
-    nothing = np.zeros((size, 0))
-    return Batch([_image_batch(plan_tiles(side, side, overview_only), scenes, overview_only)], nothing, nothing)
+    return _overviews([world.draw_scene(rng, (side, side), split, plain=plain) for _ in range(size)], config)
+
+
+def draw_pages(rng: np.random.Generator, size: int, config: ImageConfig, split: str) -> Batch:
+    """`size` tiles full of digits, of which only the patches are read."""
+    pages = [world.draw_page(rng, 2 * config.scale_resolution, split) for _ in range(size)]
+    easy = _overviews(pages, config)
+    return replace(easy, images=[replace(easy.images[0], facts=None)])
+
+
+def _overviews(scenes: list[world.Scene], config: ImageConfig) -> Batch:
+    """Square scenes without conversations and without slices."""
+    config = replace(config, max_slice_nums=1)
+    nothing = [np.zeros(0, np.int32)] * 5
+    return Batch([_image_batch(plan_tiles(*scenes[0].image.size, config), scenes, config)], *nothing)
 
 
 def image_block(grid: tuple[int, int] | None, num_queries: int) -> str:
@@ -101,14 +144,27 @@ class Batches:
         self._worker.terminate()
 
 
+POOL, REUSE = 200, 3  # batches kept by a worker, and how often each is used
+
+
 def _work(queue, seed: int, options: dict) -> None:
     rng = np.random.default_rng(seed)
     tokenizer = Tokenizer.from_file(options.pop("tokenizer_file"))
-    easy = options.pop("easy", 0)
+    easy, pages = options.pop("easy", 0), options.pop("pages", False)
     for i in range(easy):
         queue.put(draw_easy_batch(rng, EASY_SIZE, options["config"], options["split"], min(1, 1.5 * (1 - i / easy))))
-    while True:
-        queue.put(draw_batch(rng, tokenizer=tokenizer, **options))
+    drawers = [lambda: draw_batch(rng, tokenizer=tokenizer, **options)]
+    if pages:
+        drawers.append(lambda: draw_pages(rng, EASY_SIZE, options["config"], options["split"]))
+    pools = [[draw()] for draw in drawers]
+    for i in itertools.count():
+        # Drawing costs half as much as learning, and a batch is worth seeing more than once.
+        if i % REUSE == 0:
+            for pool, draw in zip(pools, drawers, strict=True):
+                pool.append(draw())
+                del pool[:-POOL]
+        for pool in pools:
+            queue.put(pool[rng.integers(len(pool))])
 
 
 def _draw_scenes(
@@ -207,9 +263,16 @@ def _conversation(
     return ids, weights
 
 
-def _pad(rows: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
-    length = max(len(ids) for ids, _ in rows)
-    ids, weights = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.float32)
+def _batch(images: list[ImageBatch], rows: list[tuple[list[int], list[float]]], tokenizer: Tokenizer) -> Batch:
+    B, L = len(rows), -(-max(len(ids) for ids, _ in rows) // 16) * 16
+    ids, wanted = np.zeros((B, L), np.int32), np.zeros((B, L), bool)
     for i, (row, weight) in enumerate(rows):
-        ids[i, : len(row)], weights[i, : len(row)] = row, weight
-    return ids, weights
+        ids[i, : len(row)], wanted[i, : len(row)] = row, weight
+    source = np.arange(B * L, dtype=np.int32)
+    is_image = ids.reshape(-1) == tokenizer.token_to_id("<unk>")
+    source[is_image] = B * L + np.arange(is_image.sum())
+    targets = np.flatnonzero(wanted)
+    weights = np.ones(len(targets), np.float32)
+    fill = -len(targets) % 64
+    targets, weights = np.pad(targets, (0, fill), constant_values=1), np.pad(weights, (0, fill))
+    return Batch(images, ids, source, (targets - 1).astype(np.int32), ids.reshape(-1)[targets], weights)

@@ -1,14 +1,14 @@
 """Activations for training on a Linux CPU, where MLX computes exp and tanh one number at a time.
 
-They are rational approximations, within 1e-3, whose derivatives are written out; training takes less than half the
-time. The trained model is then run with the exact functions.
+They are within 1e-4 of the exact ones, made of what a compiler turns into vector instructions (no branches, no calls),
+with their derivatives written out. The trained model is then run with the exact functions.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-_A, _B = 0.7978845608, 0.044715  # sqrt(2/pi) and the cubic term of tanh-GELU
+_A, _B = 2 * 0.7978845608, 0.044715  # tanh-GELU is x·sigmoid(_A·(x + _B·x³)), with _A = 2·sqrt(2/pi)
 
 
 def use_fast_activations() -> None:
@@ -17,33 +17,40 @@ def use_fast_activations() -> None:
     llama.swiglu = swiglu
 
 
-def _tanh(u: mx.array) -> mx.array:
-    """The seventh convergent of tanh's continued fraction."""
-    u = mx.clip(u, -4.9, 4.9)
-    s = u * u
-    return u * (135135 + s * (17325 + s * (378 + s))) / (135135 + s * (62370 + s * (3150 + s * 28)))
+def _share(z: mx.array) -> mx.array:
+    """1 / (1 + exp(z)) for z ≥ 0, with exp(z) as (1 + z/64 + (z/64)²/2)⁶⁴."""
+    z = z * (1 / 64)
+    e = 1 + z * (1 + 0.5 * z)
+    for _ in range(6):
+        e = e * e
+    return 1 / (1 + e)
 
 
 @mx.compile
 def _gelu_forward(x):
-    return 0.5 * x * (1 + _tanh(_A * (x + _B * x * x * x)))
+    a = mx.abs(x)
+    return 0.5 * (x + a) - a * _share(_A * a * (1 + _B * a * a))
 
 
 @mx.compile
 def _gelu_backward(x, g):
-    t = _tanh(_A * (x + _B * x * x * x))
-    return g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _A * (1 + 3 * _B * x * x))
+    a = mx.abs(x)
+    r = _share(_A * a * (1 + _B * a * a))
+    return g * (0.5 + mx.sign(x) * (0.5 - r + a * r * (1 - r) * _A * (1 + 3 * _B * a * a)))
 
 
 @mx.compile
 def _swiglu_forward(gate, x):
-    return 0.5 * gate * (1 + _tanh(0.5 * gate)) * x
+    a = mx.abs(gate)
+    return (0.5 * (gate + a) - a * _share(a)) * x
 
 
 @mx.compile
 def _swiglu_backward(gate, x, g):
-    s = 0.5 * (1 + _tanh(0.5 * gate))
-    return g * x * s * (1 + gate * (1 - s)), g * gate * s
+    a = mx.abs(gate)
+    r = _share(a)
+    slope = 0.5 + mx.sign(gate) * (0.5 - r + a * r * (1 - r))
+    return g * x * slope, g * (0.5 * (gate + a) - a * r)
 
 
 @mx.custom_function

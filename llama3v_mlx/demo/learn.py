@@ -82,6 +82,8 @@ def label_loss(model: Model, labels: Labels, batch: Batch) -> mx.array:
             total += 0.3 * _weighted(nn.losses.cross_entropy(color, targets[..., 1]), inside)
             total += 0.3 * nn.losses.cross_entropy(background, targets[..., 2]).mean()
             total += _weighted(nn.losses.cross_entropy(center, targets[..., 3]), 0.1 + targets[..., 3])
+        if images.facts is None:
+            continue
         facts = mx.array(images.facts)
         readings = labels.read_picture(visual_tokens(model, images, features))
         total += 0.5 * sum(nn.losses.cross_entropy(y, facts[:, i], reduction="mean") for i, y in enumerate(readings))
@@ -92,11 +94,10 @@ def _weighted(losses: mx.array, weights: mx.array) -> mx.array:
     return (losses * weights).sum() / mx.maximum(weights.sum(), 1)
 
 
-def answer_logits(model: Model, batch: Batch, freeze_tower: bool) -> tuple[mx.array, np.ndarray]:
-    """Logits (n, vocab_size) at the places before the answers' tokens, and those tokens (n,)."""
-    ids = batch.ids[:, :-1]
-    llama = model.language_model
-    h = llama.model.embed_tokens(mx.array(ids))
+def answer_logits(model: Model, batch: Batch, freeze_tower: bool) -> mx.array:
+    """Logits (n, vocab_size) at the batch's places."""
+    llama, ids = model.language_model, mx.array(batch.ids)
+    h = llama.model.embed_tokens(ids)
     if batch.images:
         B, L, D = h.shape
         visual = []
@@ -105,18 +106,14 @@ def answer_logits(model: Model, batch: Batch, freeze_tower: bool) -> tuple[mx.ar
             features = [mx.stop_gradient(x) for x in features] if freeze_tower else features
             visual.append(visual_tokens(model, images, features))
         rows = mx.concatenate(visual, axis=1).reshape(-1, D)
-        # Every row of the result is either a row of `h` or the next visual token: one gather.
-        source = np.arange(B * L)
-        source[ids.reshape(-1) == model.prompt_tokens.image] = B * L + np.arange(rows.shape[0])
-        h = mx.concatenate([h.reshape(B * L, D), rows])[mx.array(source)].reshape(B, L, D)
-    h = llama.model(mx.array(ids), input_embeddings=h)
-    rows = np.flatnonzero(batch.weights[:, 1:])
-    return llama.lm_head(h.reshape(-1, h.shape[-1])[mx.array(rows)]), batch.ids[:, 1:].reshape(-1)[rows]
+        h = mx.concatenate([h.reshape(B * L, D), rows])[mx.array(batch.source)].reshape(B, L, D)
+    h = llama.model(ids, input_embeddings=h)
+    return llama.lm_head(h.reshape(-1, h.shape[-1])[mx.array(batch.places)])
 
 
 def answer_loss(model: Model, freeze_tower: bool, batch: Batch) -> mx.array:
-    logits, targets = answer_logits(model, batch, freeze_tower)
-    return nn.losses.cross_entropy(logits, mx.array(targets), reduction="mean")
+    losses = nn.losses.cross_entropy(answer_logits(model, batch, freeze_tower), mx.array(batch.targets))
+    return _weighted(losses, mx.array(batch.weights))
 
 
 def label_report(model: Model, labels: Labels, easy: list[Batch], held_out: list[Batch]) -> str:
@@ -147,8 +144,9 @@ def answer_report(model: Model, tokenizer: Tokenizer, held_out: list[Batch]) -> 
     """The share of answers with every token right, by their kind."""
     right, seen = Counter(), Counter()
     for batch in held_out:
-        logits, targets = answer_logits(model, batch, True)
-        hits = np.array(mx.argmax(logits, axis=-1)) == targets
+        count = int(batch.weights.sum())
+        targets = batch.targets[:count]
+        hits = np.array(mx.argmax(answer_logits(model, batch, True), axis=-1))[:count] == targets
         starts = np.r_[0, np.flatnonzero(targets == tokenizer.token_to_id("<|eot_id|>")) + 1]
         for a, b in itertools.pairwise(starts):
             words = tokenizer.decode(targets[a:b].tolist()).split()

@@ -1,8 +1,8 @@
 """Train the demo checkpoint from nothing and write it in the released Hugging Face layout.
 
 Three stages, for a model this small does not learn to see from captions alone: tower and projector learn to tell what
-is in each patch and picture, then projector and Llama learn to speak about it, then all of them together. About two
-and a half hours on two cores (`python -m llama3v_mlx.demo.make`); needs the `demo` extra, and OpenBLAS on Linux.
+is in each patch and picture, then projector and Llama learn to speak about it, then all of them together. About
+three hours on two cores (`python -m llama3v_mlx.demo.make`); needs the `demo` extra, and OpenBLAS on Linux.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from ..image import ImageConfig
 from ..model import Model, ModelArgs
 from . import CHECKPOINT, IMAGES, world
-from .data import Batch, Batches, draw_batch, draw_easy_batch
+from .data import Batch, Batches, draw_batch, draw_easy_batch, split_arrays
 from .fast import use_fast_activations
 from .learn import Labels, answer_loss, answer_report, label_loss, label_report
 from .tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
@@ -94,19 +94,30 @@ def train(
     schedule = optim.join_schedules(
         [
             optim.linear_schedule(0, learning_rate, 100),
-            optim.cosine_decay(learning_rate, steps - 100, 0.02 * learning_rate),
+            optim.cosine_decay(learning_rate, max(steps - 100, 1), 0.02 * learning_rate),
         ],
         [100],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=0.02)
-    gradient = nn.value_and_grad(trained, loss)
+    optimizer.init(trained.trainable_parameters())
+    state = [trained.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def update(grads: dict) -> None:
+        grads, _ = optim.clip_grad_norm(grads, 1.0)
+        optimizer.update(trained, grads)
+
+    @partial(mx.compile, inputs=trained.state, outputs=trained.state)
+    def gradient(arrays: list[mx.array]) -> tuple[mx.array, dict]:
+        return nn.value_and_grad(trained, lambda: loss(rebuild(arrays)))()
+
     group = mx.distributed.init()
     start, recent = time.time(), []
     for step in range(1, steps + 1):
-        value, grads = gradient(next(batches))
-        grads, _ = optim.clip_grad_norm(nn.average_gradients(grads), 1.0)
-        optimizer.update(trained, grads)
-        mx.eval(trained.parameters(), optimizer.state, value)
+        arrays, rebuild = split_arrays(next(batches))
+        value, grads = gradient([mx.array(array) for array in arrays])
+        update(nn.average_gradients(grads))
+        mx.eval(state, value)
         recent.append(value.item())
         if group.rank() == 0 and step % 100 == 0:
             print(f"{name} {step}/{steps} {time.time() - start:.0f}s loss {np.mean(recent):.4f}", flush=True)
@@ -241,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.demo.make", description=__doc__)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint (default: the bundled)")
     parser.add_argument("--work", type=Path, help="folder that keeps the weights after each stage, to go on from them")
-    parser.add_argument("--steps", type=int, nargs=3, default=[7000, 1500, 1500], help="training steps of each stage")
+    parser.add_argument("--steps", type=int, nargs=3, default=[12000, 1500, 2500], help="training steps of each stage")
     parser.add_argument("--ranks", type=int, default=2, help="processes that share each step, one core each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -269,7 +280,7 @@ def main() -> None:
     sight.tower, sight.projector, sight.labels = model.vision_tower, model.projector, labels
     speech.projector, speech.llama = model.projector, model.language_model
     stages = (
-        ("sight", sight, partial(label_loss, model, labels), partial(label_report, model, labels, easy), 12, 1e-3),
+        ("sight", sight, partial(label_loss, model, labels), partial(label_report, model, labels, easy), 16, 1e-3),
         ("speech", speech, partial(answer_loss, model, True), partial(answer_report, model, tokenizer), 16, 1.5e-3),
         ("all", model, partial(answer_loss, model, False), partial(answer_report, model, tokenizer), 16, 5e-4),
     )
@@ -279,7 +290,7 @@ def main() -> None:
             model.load_weights(str(kept))
             continue
         options |= {"size": size, "num_images": 1 if name == "sight" else None}
-        options["easy"] = EASY_STEPS if name == "sight" else 0
+        options |= {"easy": EASY_STEPS if name == "sight" else 0, "pages": name == "sight"}
         seed = args.seed + 1000 * group.rank() + len(name)
         batches = Batches(seed, tokenizer_file=str(args.out / "tokenizer.json"), split="train", **options)
         try:

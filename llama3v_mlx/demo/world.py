@@ -132,7 +132,7 @@ def draw_size(rng: np.random.Generator, max_side: int = MAX_SIDE) -> tuple[int, 
 
 
 def draw_scene(
-    rng: np.random.Generator, size: tuple[int, int], split: str, numbers: float = 0.5, plain: float = 0.0
+    rng: np.random.Generator, size: tuple[int, int], split: str, numbers: float = 0.6, plain: float = 0.0
 ) -> Scene:
     """A picture of `size` (width, height), a number with the probability `numbers`; `split` is "train" or "test".
 
@@ -160,6 +160,23 @@ def draw_scene(
         image.save(file, "JPEG", quality=int(rng.integers(70, 96)))
         image = Image.open(file).convert("RGB")
     return Scene(image, color, background, shape, count, number, regions, mask, centers)
+
+
+def draw_page(rng: np.random.Generator, side: int, split: str) -> Scene:
+    """A square picture full of digits of one size, some cut by its border: the densest lesson in handwriting."""
+    color, background, ink, paper = _draw_colors(rng)
+    canvases = tuple(Image.new(mode, (side, side)) for mode in ("RGB", "L", "L"))
+    canvases[0].paste(paper, (0, 0, side, side))
+    size = side * math.exp(rng.uniform(math.log(0.25), math.log(0.9)))
+    pitch, lead = size * rng.uniform(0.8, 1.0), size * rng.uniform(1.0, 1.2)
+    centers = []
+    for y in np.arange(-rng.uniform(0, lead), side, lead):
+        for x in np.arange(-rng.uniform(0, pitch), side, pitch):
+            box = max(8, round(size * rng.uniform(0.92, 1.0)))
+            corner = round(x), round(y + (size - box) / 2 + rng.uniform(-0.03, 0.03) * size)
+            centers.append(_write(rng, canvases, ink, int(rng.integers(10)), split, corner, box))
+    centers = tuple((x, y) for x, y in centers if 0 <= x < 1 and 0 <= y < 1)
+    return Scene(canvases[0], color, background, None, 0, "", *canvases[1:], centers)
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> tuple[str, str, str]:
@@ -284,27 +301,41 @@ def _digits(split: str) -> dict[int, np.ndarray]:
 def _draw_number(
     rng: np.random.Generator, canvases: tuple[Image.Image, ...], ink: tuple, split: str
 ) -> tuple[str, tuple[tuple[float, float], ...]]:
-    image, regions, mask = canvases
-    width, height = image.size
+    width, height = canvases[0].size
     length = int(rng.integers(1, 4))
     number = str(rng.integers(10 ** (length - 1) if length > 1 else 0, 10**length))
     pitch = rng.uniform(0.8, 1.0)  # from one digit to the next, as a share of their height
     most = min(0.88 * height, 0.94 * width / (1 + pitch * (length - 1)))
-    size = most * rng.uniform(0.65, 1.0)
+    size = most * rng.uniform(0.75, 1.0)
     total = size * (1 + pitch * (length - 1))
     x = rng.uniform(0, width - total)
     y = rng.uniform(0.04 * height, 0.96 * height - size)
     centers = []
     for i, digit in enumerate(number):
-        glyphs = _digits(split)[int(digit)]
-        glyph = Image.fromarray((255 * glyphs[rng.integers(len(glyphs))]).astype(np.uint8))
         side = max(8, round(size * rng.uniform(0.92, 1.0)))
-        glyph = glyph.resize((side, side), Image.Resampling.BICUBIC)
-        glyph = glyph.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
         left, top = round(x + i * pitch * size), round(y + (size - side) / 2 + rng.uniform(-0.03, 0.03) * size)
-        glyph = glyph.point([min(255, round(1.3 * v)) for v in range(256)])
-        image.paste(ink, (left, top), glyph)
-        mask.paste(255, (left, top), glyph)
-        regions.paste(1 + len(SHAPES) + int(digit), (left + side // 6, top, left + side - side // 6, top + side))
-        centers.append(((left + side / 2) / width, (top + side / 2) / height))
+        centers.append(_write(rng, canvases, ink, int(digit), split, (left, top), side))
     return number, tuple(centers)
+
+
+def _write(
+    rng: np.random.Generator,
+    canvases: tuple[Image.Image, ...],
+    ink: tuple,
+    digit: int,
+    split: str,
+    corner: tuple[int, int],
+    side: int,
+) -> tuple[float, float]:
+    """Write a digit into the square at `corner`, and say where its center is."""
+    image, regions, mask = canvases
+    left, top = corner
+    glyphs = _digits(split)[digit]
+    glyph = Image.fromarray((255 * glyphs[rng.integers(len(glyphs))]).astype(np.uint8))
+    glyph = glyph.resize((side, side), Image.Resampling.BICUBIC)
+    glyph = glyph.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
+    glyph = glyph.point([min(255, round(1.3 * v)) for v in range(256)])
+    image.paste(ink, corner, glyph)
+    mask.paste(255, corner, glyph)
+    regions.paste(1 + len(SHAPES) + digit, (left + side // 6, top, left + side - side // 6, top + side))
+    return (left + side / 2) / image.width, (top + side / 2) / image.height
