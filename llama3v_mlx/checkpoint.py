@@ -21,6 +21,7 @@ RELEASED_TYPES = ("llama3v", "minicpmv")
 CONFIG, INDEX, GENERATION_CONFIG = "config.json", "model.safetensors.index.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
+DOWNLOADED += ("preprocessor_config.json", "spiece.model")  # of SigLIP
 
 # The reference's sampling (`chat` with sampling=True).
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}

@@ -71,7 +71,7 @@ class TiledImage:
     grid: tuple[int, int] | None  # (columns, rows) of the slices
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, draft: tuple[int, int] | None = None) -> Image.Image:
     """An upright 8-bit RGB image, new and without metadata.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit samples are scaled to 8, the first frame of an
@@ -80,6 +80,8 @@ def load_image(source: ImageSource) -> Image.Image:
     Args:
         source: a path, the bytes of an image file, a `data:` URI, a PIL image of any mode, or a uint8 array
             (height, width, 3) in RGB order.
+        draft: have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, but no smaller than this (width, height). It is
+            much faster, and not exactly the same as reducing the whole image.
 
     Raises:
         ImageError: if there is no usable image, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million).
@@ -92,6 +94,8 @@ def load_image(source: ImageSource) -> Image.Image:
     if limit and width * height > limit:
         raise ImageError(f"{name}: {width}x{height} pixels are over the limit of {limit:,}; resize it first")
     try:
+        if draft is not None:
+            image.draft(None, draft)
         image.load()
         rgb = _to_rgb(image)
         orientation = _orientation(image)

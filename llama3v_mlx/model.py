@@ -133,6 +133,7 @@ class Model(nn.Module):
 RENAMES = (
     (r"^llm\.", "language_model."),
     (r"^(?:vison|vision|vpm|vision_model)\.", "vision_tower."),
+    (r"^text_model\.", "text_tower."),
     (r"^(?:projection|resampler)\.", "projector."),
     (r"^projector\.attn\.", "projector."),
     (r"\.attention\.in_proj_(weight|bias)$", r".attention.in_proj.\1"),

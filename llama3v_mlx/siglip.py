@@ -187,6 +187,78 @@ class VisionTower(nn.Module):
         return self.head(features)
 
 
+@dataclass
+class TextConfig(BaseModelArgs):
+    """Names and defaults as in Hugging Face's SiglipTextConfig; the defaults are the base model's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 64
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    projection_size: int | None = None  # None: hidden_size
+
+    def __post_init__(self):
+        if self.hidden_act != "gelu_pytorch_tanh":
+            raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is not SigLIP's gelu_pytorch_tanh")
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextTower(nn.Module):
+    """Token ids, padded to `max_position_embeddings` as in training, to text embeddings."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.projection_size or config.hidden_size)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Ids (B, L) to (B, projection_size): what stands at the last place. Padding is looked at like any token."""
+        return self.head(self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, -1])
+
+
+class SigLIP(nn.Module):
+    """Google's two towers, which put images and texts in one space."""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig | None):
+        super().__init__()
+        self.vision_tower = VisionTower(vision)
+        if text is not None:
+            self.text_tower = TextTower(text)
+            self.logit_scale = mx.zeros((1,))
+            self.logit_bias = mx.zeros((1,))
+
+    def logits(self, image_embeddings: mx.array, text_embeddings: mx.array) -> mx.array:
+        """(images, texts): how well they fit; the sigmoid is the probability that they belong together."""
+        images = image_embeddings / mx.linalg.norm(image_embeddings, axis=-1, keepdims=True)
+        texts = text_embeddings / mx.linalg.norm(text_embeddings, axis=-1, keepdims=True)
+        return images @ texts.T * mx.exp(self.logit_scale) + self.logit_bias
+
+
+def siglip_loss(logits: mx.array) -> mx.array:
+    """SigLIP's pairwise sigmoid loss of logits (n, n) whose diagonal belongs together (arXiv:2303.15343, eq. 1).
+
+    Every pair is a question of its own, yes or no, so nothing is normalised over the batch as in CLIP.
+    """
+    signs = 2 * mx.eye(logits.shape[0]) - 1
+    return -nn.log_sigmoid(signs * logits).sum() / logits.shape[0]
+
+
 def normalize(pixels: mx.array) -> mx.array:
     """uint8 to float32 in -1…1: mean and standard deviation 0.5 of value / 255."""
     return (pixels.astype(mx.float32) / 255 - 0.5) / 0.5

@@ -8,8 +8,8 @@ import llama3v_mlx
 PACKAGE = Path(llama3v_mlx.__file__).parent
 
 # Each module may import those before it. The commands come last, and nobody imports them.
-ORDER = ("image", "siglip", "projector", "processor", "model", "checkpoint", "engine")
-COMMANDS = ("generate", "convert")
+ORDER = ("image", "siglip", "projector", "processor", "model", "checkpoint", "shards", "features", "encoder", "engine")
+COMMANDS = ("generate", "embed", "convert")
 
 
 def imports_of(path: Path) -> set[str]:

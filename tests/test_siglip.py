@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama3v_mlx import siglip
-from llama3v_mlx.siglip import Embeddings, VisionConfig, VisionTower
+from llama3v_mlx.siglip import Embeddings, SigLIP, TextConfig, VisionConfig, VisionTower, siglip_loss
 
 TINY = VisionConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14
@@ -73,6 +73,7 @@ def test_nothing_leaves_the_dtype_of_the_weights(
     tower = VisionTower(VisionConfig(**{**vars(TINY), "model_type": model_type}))
     tower.set_dtype(dtype)
     ours = [cls for cls in vars(siglip).values() if isinstance(cls, type) and issubclass(cls, nn.Module)]
+    ours = [cls for cls in ours if not cls.__name__.startswith(("Text", "SigLIP"))]
     if model_type == "idefics2":
         ours = [cls for cls in ours if not cls.__name__.startswith("Pooling")]
     seen = record_dtypes(monkeypatch, *ours, nn.Linear, nn.LayerNorm, nn.Embedding)
@@ -81,3 +82,22 @@ def test_nothing_leaves_the_dtype_of_the_weights(
         assert tower.pool(features).shape == (2, TINY.hidden_size)
     assert seen == {name: {dtype} for name in seen}
     assert len(seen) == len(ours) + 3
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_texts_and_logits_stay_in_the_dtype_of_the_weights(dtype: mx.Dtype) -> None:
+    text = {"vocab_size": 50, "hidden_size": TINY.hidden_size, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = SigLIP(VisionConfig(**{**vars(TINY), "model_type": "siglip_vision_model"}), TextConfig(**text))
+    model.set_dtype(dtype)
+    texts = model.text_tower(mx.zeros((3, 64), mx.int32))
+    images = model.vision_tower.pool(model.vision_tower(mx.zeros((2, 70, 70, 3), dtype=mx.uint8)))
+    assert (texts.shape, texts.dtype) == ((3, TINY.hidden_size), dtype)
+    logits = model.logits(images, texts)
+    assert (logits.shape, logits.dtype) == ((2, 3), dtype)
+
+
+def test_siglip_loss_is_the_papers() -> None:
+    """By hand: a pair that fits costs log(1 + exp(-logit)), one that does not log(1 + exp(logit)); over n."""
+    logits = np.random.default_rng(0).normal(size=(4, 4))
+    signs = 2 * np.eye(4) - 1
+    assert abs(siglip_loss(mx.array(logits, mx.float32)).item() - np.log1p(np.exp(-signs * logits)).sum() / 4) < 1e-6

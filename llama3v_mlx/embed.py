@@ -1,0 +1,350 @@
+"""Embed images with SigLIP in batches, once: `python -m llama3v_mlx.embed photos/ --out photos.features`."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from .cli import note_slow_cpu, run
+from .demo import CHECKPOINT
+from .sources import Source, find_sources
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx" / "batch_sizes.json"
+
+
+@dataclass
+class Report:
+    """What became of the images, and where the time went (read and decode: in all threads together)."""
+
+    new: int = 0
+    known: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "tower", "write"), 0.0))
+    wall: float = 0.0
+    flops: float = 0.0
+    batch_size: int = 0
+
+    @property
+    def seen(self) -> int:
+        return self.new + self.known + len(self.failed)
+
+
+class Pipeline:
+    """Images in, features stored: decoding in threads, the tower in batches, the last batch written meanwhile."""
+
+    def __init__(self, encoder, writer, batch_size: int, workers: int, progress: Callable[[Report], None]):
+        self.encoder, self.writer, self.batch_size = encoder, writer, batch_size
+        self.progress, self.report = progress, Report(batch_size=batch_size)
+        self._pool = ThreadPoolExecutor(workers)
+        # Decoded images waiting for the tower: enough to never let it wait, and no more whatever the number of files.
+        self._ahead = 2 * batch_size + 2 * workers
+        self._claimed: set[bytes] = set()  # images on their way to the store
+        self._twins: list[tuple[bytes, str]] = []  # other names of those
+        self._batch, self._flying = [], None
+
+    def run(self, sources: Iterator[Source]) -> Report:
+        """Embed all of `sources`. On Ctrl-C, or any other end, what is in hand is finished and stored."""
+        start, waiting = time.perf_counter(), deque()
+        try:
+            for source in sources:
+                waiting.append((source.name, self._pool.submit(self._prepare, source)))
+                if len(waiting) >= self._ahead:
+                    self._take(*waiting.popleft())
+        except KeyboardInterrupt:
+            waiting.clear()  # what is in hand is finished, and no more
+            raise
+        finally:
+            while waiting:
+                self._take(*waiting.popleft())
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._send()
+            self._write()
+            for sha256, name in self._twins:
+                self._note_twin(sha256, name)
+            self.report.wall = time.perf_counter() - start
+        return self.report
+
+    def _prepare(self, source: Source):
+        """(SHA-256, tiles or None if the store has them, seconds of reading and of decoding)."""
+        start = time.perf_counter()
+        data = source.read()
+        sha256 = hashlib.sha256(data).digest()
+        middle = time.perf_counter()
+        tiled = None if sha256 in self.writer.store else self.encoder.prepare(data)
+        return sha256, tiled, middle - start, time.perf_counter() - middle
+
+    def _take(self, name: str, future: Future) -> None:
+        try:
+            sha256, tiled, read, decode = future.result()
+        except (OSError, ValueError) as e:
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).removeprefix("image data: ")
+            self.report.failed.append((name, reason))
+            self.progress(self.report)
+            return
+        self.report.seconds["read"] += read
+        self.report.seconds["decode"] += decode
+        if sha256 in self._claimed:
+            self._twins.append((sha256, name))
+            return
+        if tiled is None or sha256 in self.writer.store:
+            self.report.known += 1
+            self.writer.name(sha256, name)
+            self.progress(self.report)
+            return
+        self._claimed.add(sha256)
+        self._batch.append((sha256, name, tiled))
+        if sum(len(tiled.tiles) for *_, tiled in self._batch) >= self.batch_size:
+            self._send()
+
+    def _send(self) -> None:
+        """Start the tower on the batch in hand, and write the one before."""
+        import mlx.core as mx
+
+        batch, self._batch = self._batch, []
+        if not batch:
+            return
+        start = time.perf_counter()
+        features = self.encoder.encode([tiled for *_, tiled in batch])
+        mx.async_eval([f.rows for f in features])
+        self.report.seconds["tower"] += time.perf_counter() - start
+        self._write()
+        self._flying = [(sha256, name, f) for (sha256, name, _), f in zip(batch, features, strict=True)]
+        patch = self.encoder.config.patch_size
+        for tile in (tile for *_, tiled in batch for tile in tiled.tiles):
+            self.report.flops += self.encoder.flops((tile.shape[1] // patch * patch, tile.shape[0] // patch * patch))
+
+    def _write(self) -> None:
+        import mlx.core as mx
+
+        flying, self._flying = self._flying, None
+        if not flying:
+            return
+        start = time.perf_counter()
+        mx.eval([f.rows for *_, f in flying])
+        middle = time.perf_counter()
+        new = self.writer.add([(sha256, f) for sha256, _, f in flying])
+        for sha256, name, _ in flying:
+            self.writer.name(sha256, name)
+            self._claimed.discard(sha256)
+        self.report.new += new
+        self.report.known += len(flying) - new  # another process was faster
+        self.report.seconds["tower"] += middle - start
+        self.report.seconds["write"] += time.perf_counter() - middle
+        self.progress(self.report)
+
+    def _note_twin(self, sha256: bytes, name: str) -> None:
+        self.report.known += 1
+        self.writer.name(sha256, name)
+
+
+def best_batch_size(encoder) -> int:
+    """The smallest batch that is within 3% of the fastest here, measured once and then remembered."""
+    import mlx.core as mx
+    import numpy as np
+
+    from .image import TiledImage
+
+    side = encoder.config.image_size if encoder.image_config is None else encoder.image_config.scale_resolution
+    c = encoder.config
+    device = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else f"cpu{os.cpu_count()}"
+    key = f"{device}/mlx {mx.__version__}/{c.hidden_size}x{c.num_hidden_layers}@{side}/{encoder.dtype}"
+    known = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+    if key in known:
+        return known[key]
+    speeds = {}
+    for size in BATCH_SIZES:
+        batch = [TiledImage((np.zeros((side, side, 3), np.uint8),), None)] * size
+        times = []
+        for _ in range(2):  # the first compiles
+            start = time.perf_counter()
+            mx.eval([f.rows for f in encoder.encode(batch)])
+            times.append(time.perf_counter() - start)
+        speeds[size] = size / min(times)
+        if times[-1] > 2 or speeds[size] < 0.9 * max(speeds.values()):
+            break
+    best = next(size for size, speed in speeds.items() if speed >= 0.97 * max(speeds.values()))
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
+    partial = CACHE.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({**known, key: best}, indent=1))
+    os.replace(partial, CACHE)
+    return best
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Find, embed, store, report."""
+    import mlx.core as mx
+    from tqdm import tqdm
+
+    from .encoder import load_encoder, matmul_peak
+    from .features import FeatureStore, FeatureWriter, StoreInfo
+
+    group = mx.distributed.init()
+    if group.rank() == 0:
+        note_slow_cpu()
+    dtype = getattr(mx, args.dtype) if args.dtype else None
+    encoder = load_encoder(args.model or CHECKPOINT, args.kind, dtype, args.draft)
+    stored = args.store_dtype or ("bfloat16" if encoder.dtype == mx.bfloat16 else "float16")
+    info = StoreInfo(encoder.name, encoder.kind, encoder.fingerprint(), encoder.width, stored)
+    store = FeatureStore.create(args.out, info)
+    batch_size = args.batch_size or best_batch_size(encoder)
+    sources = islice(islice(find_sources(args.paths), args.limit), group.rank(), None, group.size())
+    with tqdm(unit="image", smoothing=0.05, disable=True if args.json or group.rank() else None) as bar:
+
+        def progress(report: Report) -> None:
+            bar.update(report.seen - bar.n)
+            bar.set_postfix(failed=len(report.failed), refresh=False)
+
+        with FeatureWriter(store) as writer:
+            report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
+    for name, reason in report.failed:
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    counts = [report.new, report.known, len(report.failed)]
+    sums = mx.distributed.all_sum(mx.array([*counts, report.flops, *report.seconds.values()]), stream=mx.cpu).tolist()
+    new, known, failed = (round(n) for n in sums[:3])
+    if new + known + failed == 0:
+        raise ValueError(f"{', '.join(args.paths)}: no images there")
+    if group.rank() == 0:
+        peak = matmul_peak(encoder.dtype) * group.size()
+        figures = {"new": new, "known": known, "failed": failed, "rows": len(FeatureStore(args.out))}
+        figures |= {"store": args.out, "model": encoder.name, "kind": encoder.kind, "batch_size": batch_size}
+        figures |= {"seconds": round(report.wall, 3), "images_per_second": new / report.wall}
+        figures |= {"tflops": sums[3] / report.wall / 1e12, "share_of_peak": sums[3] / report.wall / peak}
+        figures["stage_seconds"] = dict(zip(report.seconds, sums[4:], strict=True))
+        print(json.dumps(figures) if args.json else table(figures))
+    if failed:
+        sys.exit(1)
+
+
+def table(figures: dict) -> str:
+    """The figures of a run for people."""
+    lines = [
+        f"{figures['new']} images embedded, {figures['known']} were known, {figures['failed']} failed; "
+        f"{figures['store']} has {figures['rows']}",
+        f"{figures['images_per_second']:.1f} images/s, {figures['tflops']:.3f} TFLOP/s, "
+        f"{figures['share_of_peak']:.0%} of this device's matmul peak, batches of {figures['batch_size']}",
+    ]
+    for stage, seconds in figures["stage_seconds"].items():
+        where = "  (all threads)" if stage in ("read", "decode") else ""
+        lines.append(f"  {stage:7} {seconds:9.2f} s{where}")
+    return "\n".join([*lines, f"  {'wall':7} {figures['seconds']:9.2f} s"])
+
+
+def export(store_folder: str, folder: Path) -> None:
+    """Write a store as `embeddings.npy` (rows × width, float32) and `index.jsonl` (path, sha256, row)."""
+    import numpy as np
+
+    from .features import FeatureStore
+
+    store = FeatureStore(store_folder)
+    names: dict[bytes, list[str]] = {}
+    for sha256, name in store.names():
+        names.setdefault(sha256, []).append(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix, index = folder / "embeddings.npy", folder / "index.jsonl"
+    partial = [path.with_name(f"{path.name}.partial") for path in (matrix, index)]
+    shape = (store.num_rows, store.info.width)
+    rows = np.lib.format.open_memmap(partial[0], "w+", np.float32, shape) if store.num_rows else None
+    end = 0
+    for block in store.matrix():
+        rows[end : end + len(block)] = block
+        end += len(block)
+    if rows is None:
+        np.save(partial[0].open("wb"), np.zeros(shape, np.float32))
+    else:
+        rows.flush()
+    with partial[1].open("w", encoding="utf-8") as file:
+        row = 0
+        for sha256, count in store.sizes():
+            paths = names.get(sha256, [])
+            entry = {"path": paths[0] if paths else None, "sha256": sha256.hex(), "row": row}
+            if count > 1:
+                entry["rows"] = count
+            if len(paths) > 1:
+                entry["paths"] = paths
+            file.write(json.dumps(entry) + "\n")
+            row += count
+    for path, ready in zip((matrix, index), partial, strict=True):
+        os.replace(ready, path)
+    print(f"{folder}: {row} rows of {store.info.width}")
+
+
+def check(folder: str) -> None:
+    """Verify a store, repair it, and say what was found."""
+    from .features import verify
+
+    verdict = verify(folder)
+    print(f"{folder}: {verdict.good} entries are good, {verdict.restored} put back into a manifest")
+    for line in verdict.lost:
+        print(f"lost: {line}", file=sys.stderr)
+    if verdict.lost:
+        sys.exit(1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama3v_mlx.embed", description="Embed images with SigLIP in batches, and keep the result."
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, .txt or .jsonl lists, .tar archives")
+    parser.add_argument("--out", metavar="STORE", help="the folder of the features, made or gone on with")
+    parser.add_argument(
+        "--model", help="folder or Hub repository of a SigLIP or llama3v checkpoint (default: the demo)"
+    )
+    parser.add_argument("--kind", choices=("pooled", "patch", "visual-tokens"), help="(default: pooled, or else patch)")
+    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="tiles at once, or auto (default)")
+    workers = min(16, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=workers, help=f"threads that decode (default: {workers})")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(default: what suits the device)")
+    parser.add_argument(
+        "--store-dtype", choices=("float16", "bfloat16", "float32", "int8"), help="of rows on disk (default: half)"
+    )
+    parser.add_argument("--draft", action="store_true", help="decode large JPEGs at a smaller scale: fast, not exact")
+    parser.add_argument("--limit", type=int, help="stop after so many images")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the store as embeddings.npy and index.jsonl")
+    parser.add_argument("--verify", metavar="STORE", help="check every entry of a store, and repair it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with all figures")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    return parser
+
+
+def _batch_size(text: str) -> int | None:
+    """A number, or None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor auto")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.verify and not args.out:
+        parser.error("give --out STORE (or --verify STORE)")
+    if not args.verify and not args.paths and not args.export:
+        parser.error("give images or folders to embed")
+
+    def command() -> None:
+        if args.verify:
+            check(args.verify)
+            return
+        try:
+            if args.paths:
+                embed(args)
+        finally:
+            if args.export and (Path(args.out) / "store.json").exists():
+                export(args.out, args.export)
+
+    run(command, args.debug)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""The store of image features on disk: append, look up, stream, survive.
+
+A store is a folder of safetensors shards and append-only manifests, made with one model, kind and preprocessing: its
+fingerprint. An entry is found by the SHA-256 of its image file, whatever the file is called. Every writing process has
+a number, and a manifest, a list of file names and shards of its own, so that many can fill one store.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .checkpoint import read_json
+from .shards import (
+    OPEN,
+    RECORD,
+    SEALED,
+    FeatureError,
+    OpenShard,
+    Shard,
+    Verdict,
+    check_writer,
+    from_stored,
+    shard_path,
+    to_stored,
+    write_beside,
+)
+
+STORE, LOCK = "store.json", "store.lock"
+SHARD_BYTES = 1 << 30
+_OPEN_SHARDS = 32  # mapped at once: a Mac allows a process 256 open files
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What all entries of a store have in common."""
+
+    model: str  # as it was named; for people
+    kind: str  # "pooled", "patch" or "visual-tokens"
+    fingerprint: str  # of weights, compute dtype and preprocessing, in hex
+    width: int  # values per row
+    dtype: str  # of rows: a key of `shards.DTYPES`; "int8" rows have a float32 scale each
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one image, and how its rows belong to its tiles."""
+
+    rows: mx.array  # (n, width): tile after tile, the overview first
+    overview: tuple[int, int]  # patches across and down
+    grid: tuple[int, int] | None = None  # (columns, rows) of slices; None: the overview is all
+    cell: tuple[int, int] | None = None  # patches across and down of a slice
+
+
+class FeatureStore:
+    """A store opened for reading. Entries that other processes add are seen after `refresh`.
+
+    Raises:
+        FeatureError: if the folder is not a store, or is damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / STORE).is_file():
+            raise FeatureError(
+                f"{folder}: not a feature store (it has no {STORE}); python -m llama3v_mlx.embed makes one"
+            )
+        try:
+            self.info = StoreInfo(**read_json(self.folder / STORE))
+        except TypeError:
+            raise FeatureError(f"{self.folder / STORE}: written by another version of this package") from None
+        self._records = np.zeros(0, RECORD)
+        self._writers = np.zeros(0, np.uint16)
+        self._places: dict[bytes, int] = {}
+        self._read: dict[int, int] = {}  # bytes of each writer's manifest that were read
+        self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self.refresh()
+
+    @classmethod
+    def create(cls, folder: str | Path, info: StoreInfo) -> "FeatureStore":
+        """The store of `folder`, made if it is not there.
+
+        Raises:
+            FeatureError: if the folder holds other things, or a store of another model, kind, dtype or preprocessing.
+        """
+        folder = Path(folder)
+        if not (folder / STORE).is_file():
+            if folder.exists() and (not folder.is_dir() or any(p.name != LOCK for p in folder.iterdir())):
+                raise FeatureError(f"{folder}: is not a feature store and not empty; give another --out")
+            folder.mkdir(parents=True, exist_ok=True)
+            with store_lock(folder):
+                if not (folder / STORE).is_file():
+                    write_beside(folder / STORE, (json.dumps(asdict(info), indent=2) + "\n").encode())
+        store = cls(folder)
+        for name in ("kind", "fingerprint", "width", "dtype"):
+            old, new = getattr(store.info, name), getattr(info, name)
+            if old != new and name == "fingerprint":
+                raise FeatureError(
+                    f"{folder}: was made with other weights, compute dtype or preprocessing ({store.info.model}) than "
+                    f"{info.model}; give another --out"
+                )
+            if old != new:
+                raise FeatureError(f"{folder}: holds {name} {old}, not {new}; give another --out")
+        return store
+
+    def refresh(self) -> None:
+        """Read what the manifests have gained."""
+        records, writers = [self._records], [self._writers]
+        for path in sorted(self.folder.glob("manifest-*.bin")):
+            writer = int(path.stem.rpartition("-")[2])
+            start = self._read.get(writer, 0)
+            count = (path.stat().st_size - start) // RECORD.itemsize  # half a record is one being written
+            if count > 0:
+                records.append(np.fromfile(path, RECORD, count, offset=start))
+                writers.append(np.full(count, writer, np.uint16))
+                self._read[writer] = start + count * RECORD.itemsize
+        if len(records) == 1:
+            return
+        old = len(self._records)
+        self._records, self._writers = np.concatenate(records), np.concatenate(writers)
+        new = self._records["sha256"][old:].tolist()
+        if old == 0 and len(new) > 1:
+            # Backwards, so that the first of two alike is the one that stays.
+            self._places = dict(zip(reversed(new), range(len(new) - 1, -1, -1), strict=True))
+        else:
+            for i, sha256 in enumerate(new, old):
+                self._places.setdefault(sha256, i)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, sha256: bytes) -> bool:
+        return sha256 in self._places
+
+    def __iter__(self) -> Iterator[tuple[bytes, Features]]:
+        """(SHA-256, features) of every entry, in the order of the shards."""
+        for sha256, i in self._in_order():
+            yield sha256, self._features(i)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(count for _, count in self.sizes())
+
+    def sizes(self) -> list[tuple[bytes, int]]:
+        """(SHA-256, number of rows) of every entry, in the order of iteration."""
+        rows = self._records["rows"].tolist()
+        return [(sha256, rows[i]) for sha256, i in self._in_order()]
+
+    def get(self, sha256: bytes) -> Features | None:
+        """The features of the image file with this SHA-256, or None."""
+        i = self._places.get(sha256)
+        return None if i is None else self._features(i)
+
+    def matrix(self) -> Iterator[np.ndarray]:
+        """All rows in the order of iteration, float32 (n, width): as many at a time as lie side by side on disk."""
+        order = np.array([i for _, i in self._in_order()], np.int64)
+        records, writers = self._records[order], self._writers[order]
+        ends = records["start"] + records["rows"]
+        apart = (np.diff(writers) != 0) | (np.diff(records["shard"]) != 0) | (records["start"][1:] != ends[:-1])
+        starts = np.r_[0, np.flatnonzero(apart) + 1, len(order)] if len(order) else [0]
+        for a, b in itertools.pairwise(starts):
+            first, rows = int(records["start"][a]), int(ends[b - 1] - records["start"][a])
+            stored = self._shard(int(writers[a]), int(records["shard"][a])).read(first, rows)
+            yield from_stored(*stored, self.info.dtype, exact=False)
+
+    def names(self) -> Iterator[tuple[bytes, str]]:
+        """(SHA-256, file name) as they were added; an image may have several names."""
+        for path in sorted(self.folder.glob("names-*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    if line.endswith("\n"):  # else cut short by a kill
+                        entry = json.loads(line)
+                        yield bytes.fromhex(entry["sha256"]), entry["path"]
+
+    def _in_order(self) -> Iterator[tuple[bytes, int]]:
+        return ((sha256, i) for sha256, i in sorted(self._places.items(), key=lambda item: item[1]))
+
+    def _features(self, i: int) -> Features:
+        record = self._records[i]
+        rows = self._rows(i, exact=True)
+        grid, cell = tuple(record["grid"].tolist()), tuple(record["cell"].tolist())
+        return Features(rows, tuple(record["overview"].tolist()), grid if grid[0] else None, cell if grid[0] else None)
+
+    def _rows(self, i: int, exact: bool = False) -> np.ndarray | mx.array:
+        """The rows of an entry: numpy float32, or with `exact` an mx.array as stored (int8: float16)."""
+        record, key = self._records[i], (int(self._writers[i]), int(self._records[i]["shard"]))
+        stored = self._shard(*key).read(int(record["start"]), int(record["rows"]))
+        return from_stored(*stored, self.info.dtype, exact)
+
+    def _shard(self, writer: int, number: int) -> Shard:
+        key = (writer, number)
+        shard = self._shards.pop(key, None) or Shard(self.folder, *key, self.info.width, self.info.dtype)
+        if shard.path.suffix == SEALED:  # one that grows is looked at anew each time
+            self._shards[key] = shard
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        return shard
+
+
+class FeatureWriter:
+    """A store opened for writing by one of any number of processes; use it in a `with` statement.
+
+    What `add` has returned from is kept, whatever becomes of the process: only the machine losing power can take
+    entries that were added since the last full shard, and nothing half-written is ever taken for whole.
+    """
+
+    def __init__(self, store: FeatureStore, shard_bytes: int = SHARD_BYTES):
+        self.store = store
+        self._shard_bytes = shard_bytes
+        self._known_names: set[int] | None = None  # hashes: there may be millions
+        self._shard: OpenShard | None = None
+        for self.number in range(65536):
+            self._manifest = (store.folder / f"manifest-{self.number:03}.bin").open("ab", buffering=0)
+            try:
+                fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                self._manifest.close()
+        self._names = (store.folder / f"names-{self.number:03}.jsonl").open("a", encoding="utf-8")
+        if self._names.tell() and not Path(self._names.name).read_bytes().endswith(b"\n"):
+            self._names.write("\n")
+        self._recover()
+
+    def __enter__(self) -> "FeatureWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def add(self, entries: Sequence[tuple[bytes, Features]]) -> int:
+        """Store features by the SHA-256 of their image files; those that are there already are left as they are.
+
+        Returns:
+            how many were new.
+
+        Raises:
+            OSError: if the disk is full, say; the store is then as it was before.
+            FeatureError: if rows are not finite numbers, or of another width.
+        """
+        info = self.store.info
+        with store_lock(self.store.folder):
+            self.store.refresh()
+            fresh = {sha256: features for sha256, features in entries if sha256 not in self.store}
+            prepared = [(key, f, *to_stored(f.rows, info.width, info.dtype)) for key, f in fresh.items()]
+            if not prepared:
+                return 0
+            self._shard = self._shard or self._open_shard(np.zeros(0, RECORD))
+            records = np.zeros(len(prepared), RECORD)
+            start = self._shard.num_rows
+            for record, (sha256, features, values, scales) in zip(records, prepared, strict=True):
+                record["sha256"], record["shard"], record["start"] = sha256, self._shard.number, start
+                record["rows"], record["crc32"] = len(values), zlib.crc32(values.tobytes() + scales.tobytes())
+                record["overview"] = features.overview
+                if features.grid:
+                    record["grid"], record["cell"] = features.grid, features.cell
+                start += len(values)
+            self._shard.append([p[2] for p in prepared], [p[3] for p in prepared])
+            end = os.fstat(self._manifest.fileno()).st_size
+            try:
+                self._manifest.write(records.tobytes())
+            except OSError:
+                self._shard.drop_last(sum(len(p[2]) for p in prepared))
+                os.truncate(self._manifest.name, end)
+                raise
+            self._shard.records.append(records)
+            self.store.refresh()
+        if self._shard.num_bytes >= self._shard_bytes:
+            self._seal()
+        return len(prepared)
+
+    def name(self, sha256: bytes, path: str) -> None:
+        """Note that the image with this SHA-256 is called `path`."""
+        if self._known_names is None:
+            self._known_names = set(map(hash, self.store.names()))
+        if hash((sha256, path)) not in self._known_names:
+            self._known_names.add(hash((sha256, path)))
+            self._names.write(json.dumps({"sha256": sha256.hex(), "path": path}) + "\n")
+            self._names.flush()
+
+    def close(self) -> None:
+        if self._shard:
+            self._seal()
+        self._names.close()
+        self._manifest.close()
+
+    def _seal(self) -> None:
+        os.fsync(self._manifest.fileno())
+        self._shard.seal()
+        self._next, self._shard = self._shard.number + 1, None
+
+    def _open_shard(self, records: np.ndarray) -> OpenShard:
+        info = self.store.info
+        return OpenShard(self.store.folder, self.number, self._next, info.width, info.dtype, records)
+
+    def _recover(self) -> None:
+        """Go on where this writer's last process ended, in whatever way."""
+        path = Path(self._manifest.name)
+        records = np.fromfile(path, RECORD, path.stat().st_size // RECORD.itemsize)
+        sealed = self.store.folder.glob(f"shard-{self.number:03}-*{SEALED}")
+        self._next = 1 + max((int(p.stem.rpartition("-")[2]) for p in sealed), default=-1)
+        mine = records["shard"] == self._next
+        count = len(records)
+        if mine.any() or shard_path(self.store.folder, self.number, self._next).with_suffix(OPEN).exists():
+            self._shard = self._open_shard(records[mine])
+            # They are the manifest's last, and those whose rows a loss of power has taken go with them.
+            count -= int(mine.sum()) - len(self._shard.records[0])
+        os.truncate(path, count * RECORD.itemsize)
+
+
+@contextlib.contextmanager
+def store_lock(folder: Path) -> Iterator[None]:
+    """Hold the store's lock: one process at a time looks for duplicates and appends."""
+    with (folder / LOCK).open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def verify(folder: str | Path) -> Verdict:
+    """Check every entry of a store: that it is there, is what was written, and is finite; then repair the manifests.
+
+    Entries that fail are taken out of their manifest; those of whole shards that a manifest has lost are put back.
+
+    Raises:
+        FeatureError: if the folder is not a store, or a process is writing to it.
+    """
+    info = FeatureStore(folder).info
+    total = Verdict()
+    writers = {int(path.stem.split("-")[1]) for path in Path(folder).glob("*-[0-9]*") if path.suffix != ".jsonl"}
+    for writer in sorted(writers):
+        with (Path(folder) / f"manifest-{writer:03}.bin").open("ab") as manifest:
+            try:
+                fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FeatureError(f"{folder}: a process is writing to it; verify when it is done") from None
+            found = check_writer(Path(folder), writer, info.width, info.dtype)
+        total.good += found.good
+        total.lost += found.lost
+        total.restored += found.restored
+    return total

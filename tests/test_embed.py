@@ -1,0 +1,239 @@
+"""The embed command on real files: what it stores, what it skips, and how it ends."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from llama3v_mlx.demo import CHECKPOINT, IMAGES
+from llama3v_mlx.embed import main
+from llama3v_mlx.encoder import load_encoder
+from llama3v_mlx.features import FeatureStore
+from llama3v_mlx.image import tile_image
+from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 56, "patch_size": 14}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+
+
+@pytest.fixture(scope="session")
+def siglip(tmp_path_factory) -> Path:
+    """A SigLIP of random weights, as Google publishes its own."""
+    folder = tmp_path_factory.mktemp("siglip")
+    mx.random.seed(0)
+    model = SigLIP(VisionConfig.from_dict({**VISION, "model_type": "siglip_vision_model"}), TextConfig.from_dict(TEXT))
+    tensors = {}
+    for name, tensor in tree_flatten(model.parameters()):
+        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
+        name = name.replace(".in_proj.", ".in_proj_")
+        tensors[name] = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    config = {"model_type": "siglip", "vision_config": VISION, "text_config": TEXT}
+    (folder / "config.json").write_text(json.dumps(config))
+    size = {"height": 56, "width": 56}
+    preprocessor = {"size": size, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Nine pictures of several sizes in two folders, two of them the same file; and what is no picture."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (40 + 30 * i, 200 - 10 * i, 3), dtype=np.uint8)
+        name = f"sub/{i}.jpg" if i % 3 == 0 else f"{i}.png"
+        Image.fromarray(pixels).save(folder / name)
+    shutil.copy(folder / "1.png", folder / "twin.png")
+    (folder / "notes.md").write_text("not an image, and not called one")
+    return folder
+
+
+def figures(capsys, *args: str | Path) -> dict:
+    main([*map(str, args), "--json", "--batch-size", "4"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["patch", "visual-tokens"])
+def test_slices_of_a_llama3v_checkpoint(photos: Path, tmp_path: Path, capsys, demo, kind: str) -> None:
+    found = figures(capsys, photos, "--out", tmp_path / "store", "--kind", kind, "--store-dtype", "float32")
+    assert (found["new"], found["known"], found["failed"], found["rows"]) == (8, 1, 0, 8)
+
+    store, model = FeatureStore(tmp_path / "store"), demo[0]
+    tower, config = model.vision_tower, demo[1].image_config
+    names = dict(store.names())
+    assert len(list(store.names())) == 9
+    for sha256, features in store:
+        image = tile_image(names[sha256], config)
+        tiles = [tower(mx.array(tile[None]).astype(mx.uint8))[0].astype(mx.float32) for tile in image.tiles]
+        if kind == "visual-tokens":
+            tiles = [model.encode_image([image])[0]]
+        expected = np.array(mx.concatenate(tiles))
+        # Batches of another size sum in another order.
+        np.testing.assert_allclose(np.array(features.rows), expected, atol=2e-4 * np.abs(expected).max())
+        assert features.grid == image.grid
+
+
+def test_siglip_pooled(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    found = figures(capsys, photos, "--out", tmp_path / "store", "--model", siglip, "--store-dtype", "float32")
+    assert (found["kind"], found["new"]) == ("pooled", 8)
+    encoder, store = load_encoder(siglip, dtype=mx.float32), FeatureStore(tmp_path / "store")
+    for sha256, name in store.names():
+        pixels = np.asarray(Image.open(name).convert("RGB").resize((56, 56), Image.Resampling.BICUBIC))
+        tower = encoder.model.vision_tower
+        expected = tower.pool(tower(mx.array(pixels[None])))
+        np.testing.assert_allclose(np.array(store.get(sha256).rows), np.array(expected), atol=1e-5)
+
+
+def test_what_is_known_is_not_computed_again(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    common = ("--out", tmp_path / "store", "--model", siglip)
+    assert figures(capsys, photos, *common, "--limit", "3")["new"] == 3
+    assert figures(capsys, photos, *common)["new"] == 5
+    shutil.move(photos, tmp_path / "elsewhere")
+    found = figures(capsys, tmp_path / "elsewhere", *common)
+    assert (found["new"], found["known"], found["rows"]) == (0, 9, 8)
+
+
+def test_lists_and_archives(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    (tmp_path / "list.txt").write_text("photos/1.png\n\nphotos/sub/0.jpg\n")
+    lines = [{"path": "photos/2.png"}, {"image": ["photos/4.png", "photos/5.png"]}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        archive.add(photos / "7.png", "0001.png")
+        archive.add(photos / "notes.md", "0001.txt")
+    paths = [tmp_path / "list.txt", tmp_path / "list.jsonl", tmp_path / "shard.tar"]
+    assert figures(capsys, *paths, "--out", tmp_path / "store", "--model", siglip)["new"] == 6
+    assert str(tmp_path / "shard.tar/0001.png") in dict(FeatureStore(tmp_path / "store").names()).values()
+
+
+def test_export(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), "--export", str(tmp_path / "export")])
+    rows = np.load(tmp_path / "export" / "embeddings.npy")
+    index = [json.loads(line) for line in (tmp_path / "export" / "index.jsonl").read_text().splitlines()]
+    store = FeatureStore(tmp_path / "store")
+    assert rows.shape == (8, 32) and rows.dtype == np.float32
+    for entry in index:
+        stored = store.get(bytes.fromhex(entry["sha256"])).rows.astype(mx.float32)
+        np.testing.assert_array_equal(rows[entry["row"]], np.array(stored)[0])
+        assert Path(entry["path"]).exists()
+    (twins,) = (entry["paths"] for entry in index if "paths" in entry)
+    assert sorted(Path(path).name for path in twins) == ["1.png", "twin.png"]
+
+
+def test_bad_images_are_listed_and_the_rest_goes_on(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "cut.png").write_bytes((photos / "7.png").read_bytes()[:500])
+    with pytest.raises(SystemExit) as end:
+        figures(capsys, photos, photos / "gone.txt" / "x.jpg", "--out", tmp_path / "store", "--model", siglip)
+    assert end.value.code == 1
+    with pytest.raises(SystemExit) as end:
+        figures(capsys, photos, "--out", tmp_path / "store", "--model", siglip)
+    assert end.value.code == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["failed"] == 2
+    assert "empty.png: the file is empty" in captured.err and "cut.png: the image is damaged" in captured.err
+    assert len(FeatureStore(tmp_path / "store")) == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: (f / "none").mkdir(), "none: no images there"),
+        (lambda f: (f / "none").write_bytes(b""), "the file is empty"),
+        (lambda f: None, "none: no such file or folder"),
+    ],
+)
+def test_nothing_to_embed(tmp_path: Path, capsys, siglip: Path, make, message: str) -> None:
+    make(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "none"), "--out", str(tmp_path / "store"), "--model", str(siglip)])
+    assert end.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_archive_cut_short(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for name in ("1.png", "2.png", "7.png"):
+            archive.add(photos / name, name)
+    data = (tmp_path / "shard.tar").read_bytes()
+    (tmp_path / "shard.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "shard.tar"), "--out", str(tmp_path / "store"), "--model", str(siglip)])
+    assert "shard.tar: not a tar archive, or cut short" in capsys.readouterr().err
+    assert len(FeatureStore(tmp_path / "store")) >= 1
+
+
+def test_another_model_is_refused(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
+    figures(capsys, photos, "--out", tmp_path / "store", "--model", siglip)
+    for changes in (["--dtype", "float16"], ["--kind", "patch"], ["--draft"], ["--model", str(CHECKPOINT)]):
+        with pytest.raises(SystemExit):
+            main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), *changes])
+        assert "give another --out" in capsys.readouterr().err
+    assert len(FeatureStore(tmp_path / "store")) == 8
+
+
+def test_draft_is_close(tmp_path: Path, capsys, siglip: Path) -> None:
+    picture = Image.open(IMAGES / "two-red-stars.jpg").resize((1600, 1200))
+    picture.save(tmp_path / "big.jpg", quality=95)
+    exact, draft = (load_encoder(siglip, draft=draft).prepare(tmp_path / "big.jpg").tiles[0] for draft in (False, True))
+    assert exact.shape == draft.shape == (56, 56, 3)
+    assert not np.array_equal(exact, draft)
+    assert np.abs(exact.astype(int) - draft).mean() < 3
+
+
+def test_two_ranks_share_the_work(photos: Path, tmp_path: Path, siglip: Path) -> None:
+    sockets = [socket.socket() for _ in range(2)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    for s in sockets:
+        s.close()
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    args = [sys.executable, "-m", "llama3v_mlx.embed", photos, "--out", tmp_path / "store", "--model", siglip]
+    args += ["--json", "--batch-size", "2"]
+    ranks = []
+    for i in range(2):
+        env = {**os.environ, "MLX_RANK": str(i), "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+        ranks.append(subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    output = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], output
+    found = json.loads(output[0][0])
+    assert output[1][0] == ""
+    assert (found["new"], found["known"], found["rows"]) == (8, 1, 8)
+    assert len(list((tmp_path / "store").glob("shard-*.safetensors"))) == 2
+    assert len(list(FeatureStore(tmp_path / "store").names())) == 9
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path: Path, siglip: Path) -> None:
+    pixels = np.zeros((600, 600, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    for i in range(300):
+        pixels[0, 0] = i % 256, i // 256, 0
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i:03}.bmp")
+    args = [sys.executable, "-m", "llama3v_mlx.embed", tmp_path / "photos", "--out", tmp_path / "store"]
+    args += ["--model", siglip, "--batch-size", "2", "--workers", "1"]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+    manifest = tmp_path / "store" / "manifest-000.bin"
+    while not (manifest.exists() and manifest.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    count = len(FeatureStore(tmp_path / "store"))
+    assert 0 < count < 300
+    assert not list((tmp_path / "store").glob("*.open"))
