@@ -31,7 +31,6 @@ class Report:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "tower", "write"), 0.0))
     wall: float = 0.0
     flops: float = 0.0
-    batch_size: int = 0
 
     @property
     def seen(self) -> int:
@@ -43,7 +42,7 @@ class Pipeline:
 
     def __init__(self, encoder, writer, batch_size: int, workers: int, progress: Callable[[Report], None]):
         self.encoder, self.writer, self.batch_size = encoder, writer, batch_size
-        self.progress, self.report = progress, Report(batch_size=batch_size)
+        self.progress, self.report = progress, Report()
         self._pool = ThreadPoolExecutor(workers)
         # Decoded images waiting for the tower: enough to never let it wait, and no more whatever the number of files.
         self._ahead = 2 * batch_size + 2 * workers
@@ -69,7 +68,8 @@ class Pipeline:
             self._send()
             self._write()
             for sha256, name in self._twins:
-                self._note_twin(sha256, name)
+                self.report.known += 1
+                self.writer.name(sha256, name)
             self.report.wall = time.perf_counter() - start
         return self.report
 
@@ -141,10 +141,6 @@ class Pipeline:
         self.report.seconds["write"] += time.perf_counter() - middle
         self.progress(self.report)
 
-    def _note_twin(self, sha256: bytes, name: str) -> None:
-        self.report.known += 1
-        self.writer.name(sha256, name)
-
 
 def best_batch_size(encoder) -> int:
     """The smallest batch that is within 3% of the fastest here, measured once and then remembered."""
@@ -213,8 +209,9 @@ def embed(args: argparse.Namespace) -> None:
     if new + known + failed == 0:
         raise ValueError(f"{', '.join(args.paths)}: no images there")
     if group.rank() == 0:
+        store.refresh()  # the other ranks are done: the sum has waited for them
         peak = matmul_peak(encoder.dtype) * group.size()
-        figures = {"new": new, "known": known, "failed": failed, "rows": len(FeatureStore(args.out))}
+        figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
         figures |= {"store": args.out, "model": encoder.name, "kind": encoder.kind, "batch_size": batch_size}
         figures |= {"seconds": round(report.wall, 3), "images_per_second": new / report.wall}
         figures |= {"tflops": sums[3] / report.wall / 1e12, "share_of_peak": sums[3] / report.wall / peak}

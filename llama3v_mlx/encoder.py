@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from .checkpoint import (
 )
 from .features import Features
 from .image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
-from .model import Model
+from .model import Model, encode_by_size
 from .siglip import SigLIP, TextConfig, VisionConfig
 
 KINDS = ("pooled", "patch", "visual-tokens")
@@ -82,20 +81,12 @@ class ImageEncoder:
     def encode(self, images: Sequence[TiledImage]) -> list[Features]:
         """The features of images, unevaluated; tiles of equal size share one batch, whichever image they are of."""
         patch = self.config.patch_size
-        tiles = [tile for image in images for tile in image.tiles]
-        by_size = defaultdict(list)
-        for i, tile in enumerate(tiles):
-            by_size[tile.shape].append(i)
-        rows: list[mx.array] = [None] * len(tiles)
-        for indices in by_size.values():
-            for i, y in zip(indices, self._encode(mx.array(np.stack([tiles[i] for i in indices]))), strict=True):
-                rows[i] = y
-        remaining, features = iter(rows), []
-        for image in images:
-            own = [next(remaining) for _ in image.tiles]
+        num_tiles = sum(len(image.tiles) for image in images)
+        features = []
+        encoded = encode_by_size(images, lambda tiles: self._encode(mx.array(tiles)), num_tiles)
+        for image, rows in zip(images, encoded, strict=True):
             sizes = [(tile.shape[1] // patch, tile.shape[0] // patch) for tile in image.tiles]
-            cell = sizes[1] if image.grid else None
-            features.append(Features(mx.concatenate(own), sizes[0], image.grid, cell))
+            features.append(Features(rows, sizes[0], image.grid, sizes[1] if image.grid else None))
         return features
 
     def _rows(self, tiles: mx.array) -> mx.array:

@@ -31,6 +31,7 @@ from .shards import (
     check_writer,
     from_stored,
     shard_path,
+    take_manifest,
     to_stored,
     write_beside,
 )
@@ -79,8 +80,9 @@ class FeatureStore:
             self.info = StoreInfo(**read_json(self.folder / STORE))
         except TypeError:
             raise FeatureError(f"{self.folder / STORE}: written by another version of this package") from None
-        self._records = np.zeros(0, RECORD)
-        self._writers = np.zeros(0, np.uint16)
+        # Joined when they are next needed: joining them at every batch would cost more the larger the store is.
+        self._chunks = [(np.zeros(0, RECORD), np.zeros(0, np.uint16))]
+        self._count = 0
         self._places: dict[bytes, int] = {}
         self._read: dict[int, int] = {}  # bytes of each writer's manifest that were read
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
@@ -115,26 +117,25 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Read what the manifests have gained."""
-        records, writers = [self._records], [self._writers]
         for path in sorted(self.folder.glob("manifest-*.bin")):
             writer = int(path.stem.rpartition("-")[2])
             start = self._read.get(writer, 0)
             count = (path.stat().st_size - start) // RECORD.itemsize  # half a record is one being written
-            if count > 0:
-                records.append(np.fromfile(path, RECORD, count, offset=start))
-                writers.append(np.full(count, writer, np.uint16))
-                self._read[writer] = start + count * RECORD.itemsize
-        if len(records) == 1:
-            return
-        old = len(self._records)
-        self._records, self._writers = np.concatenate(records), np.concatenate(writers)
-        new = self._records["sha256"][old:].tolist()
-        if old == 0 and len(new) > 1:
-            # Backwards, so that the first of two alike is the one that stays.
-            self._places = dict(zip(reversed(new), range(len(new) - 1, -1, -1), strict=True))
-        else:
-            for i, sha256 in enumerate(new, old):
+            if count <= 0:
+                continue
+            records = np.fromfile(path, RECORD, count, offset=start)
+            for i, sha256 in enumerate(records["sha256"].tolist(), self._count):
                 self._places.setdefault(sha256, i)
+            self._chunks.append((records, np.full(count, writer, np.uint16)))
+            self._count += count
+            self._read[writer] = start + count * RECORD.itemsize
+
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """All records, and the writer of each."""
+        if len(self._chunks) > 1:
+            records, writers = zip(*self._chunks, strict=True)
+            self._chunks = [(np.concatenate(records), np.concatenate(writers))]
+        return self._chunks[0]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -153,7 +154,7 @@ class FeatureStore:
 
     def sizes(self) -> list[tuple[bytes, int]]:
         """(SHA-256, number of rows) of every entry, in the order of iteration."""
-        rows = self._records["rows"].tolist()
+        rows = self._table()[0]["rows"].tolist()
         return [(sha256, rows[i]) for sha256, i in self._in_order()]
 
     def get(self, sha256: bytes) -> Features | None:
@@ -164,7 +165,7 @@ class FeatureStore:
     def matrix(self) -> Iterator[np.ndarray]:
         """All rows in the order of iteration, float32 (n, width): as many at a time as lie side by side on disk."""
         order = np.array([i for _, i in self._in_order()], np.int64)
-        records, writers = self._records[order], self._writers[order]
+        records, writers = (column[order] for column in self._table())
         ends = records["start"] + records["rows"]
         apart = (np.diff(writers) != 0) | (np.diff(records["shard"]) != 0) | (records["start"][1:] != ends[:-1])
         starts = np.r_[0, np.flatnonzero(apart) + 1, len(order)] if len(order) else [0]
@@ -186,15 +187,15 @@ class FeatureStore:
         return ((sha256, i) for sha256, i in sorted(self._places.items(), key=lambda item: item[1]))
 
     def _features(self, i: int) -> Features:
-        record = self._records[i]
+        record = self._table()[0][i]
         rows = self._rows(i, exact=True)
         grid, cell = tuple(record["grid"].tolist()), tuple(record["cell"].tolist())
         return Features(rows, tuple(record["overview"].tolist()), grid if grid[0] else None, cell if grid[0] else None)
 
     def _rows(self, i: int, exact: bool = False) -> np.ndarray | mx.array:
         """The rows of an entry: numpy float32, or with `exact` an mx.array as stored (int8: float16)."""
-        record, key = self._records[i], (int(self._writers[i]), int(self._records[i]["shard"]))
-        stored = self._shard(*key).read(int(record["start"]), int(record["rows"]))
+        record, writer = (column[i] for column in self._table())
+        stored = self._shard(int(writer), int(record["shard"])).read(int(record["start"]), int(record["rows"]))
         return from_stored(*stored, self.info.dtype, exact)
 
     def _shard(self, writer: int, number: int) -> Shard:
@@ -220,12 +221,9 @@ class FeatureWriter:
         self._known_names: set[int] | None = None  # hashes: there may be millions
         self._shard: OpenShard | None = None
         for self.number in range(65536):
-            self._manifest = (store.folder / f"manifest-{self.number:03}.bin").open("ab", buffering=0)
-            try:
-                fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._manifest = take_manifest(store.folder, self.number)
+            if self._manifest:
                 break
-            except BlockingIOError:
-                self._manifest.close()
         self._names = (store.folder / f"names-{self.number:03}.jsonl").open("a", encoding="utf-8")
         if self._names.tell() and not Path(self._names.name).read_bytes().endswith(b"\n"):
             self._names.write("\n")
@@ -338,11 +336,10 @@ def verify(folder: str | Path) -> Verdict:
     total = Verdict()
     writers = {int(path.stem.split("-")[1]) for path in Path(folder).glob("*-[0-9]*") if path.suffix != ".jsonl"}
     for writer in sorted(writers):
-        with (Path(folder) / f"manifest-{writer:03}.bin").open("ab") as manifest:
-            try:
-                fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FeatureError(f"{folder}: a process is writing to it; verify when it is done") from None
+        manifest = take_manifest(Path(folder), writer)
+        if manifest is None:
+            raise FeatureError(f"{folder}: a process is writing to it; verify when it is done")
+        with manifest:
             found = check_writer(Path(folder), writer, info.width, info.dtype)
         total.good += found.good
         total.lost += found.lost

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -51,18 +51,7 @@ class Model(nn.Module):
 
         Tiles of equal size share batches, whichever image they come from; no tile's result depends on another's.
         """
-        tiles = [tile for image in images for tile in image.tiles]
-        by_size = defaultdict(list)
-        for i, tile in enumerate(tiles):
-            by_size[tile.shape].append(i)
-        tokens: list[mx.array] = [None] * len(tiles)
-        for indices in by_size.values():
-            for start in range(0, len(indices), TILE_BATCH_SIZE):
-                batch = indices[start : start + TILE_BATCH_SIZE]
-                for i, y in zip(batch, self.encode_tiles(np.stack([tiles[i] for i in batch])), strict=True):
-                    tokens[i] = y
-        remaining = iter(tokens)
-        return [mx.concatenate([next(remaining) for _ in image.tiles]) for image in images]
+        return encode_by_size(images, self.encode_tiles, TILE_BATCH_SIZE)
 
     def encode_tiles(self, tiles: np.ndarray) -> mx.array:
         """Visual tokens (B, num_queries, hidden_size) of uint8 tiles (B, height, width, 3) of one size."""
@@ -127,6 +116,24 @@ class Model(nn.Module):
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         self.language_model.shard(group)
+
+
+def encode_by_size(
+    images: Sequence[TiledImage], encode: Callable[[np.ndarray], mx.array], batch_size: int
+) -> list[mx.array]:
+    """`encode` applied to the tiles of images in batches of one size: an image's rows, tile after tile, for each."""
+    tiles = [tile for image in images for tile in image.tiles]
+    by_size = defaultdict(list)
+    for i, tile in enumerate(tiles):
+        by_size[tile.shape].append(i)
+    rows: list[mx.array] = [None] * len(tiles)
+    for indices in by_size.values():
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            for i, y in zip(batch, encode(np.stack([tiles[i] for i in batch])), strict=True):
+                rows[i] = y
+    remaining = iter(rows)
+    return [mx.concatenate([next(remaining) for _ in image.tiles]) for image in images]
 
 
 # Released names → ours, tried in this order. `vison` is how the llama3v weights spell it.

@@ -5,6 +5,7 @@ it. When it is full, or its process is done, scales and records follow the rows,
 the file is renamed to `.safetensors`. Nothing is written twice, and a sealed shard says alone what is in it.
 """
 
+import fcntl
 import json
 import os
 import struct
@@ -45,6 +46,17 @@ class FeatureError(ValueError):
 
 def shard_path(folder: Path, writer: int, number: int) -> Path:
     return folder / f"shard-{writer:03}-{number:05}{SEALED}"
+
+
+def take_manifest(folder: Path, writer: int) -> FileIO | None:
+    """A writer's manifest, opened to append and locked; None if another process has it."""
+    manifest = (folder / f"manifest-{writer:03}.bin").open("ab", buffering=0)
+    try:
+        fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        manifest.close()
+        return None
+    return manifest
 
 
 def to_stored(rows: mx.array, width: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:

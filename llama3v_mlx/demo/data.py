@@ -3,7 +3,7 @@
 import itertools
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
@@ -41,28 +41,24 @@ class Batch:
 def split_arrays(batch: Batch) -> tuple[list[np.ndarray], Callable[[list], Batch]]:
     """The arrays of a batch, and what makes a batch of the same structure of others: for a compiled function."""
     arrays: list[np.ndarray] = []
+    _map_arrays(batch, arrays.append)
 
-    def take(value):
-        if isinstance(value, np.ndarray):
-            arrays.append(value)
-        elif isinstance(value, list):
-            for item in value:
-                take(item)
-        elif is_dataclass(value):
-            for field in fields(value):
-                take(getattr(value, field.name))
+    def rebuild(new: list) -> Batch:
+        following = iter(new)
+        return _map_arrays(batch, lambda _: next(following))
 
-    def put(value, new: Iterator):
-        if isinstance(value, np.ndarray):
-            return next(new)
-        if isinstance(value, list):
-            return [put(item, new) for item in value]
-        if is_dataclass(value):
-            return replace(value, **{f.name: put(getattr(value, f.name), new) for f in fields(value)})
-        return value
+    return arrays, rebuild
 
-    take(batch)
-    return arrays, lambda new: put(batch, iter(new))
+
+def _map_arrays(value, function: Callable[[np.ndarray], object]):
+    """The same structure with what `function` makes of its arrays in their places."""
+    if isinstance(value, np.ndarray):
+        return function(value)
+    if isinstance(value, list):
+        return [_map_arrays(item, function) for item in value]
+    if is_dataclass(value):
+        return replace(value, **{f.name: _map_arrays(getattr(value, f.name), function) for f in fields(value)})
+    return value
 
 
 def draw_batch(
