@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 
+from . import cpu
+
 
 @dataclass
 class VisionConfig(BaseModelArgs):
@@ -61,9 +63,13 @@ class Embeddings(nn.Module):
         h, w = H // p, W // p
         # The convolution's windows do not overlap, so it is one matrix product over flattened patches.
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        x = normalize(pixels[:, : h * p, : w * p]).astype(weight.dtype)
+        x = pixels[:, : h * p, : w * p].astype(weight.dtype)
         x = x.reshape(B, h, p, w, p, C).swapaxes(2, 3).reshape(B, h * w, p * p * C)
-        x = mx.addmm(bias, x, weight.reshape(weight.shape[0], -1).T)  # (B, h·w, D)
+        # value / 127.5 - 1, in -1…1, is c·(value - 128) / 128 + (c - 1), of which the middle is exact in any dtype.
+        x, c = (x - 128) * (1 / 128), 128 / 127.5
+        weight = weight.reshape(weight.shape[0], -1)
+        bias = bias + ((c - 1) * weight.astype(mx.float32).sum(axis=1)).astype(bias.dtype)
+        x = mx.addmm(bias, x, weight.T, alpha=c)  # (B, h·w, D)
         return x + self.position_embedding(self.position_ids(h * w))
 
 
@@ -84,7 +90,7 @@ class Attention(nn.Module):
             proj(x).reshape(B, L, self.num_heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         # Never a mask: tiles are batched by size, and masks would keep Metal from its fused head_dim 72 kernel.
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        x = cpu.attention(q, k, v, scale=self.scale)
         return self.out_proj(x.swapaxes(1, 2).reshape(B, L, D))
 
 
@@ -95,7 +101,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu_approx(self.fc1(x)))
+        return self.fc2(cpu.gelu(self.fc1(x)))
 
 
 class EncoderLayer(nn.Module):
@@ -257,8 +263,3 @@ def siglip_loss(logits: mx.array) -> mx.array:
     """
     signs = 2 * mx.eye(logits.shape[0]) - 1
     return -nn.log_sigmoid(signs * logits).sum() / logits.shape[0]
-
-
-def normalize(pixels: mx.array) -> mx.array:
-    """uint8 to float32 in -1…1: mean and standard deviation 0.5 of value / 255."""
-    return (pixels.astype(mx.float32) / 255 - 0.5) / 0.5
