@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from .cli import note_slow_cpu, run
-from .demo import CHECKPOINT
+from .demo import SIGLIP
 from .sources import Source, find_sources
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -181,16 +181,15 @@ def embed(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .encoder import load_encoder, matmul_peak
-    from .features import FeatureStore, FeatureWriter, StoreInfo
+    from .features import FeatureStore, FeatureWriter
 
     group = mx.distributed.init()
     if group.rank() == 0:
         note_slow_cpu()
     dtype = getattr(mx, args.dtype) if args.dtype else None
-    encoder = load_encoder(args.model or CHECKPOINT, args.kind, dtype, args.draft)
-    stored = args.store_dtype or ("bfloat16" if encoder.dtype == mx.bfloat16 else "float16")
-    info = StoreInfo(encoder.name, encoder.kind, encoder.fingerprint(), encoder.width, stored)
-    store = FeatureStore.create(args.out, info)
+    encoder = load_encoder(args.model or SIGLIP, args.kind, dtype, args.draft)
+    encoder.all_cores = True
+    store = FeatureStore.create(args.out, encoder.store_info(args.store_dtype))
     batch_size = args.batch_size or best_batch_size(encoder)
     sources = islice(islice(find_sources(args.paths), args.limit), group.rank(), None, group.size())
     with tqdm(unit="image", smoothing=0.05, disable=True if args.json or group.rank() else None) as bar:

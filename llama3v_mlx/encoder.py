@@ -1,7 +1,8 @@
-"""From image files to features with any SigLIP: Google's checkpoints, and the tower inside a llama3v one."""
+"""From image files and texts to features with any SigLIP: Google's checkpoints, and the tower of a llama3v one."""
 
 import hashlib
 import json
+import string
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from . import cpu
 from .checkpoint import (
     CONFIG,
     CheckpointError,
@@ -22,13 +24,14 @@ from .checkpoint import (
     read_json,
     read_tensors,
 )
-from .features import Features
+from .demo import CHECKPOINT, SIGLIP
+from .features import FeatureError, Features, FeatureStore, StoreInfo
 from .image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
 from .model import Model, encode_by_size
 from .siglip import SigLIP, TextConfig, VisionConfig
 
 KINDS = ("pooled", "patch", "visual-tokens")
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "spiece.model"
 # What Google's configs leave out is Hugging Face's default: the base model.
 _BASE_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _BASE_VISION |= {"image_size": 224, "patch_size": 16}
@@ -56,6 +59,7 @@ class ImageEncoder:
         draft: bool = False,
     ):
         self.draft = draft
+        self.all_cores = False  # on a Linux CPU: share batches among the cores, where nothing else is to be computed
         self.name, self.model, self.kind = name, model, kind
         self.image_config, self.resample = image_config, resample
         self.config = model.vision_tower.config
@@ -83,11 +87,17 @@ class ImageEncoder:
         patch = self.config.patch_size
         num_tiles = sum(len(image.tiles) for image in images)
         features = []
-        encoded = encode_by_size(images, lambda tiles: self._encode(mx.array(tiles)), num_tiles)
+        encoded = encode_by_size(images, self._encode_batch, num_tiles)
         for image, rows in zip(images, encoded, strict=True):
             sizes = [(tile.shape[1] // patch, tile.shape[0] // patch) for tile in image.tiles]
             features.append(Features(rows, sizes[0], image.grid, sizes[1] if image.grid else None))
         return features
+
+    def _encode_batch(self, tiles: np.ndarray) -> mx.array:
+        if self.all_cores and cpu.applies(self.model.vision_tower.post_layernorm.weight):
+            patches = (tiles.shape[1] // self.config.patch_size) * (tiles.shape[2] // self.config.patch_size)
+            return cpu.in_streams(self._encode, tiles, most=max(1, 1024 // patches))
+        return self._encode(mx.array(tiles))
 
     def _rows(self, tiles: mx.array) -> mx.array:
         """uint8 (B, height, width, 3) to (B, rows, width)."""
@@ -115,6 +125,13 @@ class ImageEncoder:
             digest.update(memoryview(np.array(tensor.reshape(-1).view(mx.uint8))))
         return digest.hexdigest()
 
+    def store_info(self, stored: str | None = None) -> StoreInfo:
+        """What a store of these features says of itself; `stored` is the dtype of its rows, by default a half one."""
+        if stored is None:
+            stored = "bfloat16" if self.dtype == mx.bfloat16 else "float16"
+        dtype = str(self.dtype).removeprefix("mlx.core.")
+        return StoreInfo(self.name, self.kind, self.fingerprint(), self.width, stored, dtype, self.draft)
+
     def flops(self, tile: tuple[int, int]) -> float:
         """Floating-point operations for a tile of (width, height) pixels; a multiplication and an addition are two.
 
@@ -131,6 +148,52 @@ class ImageEncoder:
             q, W = self.model.projector.config.num_queries, self.width
             total += 2 * N * D * W + 4 * N * W * W + 4 * q * N * W + 6 * q * W * W
         return float(total)
+
+
+class TextEncoder:
+    """A SigLIP's way from texts to embeddings in the space of its images.
+
+    Args:
+        folder: the checkpoint, for its tokenizer.
+        model: what was loaded from it.
+
+    Raises:
+        CheckpointError: if there is no text tower, or no tokenizer.
+    """
+
+    EOS = 1  # what a text ends with, and what fills it up
+
+    def __init__(self, folder: str | Path, model: SigLIP):
+        import sentencepiece  # mlx-lm brings it
+
+        if "text_tower" not in model:
+            raise CheckpointError(f"{folder}: has no text tower; take a checkpoint of a whole SigLIP")
+        path = Path(folder) / SENTENCEPIECE
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: has no {SENTENCEPIECE}; copy it from the repository of the weights")
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as e:
+            raise CheckpointError(f"{path}: damaged ({e}); download it again") from e
+        self.model = model
+
+    @staticmethod
+    def canonicalize(text: str) -> str:
+        """Lower case, without punctuation and needless spaces, as SigLIP was trained."""
+        return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids int32 (n, max_position_embeddings): cut to that length or filled up to it, as in training."""
+        length = self.model.text_tower.config.max_position_embeddings
+        ids = np.full((len(texts), length), self.EOS, np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            found = self._pieces.encode(self.canonicalize(text))[: length - 1]
+            row[: len(found)] = found
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> mx.array:
+        """Text embeddings (n, projection_size), not normalised."""
+        return self.model.text_tower(mx.array(self.tokenize(texts)))
 
 
 def load_encoder(
@@ -153,6 +216,7 @@ def load_encoder(
         ValueError: if the checkpoint has no features of this kind.
     """
     folder = find_checkpoint(path_or_hf_repo, revision)
+    name = name_of(path_or_hf_repo)
     if dtype is None:
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
     if read_json(folder / CONFIG).get("model_type") in ("siglip", "siglip_vision_model"):
@@ -162,7 +226,7 @@ def load_encoder(
             raise ValueError(f"{path_or_hf_repo}: has no projector, so no visual tokens; take pooled or patch")
         if kind == "pooled" and not model.vision_tower.config.vision_use_head:
             raise ValueError(f"{path_or_hf_repo}: has no pooling head; take --kind patch")
-        return ImageEncoder(str(path_or_hf_repo), model, kind, None, resample, draft)
+        return ImageEncoder(name, model, kind, None, resample, draft)
     config = read_config(folder)
     if draft:
         raise ValueError(f"{path_or_hf_repo}: slices are cut from the whole image, so --draft cannot be used")
@@ -171,7 +235,31 @@ def load_encoder(
     kind = kind or "patch"
     if kind == "pooled":
         raise ValueError(f"{path_or_hf_repo}: a llama3v tower has no pooling head; take --kind patch or visual-tokens")
-    return ImageEncoder(str(path_or_hf_repo), model, kind, ImageConfig(**config["image_config"]))
+    return ImageEncoder(name, model, kind, ImageConfig(**config["image_config"]))
+
+
+def name_of(path_or_hf_repo: str | Path) -> str:
+    """What a store calls a checkpoint: a folder's full path, a repository's name, and the bundled models "demo:…"."""
+    path = Path(path_or_hf_repo).expanduser()
+    if not path.is_dir():
+        return str(path_or_hf_repo)
+    return f"demo:{path.name}" if path in (CHECKPOINT, SIGLIP) else str(path.resolve())
+
+
+def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
+    """The encoder that a store was made with, and the folder of its checkpoint.
+
+    Raises:
+        FeatureError: if the checkpoint is another by now.
+        CheckpointError: if it is gone.
+    """
+    info = store.info
+    bundled = {name_of(path): path for path in (CHECKPOINT, SIGLIP)}
+    path = bundled.get(info.model, info.model)
+    encoder = load_encoder(path, info.kind, getattr(mx, info.compute_dtype), info.draft)
+    if encoder.fingerprint() != info.fingerprint:
+        raise FeatureError(f"{store.folder}: {info.model} is no longer what the store was made with; embed again")
+    return encoder, find_checkpoint(path)
 
 
 def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling]:

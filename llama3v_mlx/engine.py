@@ -24,6 +24,7 @@ from .checkpoint import (
     read_config,
     read_generation_config,
 )
+from .feature_cache import FeatureCache
 from .image import ImageSource
 from .model import Model
 from .processor import Processor, Prompt
@@ -76,6 +77,7 @@ class GenerationResponse(MLXResponse):
     preprocess_seconds: float = 0.0  # decoding, resizing, tokenizing
     vision_seconds: float = 0.0  # tower and projector
     prefill_seconds: float = 0.0  # Llama, to the first token
+    stored_images: int = 0  # found in the feature store, so neither decoded nor encoded
 
 
 def load(
@@ -127,6 +129,7 @@ def stream_generate(
     top_k: int | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    features: FeatureCache | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a question about images, text piece by text piece.
@@ -139,6 +142,7 @@ def stream_generate(
         system_prompt: goes before the question.
         max_tokens: at most so many, and no more than the context has room for.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
+        features: a store in which images are looked up, and to which new ones are added.
         kwargs: go to mlx-lm's `generate_step` (`kv_bits`, `prompt_cache`, `sampler`, `logits_processors`, …).
 
     Raises:
@@ -147,7 +151,8 @@ def stream_generate(
     """
     tic = time.perf_counter()
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    encoded = _encode(processor, prompt, images, system_prompt)
+    tiler = features.tile if features else None
+    encoded = _encode(dataclasses.replace(processor, tiler=tiler), prompt, images, system_prompt)
     length, context = len(encoded.ids), model.language_model.args.max_position_embeddings
     if context and length >= context:
         raise ValueError(
@@ -159,7 +164,8 @@ def stream_generate(
 
     tic = time.perf_counter()
     if encoded.images:
-        kwargs["input_embeddings"] = model.embed_inputs(ids, encoded.images)
+        encode = features.encode if features else model.encode_image
+        kwargs["input_embeddings"] = model.splice(ids, [image.grid for image in encoded.images], encode(encoded.images))
         # The prefill runs on another stream, which must find the rows ready.
         mx.eval(kwargs["input_embeddings"])
     vision_seconds = time.perf_counter() - tic
@@ -170,7 +176,7 @@ def stream_generate(
     sampling = dataclasses.replace(getattr(model, "sampling", Sampling()), **chosen)
     kwargs.setdefault("sampler", sampling.sampler())
     kwargs.setdefault("logits_processors", sampling.logits_processors(length))
-    tiles = sum(len(image.tiles) for image in encoded.images)
+    tiles = sum(image.num_tiles for image in encoded.images)
     if context:
         max_tokens = context - length if max_tokens < 0 else min(max_tokens, context - length)
     for response in mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs):
@@ -181,6 +187,7 @@ def stream_generate(
             preprocess_seconds=preprocess_seconds,
             vision_seconds=vision_seconds,
             prefill_seconds=length / response.prompt_tps,
+            stored_images=sum(not image.tiles for image in encoded.images),
         )
 
 
@@ -218,6 +225,7 @@ def statistics(response: GenerationResponse) -> str:
             f"Image: {response.num_tiles} tiles, {response.visual_tokens} visual tokens, preprocess "
             f"{response.preprocess_seconds:.3f} s, vision {response.vision_seconds:.3f} s, prefill "
             f"{response.prefill_seconds:.3f} s"
+            + (f"; {response.stored_images} from the feature store" if response.stored_images else "")
         )
     return "\n".join(lines)
 

@@ -5,8 +5,6 @@ fingerprint. An entry is found by the SHA-256 of its image file, whatever the fi
 a number, and a manifest, a list of file names and shards of its own, so that many can fill one store.
 """
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -21,6 +19,7 @@ import numpy as np
 
 from .checkpoint import read_json
 from .shards import (
+    LOCK,
     OPEN,
     RECORD,
     SEALED,
@@ -29,14 +28,16 @@ from .shards import (
     Shard,
     Verdict,
     check_writer,
+    ends_a_line,
     from_stored,
     shard_path,
+    store_lock,
     take_manifest,
     to_stored,
     write_beside,
 )
 
-STORE, LOCK = "store.json", "store.lock"
+STORE = "store.json"
 SHARD_BYTES = 1 << 30
 _OPEN_SHARDS = 32  # mapped at once: a Mac allows a process 256 open files
 
@@ -50,6 +51,8 @@ class StoreInfo:
     fingerprint: str  # of weights, compute dtype and preprocessing, in hex
     width: int  # values per row
     dtype: str  # of rows: a key of `shards.DTYPES`; "int8" rows have a float32 scale each
+    compute_dtype: str = "float32"  # of the tower that made them
+    draft: bool = False  # whether large JPEGs were decoded at a smaller scale
     version: int = 1
 
 
@@ -97,7 +100,9 @@ class FeatureStore:
         """
         folder = Path(folder)
         if not (folder / STORE).is_file():
-            if folder.exists() and (not folder.is_dir() or any(p.name != LOCK for p in folder.iterdir())):
+            # Another process may be making it just now, and have come as far as the lock or half of STORE.
+            found = [folder] if folder.is_file() else folder.glob("*")
+            if any(not path.name.startswith((LOCK, STORE)) for path in found):
                 raise FeatureError(f"{folder}: is not a feature store and not empty; give another --out")
             folder.mkdir(parents=True, exist_ok=True)
             with store_lock(folder):
@@ -225,7 +230,7 @@ class FeatureWriter:
             if self._manifest:
                 break
         self._names = (store.folder / f"names-{self.number:03}.jsonl").open("a", encoding="utf-8")
-        if self._names.tell() and not Path(self._names.name).read_bytes().endswith(b"\n"):
+        if not ends_a_line(Path(self._names.name)):
             self._names.write("\n")
         self._recover()
 
@@ -313,15 +318,6 @@ class FeatureWriter:
             # They are the manifest's last, and those whose rows a loss of power has taken go with them.
             count -= int(mine.sum()) - len(self._shard.records[0])
         os.truncate(path, count * RECORD.itemsize)
-
-
-@contextlib.contextmanager
-def store_lock(folder: Path) -> Iterator[None]:
-    """Hold the store's lock: one process at a time looks for duplicates and appends."""
-    with (folder / LOCK).open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def verify(folder: str | Path) -> Verdict:

@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the key-value cache")
     cache.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: 64)")
     cache.add_argument("--quantized-kv-start", type=int, default=5000, help="from this token on (default: 5000)")
+    cache.add_argument("--features", metavar="STORE", help="a store where images are looked up, and new ones kept")
     cache.add_argument("--max-image-tiles", type=_positive, help="tiles per image, the overview included, at most")
     output = parser.add_argument_group("output")
     output.add_argument("--no-verbose", action="store_true", help="print the answer alone")
@@ -53,15 +54,21 @@ def answer(args: argparse.Namespace) -> None:
     """Load, generate, print."""
     import mlx.core as mx
 
+    from .encoder import name_of
     from .engine import load, statistics, stream_generate
+    from .feature_cache import FeatureCache
     from .image import load_image
 
     prompt = IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
-    images = [load_image(image) for image in args.image]  # a bad file is found before a large model is loaded
+    # A bad file is found before a large model is loaded; one that is in a store is not even decoded.
+    images = args.image if args.features else [load_image(image) for image in args.image]
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
     model, processor = load(args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles)
+    features = None
+    if args.features:
+        features = FeatureCache(args.features, model, processor.image_config, name_of(args.model or CHECKPOINT))
     if args.seed is not None:
         mx.random.seed(args.seed)
 
@@ -71,7 +78,7 @@ def answer(args: argparse.Namespace) -> None:
     for response in stream_generate(
         model,
         processor,
-        [{"role": "user", "content": [*images, prompt]}],
+        [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), prompt]}],
         system_prompt=args.system_prompt,
         max_tokens=args.max_tokens,
         temperature=args.temp,
@@ -82,6 +89,7 @@ def answer(args: argparse.Namespace) -> None:
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
+        features=features,
     ):
         text += response.text
         if not args.json:

@@ -69,6 +69,11 @@ class TiledImage:
 
     tiles: tuple[np.ndarray, ...]  # uint8 (height, width, 3) RGB: the overview, then slices row by row
     grid: tuple[int, int] | None  # (columns, rows) of the slices
+    sha256: bytes | None = None  # of the file; `tiles` may then be empty, where a feature store has the image
+
+    @property
+    def num_tiles(self) -> int:
+        return 1 + (self.grid[0] * self.grid[1] if self.grid else 0)
 
 
 def load_image(source: ImageSource, draft: tuple[int, int] | None = None) -> Image.Image:
@@ -107,6 +112,20 @@ def load_image(source: ImageSource, draft: tuple[int, int] | None = None) -> Ima
         raise ImageError(f"{name}: the image is damaged or cut short ({_reason(e)})") from e
     rgb.info = {}  # an orientation left here would turn the image again when it is loaded again
     return rgb
+
+
+def read_bytes(source: ImageSource) -> bytes | None:
+    """The bytes of an image file, by which it is known again; None for pixels that are not in a file.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return None
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    text = os.fspath(source)
+    return _decode_data_uri(text) if text[:5].lower() == "data:" else _read(source)
 
 
 def plan_tiles(width: int, height: int, config: ImageConfig = ImageConfig()) -> Tiling:
@@ -176,21 +195,24 @@ def _open(source: ImageSource) -> tuple[str, Image.Image]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "image data", _open_bytes("image data", bytes(source))
     text = os.fspath(source)
-    scheme = text[:8].lower()
-    if scheme.startswith("data:"):
+    if text[:5].lower() == "data:":
         return "data URI", _open_bytes("data URI", _decode_data_uri(text))
-    name = _printable(text or ".")
+    return _printable(text or "."), _open_bytes(_printable(text or "."), _read(source))
+
+
+def _read(source: str | os.PathLike) -> bytes:
+    """The bytes of a file."""
+    name, scheme = _printable(os.fspath(source) or "."), os.fspath(source)[:8].lower()
     if scheme.startswith(("http://", "https://")):
         raise ImageError(f"{name}: images are not fetched from the network; download it and give the file")
     try:
-        data = Path(source).read_bytes()
+        return Path(source).read_bytes()
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
         raise ImageError(f"{name}: is a folder, not an image; give the files in it") from None
     except (OSError, ValueError) as e:
         raise ImageError(f"{name}: cannot be read ({_reason(e)})") from e
-    return name, _open_bytes(name, data)
 
 
 def _open_bytes(name: str, data: bytes) -> Image.Image:

@@ -7,7 +7,7 @@ lays the block's true rows in. Text that a user wrote never becomes a special to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -69,6 +69,7 @@ class Processor:
     num_queries: int  # visual tokens per tile
     prompt_tokens: PromptTokens
     tokenizer: Any = None  # None where mlx-lm, which has its own, made the processor
+    tiler: Callable[[ImageSource], TiledImage] | None = None  # in the place of `tile_image`: a feature store's
 
     image_token: ClassVar[str] = PromptTokens.TEXTS["image"]
 
@@ -85,6 +86,10 @@ class Processor:
     def with_max_tiles(self, max_tiles: int | None) -> Processor:
         """The same, for at most `max_tiles` tiles per image."""
         return replace(self, image_config=self.image_config.with_max_tiles(max_tiles))
+
+    def tile(self, image: ImageSource) -> TiledImage:
+        """The image as the model sees it."""
+        return self.tiler(image) if self.tiler else tile_image(image, self.image_config)
 
     def num_image_tokens(self, image: TiledImage) -> int:
         """How many tokens of the context an image takes."""
@@ -106,7 +111,7 @@ class Processor:
         parts = text.split(self.image_token)
         if len(parts) - 1 != len(images):
             raise ValueError(f"the text has places for {len(parts) - 1} images, but {len(images)} were given")
-        tiled = [tile_image(image, self.image_config) for image in images]
+        tiled = [self.tile(image) for image in images]
         grown = parts[0]
         for image, part in zip(tiled, parts[1:], strict=True):
             grown += self.image_token * self.num_image_tokens(image) + part
@@ -131,7 +136,7 @@ class Processor:
                 return Prompt(self.tokenizer.encode(text, add_special_tokens=False), tiled)
             prompt, images = [{"role": "user", "content": [*map(_Image, images), prompt]}], ()
         elif all(isinstance(i, int) for i in prompt):
-            return Prompt(list(prompt), [tile_image(image, self.image_config) for image in images])
+            return Prompt(list(prompt), [self.tile(image) for image in images])
         return self._encode_messages(prompt, images)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -151,7 +156,7 @@ class Processor:
                 if isinstance(part, str):
                     text += part
                     continue
-                image = tile_image(part.source, self.image_config)
+                image = self.tile(part.source)
                 tiled.append(image)
                 ids += self._text(text) + [self.prompt_tokens.image] * self.num_image_tokens(image)
                 text = ""

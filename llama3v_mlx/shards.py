@@ -5,12 +5,13 @@ it. When it is full, or its process is done, scales and records follow the rows,
 the file is renamed to `.safetensors`. Nothing is written twice, and a sealed shard says alone what is in it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -35,6 +36,7 @@ RECORD = np.dtype(
     ]
 )
 HEADER_BYTES = 4096
+LOCK = "store.lock"
 SEALED, OPEN, SCALES = ".safetensors", ".open", ".scales"
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
 _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
@@ -304,3 +306,21 @@ def write_beside(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def ends_a_line(path: Path) -> bool:
+    """Whether nothing, or whole lines, are in a file: a kill may have cut the last one short."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+@contextlib.contextmanager
+def store_lock(folder: Path) -> Iterator[None]:
+    """Hold the store's lock: one process at a time looks for duplicates and appends."""
+    with (folder / LOCK).open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

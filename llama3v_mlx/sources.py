@@ -39,6 +39,22 @@ def find_sources(paths: list[str]) -> Iterator[Source]:
             yield Source(str(path), path.read_bytes)
 
 
+def read_named(name: str) -> bytes:
+    """The bytes of an image by the name that `find_sources` gave it.
+
+    Raises:
+        OSError: if it is not there any more.
+    """
+    archive, in_tar, member = name.partition(".tar/")
+    if not in_tar or Path(name).exists():
+        return Path(name).read_bytes()
+    try:
+        with tarfile.open(f"{archive}.tar", "r:") as file:
+            return file.extractfile(member).read()
+    except (tarfile.TarError, KeyError) as e:
+        raise FileNotFoundError(name) from e
+
+
 def _in_folder(folder: Path) -> Iterator[Source]:
     for root, folders, names in os.walk(folder):
         folders.sort()

@@ -7,19 +7,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import llama3v_mlx  # noqa: F401, I001  (loads OpenBLAS, which must come before mlx.core)
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image, ImageDraw
 
 from llama3v_mlx.demo import CHECKPOINT
+from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
 
 ROOT = Path(__file__).parents[1]
+
+SIGLIP_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP_VISION |= {"image_size": 56, "patch_size": 14}
+SIGLIP_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+}
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +48,29 @@ def demo():
 def folder(tmp_path: Path) -> Path:
     """A copy of the bundled checkpoint, to be damaged."""
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def siglip(tmp_path_factory) -> Path:
+    """A SigLIP of random weights, as Google publishes its own."""
+    folder = tmp_path_factory.mktemp("siglip")
+    mx.random.seed(0)
+    model = SigLIP(
+        VisionConfig.from_dict({**SIGLIP_VISION, "model_type": "siglip_vision_model"}),
+        TextConfig.from_dict(SIGLIP_TEXT),
+    )
+    tensors = {}
+    for name, tensor in tree_flatten(model.parameters()):
+        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
+        name = name.replace(".in_proj.", ".in_proj_")
+        tensors[name] = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    config = {"model_type": "siglip", "vision_config": SIGLIP_VISION, "text_config": SIGLIP_TEXT}
+    (folder / "config.json").write_text(json.dumps(config))
+    size = {"height": 56, "width": 56}
+    preprocessor = {"size": size, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
 
 
 @pytest.fixture(scope="session")

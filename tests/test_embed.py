@@ -14,7 +14,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from PIL import Image
 
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
@@ -22,31 +21,6 @@ from llama3v_mlx.embed import main
 from llama3v_mlx.encoder import load_encoder
 from llama3v_mlx.features import FeatureStore
 from llama3v_mlx.image import tile_image
-from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
-
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION |= {"image_size": 56, "patch_size": 14}
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
-
-
-@pytest.fixture(scope="session")
-def siglip(tmp_path_factory) -> Path:
-    """A SigLIP of random weights, as Google publishes its own."""
-    folder = tmp_path_factory.mktemp("siglip")
-    mx.random.seed(0)
-    model = SigLIP(VisionConfig.from_dict({**VISION, "model_type": "siglip_vision_model"}), TextConfig.from_dict(TEXT))
-    tensors = {}
-    for name, tensor in tree_flatten(model.parameters()):
-        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
-        name = name.replace(".in_proj.", ".in_proj_")
-        tensors[name] = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    config = {"model_type": "siglip", "vision_config": VISION, "text_config": TEXT}
-    (folder / "config.json").write_text(json.dumps(config))
-    size = {"height": 56, "width": 56}
-    preprocessor = {"size": size, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder
 
 
 @pytest.fixture
@@ -70,7 +44,8 @@ def figures(capsys, *args: str | Path) -> dict:
 
 @pytest.mark.parametrize("kind", ["patch", "visual-tokens"])
 def test_slices_of_a_llama3v_checkpoint(photos: Path, tmp_path: Path, capsys, demo, kind: str) -> None:
-    found = figures(capsys, photos, "--out", tmp_path / "store", "--kind", kind, "--store-dtype", "float32")
+    args = ("--model", CHECKPOINT, "--kind", kind, "--store-dtype", "float32")
+    found = figures(capsys, photos, "--out", tmp_path / "store", *args)
     assert (found["new"], found["known"], found["failed"], found["rows"]) == (8, 1, 0, 8)
 
     store, model = FeatureStore(tmp_path / "store"), demo[0]

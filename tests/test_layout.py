@@ -8,8 +8,20 @@ import llama3v_mlx
 PACKAGE = Path(llama3v_mlx.__file__).parent
 
 # Each module may import those before it. The commands come last, and nobody imports them.
-ORDER = ("image", "siglip", "projector", "processor", "model", "checkpoint", "shards", "features", "encoder", "engine")
-COMMANDS = ("generate", "embed", "convert")
+ORDER = (
+    "image",
+    "cpu",
+    "siglip",
+    "projector",
+    "processor",
+    "model",
+    "checkpoint",
+    "shards",
+    "features",
+    "encoder",
+    "engine",
+)
+COMMANDS = ("generate", "embed", "search", "convert")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -21,10 +21,17 @@ def test_python_blocks_run(run_python, code: str) -> None:
     assert "hree blue circles" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder for the commands one after another: what they write stays out of the clone."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "llama3v_mlx").symlink_to(ROOT / "llama3v_mlx")
+    return folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(run_python, tmp_path: Path, command: str) -> None:
-    (tmp_path / "llama3v_mlx").symlink_to(ROOT / "llama3v_mlx")  # what a command writes stays out of the clone
-    done = run_python(*shlex.split(command)[1:], cwd=tmp_path)
+def test_commands_run(run_python, workplace: Path, command: str) -> None:
+    done = run_python(*shlex.split(command)[1:], cwd=workplace)
     assert done.returncode == 0, done.stderr
 
 

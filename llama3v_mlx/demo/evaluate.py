@@ -21,18 +21,24 @@ NUMBER_KINDS = ("describe", "number", "color", "background")
 
 def held_out(count: int) -> Iterator[tuple[str, object, str, str, str]]:
     """`count` times (name, PIL image, kind, question, right answer), always the same; four in ten are numbers."""
+    from . import world
+
+    for i, (rng, scene) in enumerate(_scenes(count)):
+        is_number = scene.number is not None
+        kinds = NUMBER_KINDS if is_number else SHAPE_KINDS
+        kind, question, answer = world.ask(rng, scene, kinds[i // 5 % len(kinds)])
+        noun = "number" if scene.number else "shapes"
+        yield f"held-out {i}", scene.image, f"{kind} ({noun})" if kind in NUMBER_KINDS[:1] else kind, question, answer
+
+
+def _scenes(count: int) -> Iterator[tuple]:
     import numpy as np
 
     from . import world
 
     for i in range(count):
         rng = np.random.default_rng(SEED + i)
-        is_number = i % 5 < 2
-        scene = world.draw_scene(rng, world.draw_size(rng), "test", numbers=float(is_number))
-        kinds = NUMBER_KINDS if is_number else SHAPE_KINDS
-        kind, question, answer = world.ask(rng, scene, kinds[i // 5 % len(kinds)])
-        noun = "number" if scene.number else "shapes"
-        yield f"held-out {i}", scene.image, f"{kind} ({noun})" if kind in NUMBER_KINDS[:1] else kind, question, answer
+        yield rng, world.draw_scene(rng, world.draw_size(rng), "test", numbers=float(i % 5 < 2))
 
 
 def evaluate(model: str, count: int, show: bool = False) -> dict[str, tuple[int, int]]:
@@ -53,16 +59,46 @@ def evaluate(model: str, count: int, show: bool = False) -> dict[str, tuple[int,
     return {key: (right[key], n) for key, n in sorted(asked.items())}
 
 
+def retrieval(model: str, count: int = 500) -> dict[str, tuple[int, int]]:
+    """(right, asked) by kind of picture: whether a caption finds, first of all, the picture that it is true of.
+
+    Asked among `count` held-out pictures, of which those with the same caption as another are left out.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    from ..encoder import TextEncoder, load_encoder
+    from . import world
+
+    encoder = load_encoder(model, "pooled")
+    texts = TextEncoder(model, encoder.model)
+    found: dict[str, np.ndarray] = {}
+    for _, scene in _scenes(count):
+        caption = world.answer(scene, "describe")
+        features = encoder.encode([encoder.prepare(scene.image)])
+        found[caption] = None if caption in found else features[0].rows
+    captions = [caption for caption, rows in found.items() if rows is not None]
+    images = mx.concatenate([found[caption] for caption in captions])
+    logits = np.array(encoder.model.logits(images, texts.encode(captions)))
+    right, asked = Counter(), Counter()
+    for i, caption in enumerate(captions):
+        for kind in ("number" if "number" in caption else "shapes", "all"):
+            asked[kind] += 1
+            right[kind] += logits[:, i].argmax() == i
+    return {kind: (int(right[kind]), n) for kind, n in sorted(asked.items())}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.demo.evaluate", description=__doc__)
     parser.add_argument("--model", default=str(CHECKPOINT), help="a demo checkpoint (default: the bundled)")
     parser.add_argument("--count", type=int, default=500, help="images (default: 500)")
+    parser.add_argument("--siglip", metavar="DIR", help="have a SigLIP find the images by their captions instead")
     parser.add_argument("--show", action="store_true", help="print wrong answers to stderr")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
     def report() -> None:
-        results = evaluate(args.model, args.count, args.show)
+        results = retrieval(args.siglip, args.count) if args.siglip else evaluate(args.model, args.count, args.show)
         for kind, (right, asked) in results.items():
             print(f"{kind:20} {right:4} of {asked:4}  {right / asked:6.1%}")
         print(json.dumps({kind: right / asked for kind, (right, asked) in results.items()}))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llama3v_mlx.encoder import load_encoder
+from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.encoder import TextEncoder, load_encoder
 
 from .parity import randomize, relative_error
 
@@ -52,3 +53,34 @@ def test_both_towers_and_logits(tmp_path: Path) -> None:
     unit = text_embeddings / mx.linalg.norm(text_embeddings, axis=-1, keepdims=True)
     assert relative_error(unit, expected.text_embeds) < 1e-5
     assert relative_error(logits, expected.logits_per_image) < 1e-5
+
+
+def test_tokens_are_those_of_transformers() -> None:
+    """The bundled sentencepiece model through both; Google's differs in its pieces alone."""
+    theirs = transformers.SiglipTokenizer(str(SIGLIP / "spiece.model"), model_max_length=16)
+    ours = TextEncoder(SIGLIP, load_encoder(SIGLIP).model)
+    texts = [
+        "Three blue circles on a white background.",
+        "the number is 427",
+        "It's  42!",
+        "Zebra – übermäßig",
+        "",
+        "a " * 40,
+    ]
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=16)["input_ids"]
+    np.testing.assert_array_equal(ours.tokenize(texts), expected)
+
+
+def test_the_bundled_siglip_is_a_siglip() -> None:
+    """transformers loads its folder, and gives the same scores: float32 of the same float16 weights."""
+    reference = transformers.SiglipModel.from_pretrained(SIGLIP, dtype=torch.float32).eval()
+    encoder = load_encoder(SIGLIP, dtype=mx.float32)
+    texts = ["three blue circles on a white background", "the number is 42"]
+    ids = TextEncoder(SIGLIP, encoder.model).tokenize(texts)
+    images = [Image.open(path) for path in sorted(IMAGES.iterdir())]
+    pixels = transformers.SiglipImageProcessor.from_pretrained(SIGLIP)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor(ids), pixel_values=pixels).logits_per_image
+    features = encoder.encode([encoder.prepare(image) for image in images])
+    logits = encoder.model.logits(mx.concatenate([f.rows for f in features]), encoder.model.text_tower(mx.array(ids)))
+    assert relative_error(logits, expected) < 1e-5

@@ -1,0 +1,133 @@
+"""Searching a store by words and by images, with the bundled SigLIP."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
+from llama3v_mlx.embed import main as embed
+from llama3v_mlx.encoder import TextEncoder, load_encoder
+from llama3v_mlx.search import main, nearest
+from llama3v_mlx.siglip import SigLIP
+
+
+@pytest.fixture(scope="module")
+def texts() -> TextEncoder:
+    return TextEncoder(SIGLIP, load_encoder(SIGLIP).model)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """The bundled images, and a red square inside a tar archive."""
+    folder = tmp_path_factory.mktemp("search")
+    image = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(image).rectangle((100, 50, 180, 130), fill=(225, 20, 20))
+    image.save(folder / "red.png")
+    with tarfile.open(folder / "more.tar", "w") as archive:
+        archive.add(folder / "red.png", "red.png")
+    embed([str(IMAGES), str(folder / "more.tar"), "--out", str(folder / "store"), "--batch-size", "4"])
+    return folder / "store"
+
+
+def found(capsys, *args: str | Path) -> list[dict]:
+    main([*map(str, args), "--json"])
+    return json.loads(capsys.readouterr().out)["hits"]
+
+
+def test_tokens(texts: TextEncoder) -> None:
+    ids = texts.tokenize(["Three blue circles, on a WHITE  background!", "", "a " * 40])
+    assert ids.shape == (3, 16)
+    np.testing.assert_array_equal(ids[0], texts.tokenize(["three blue circles on a white background"])[0])
+    assert (ids[1] == TextEncoder.EOS).all()
+    assert ids[2, -1] == TextEncoder.EOS and (ids[2, :-1] != TextEncoder.EOS).all()
+    assert texts.canonicalize(" It's  a\tTest. ") == "its a test"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in IMAGES.iterdir()))
+def test_words_find_their_image(store: Path, capsys, name: str) -> None:
+    hits = found(capsys, store, name.replace("-", " ") + " background" * ("background" not in name), "--top", "2")
+    assert Path(hits[0]["path"]).stem == name
+    assert hits[0]["cosine"] > hits[1]["cosine"] and 0 <= hits[1]["probability"] < hits[0]["probability"] <= 1
+
+
+def test_an_image_finds_itself(store: Path, capsys) -> None:
+    path = IMAGES / "two-red-stars.jpg"
+    hits = found(capsys, store, "--image", path)
+    assert Path(hits[0]["path"]) == path and len(hits) == len(list(IMAGES.iterdir())) + 1
+    assert hits[0]["cosine"] == pytest.approx(1, abs=1e-3)  # the store's rows are float16
+    assert [hit["probability"] for hit in hits] == [None] * len(hits)
+
+
+def test_nearest_is_the_order_of_all_cosines(store: Path, rng: np.random.Generator) -> None:
+    from llama3v_mlx.features import Features, FeatureStore, FeatureWriter, StoreInfo
+
+    matrix = rng.normal(size=(500, 8)).astype(np.float32)
+    made = FeatureStore.create(store.parent / "random", StoreInfo("m", "pooled", "0", 8, "float32"))
+    with FeatureWriter(made, shard_bytes=4000) as writer:
+        for i, row in enumerate(matrix):
+            writer.add([(i.to_bytes(32, "big"), Features(mx.array(row[None]), (1, 1)))])
+    query = rng.normal(size=8)
+    cosines = matrix @ query / np.linalg.norm(matrix, axis=1) / np.linalg.norm(query)
+    hits = nearest(made, query, 20)
+    assert [int.from_bytes(key, "big") for key, _ in hits] == np.argsort(-cosines)[:20].tolist()
+    np.testing.assert_allclose([score for _, score in hits], np.sort(cosines)[::-1][:20], rtol=1e-5)
+    assert len(nearest(made, query, 1000)) == 500
+
+
+def test_sheet(store: Path, tmp_path: Path, capsys) -> None:
+    """Six cells, of which the archive's is read from the archive."""
+    main([str(store), "a red square", "--top", "4", "--sheet", str(tmp_path / "sheet.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "red" in lines[0]
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    assert sheet.shape[:2] == (2 * (240 + 34 + 12) + 12, 2 * 252 + 12)
+    first = sheet[12:252, 12:252]
+    assert ((first[..., 0] > 180) & (first[..., 1] < 90)).mean() > 0.02
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_images_that_are_gone(tmp_path: Path, capsys) -> None:
+    shutil.copy(IMAGES / "two-red-stars.jpg", tmp_path / "gone.jpg")
+    embed([str(tmp_path / "gone.jpg"), "--out", str(tmp_path / "store")])
+    (tmp_path / "gone.jpg").unlink()
+    main([str(tmp_path / "store"), "stars", "--sheet", str(tmp_path / "sheet.png")])
+    assert "gone.jpg" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_errors(store: Path, tmp_path: Path, siglip: Path, picture: Path, capsys) -> None:
+    def error(*args: str | Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, args)])
+        assert stop.value.code == 1
+        return capsys.readouterr().err
+
+    for args in ((store,), (store, "words", "--image", picture), (store, " "), (store, "words", "--top", "0")):
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, args)])
+        assert stop.value.code == 2
+    capsys.readouterr()
+    assert "not a feature store" in error(tmp_path, "words")
+    assert "no such file" in error(store, "--image", tmp_path / "no.jpg")
+    embed([str(picture), "--out", str(tmp_path / "patch"), "--model", str(CHECKPOINT)])
+    assert "embed with --kind pooled" in error(tmp_path / "patch", "words")
+    embed([str(picture), "--out", str(tmp_path / "other"), "--model", str(siglip)])
+    assert "has no spiece.model" in error(tmp_path / "other", "words")
+    copy = shutil.copytree(siglip, tmp_path / "copy")
+    embed([str(picture), "--out", str(tmp_path / "third"), "--model", str(copy)])
+    (copy / "preprocessor_config.json").write_text('{"resample": 2}')
+    assert "no longer what the store was made with" in error(tmp_path / "third", "--image", picture)
+    shutil.rmtree(copy)
+    assert "no such folder" in error(tmp_path / "third", "--image", picture)
+
+
+def test_a_vision_tower_alone_has_no_words(siglip: Path, tmp_path: Path) -> None:
+    model = load_encoder(siglip).model
+    with pytest.raises(ValueError, match="has no text tower"):
+        TextEncoder(tmp_path, SigLIP(model.vision_tower.config, None))
