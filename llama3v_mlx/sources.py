@@ -39,6 +39,21 @@ def find_sources(paths: list[str]) -> Iterator[Source]:
             yield Source(str(path), path.read_bytes)
 
 
+def count_sources(paths: list[str]) -> int:
+    """How many images `find_sources` will find, without reading any; 0 for what it will not like."""
+    total = 0
+    for text in paths:
+        try:
+            if Path(text).is_file() and Path(text).suffix.lower() == ".tar":
+                with tarfile.open(text, "r:") as archive:
+                    total += sum(_is_image(member) for member in archive)
+            else:
+                total += sum(1 for _ in find_sources([text]))
+        except (OSError, ValueError, tarfile.TarError):
+            continue
+    return total
+
+
 def read_named(name: str) -> bytes:
     """The bytes of an image by the name that `find_sources` gave it.
 
@@ -86,10 +101,14 @@ def _in_tar(path: Path) -> Iterator[Source]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS:
+                if _is_image(member):
                     data = archive.extractfile(member).read()
                     if len(data) < member.size:
                         raise tarfile.ReadError("unexpected end of data")
                     yield Source(f"{path}/{member.name}", lambda data=data: data)
     except tarfile.TarError as e:
         raise ValueError(f"{path}: not a tar archive, or cut short ({e})") from e
+
+
+def _is_image(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS

@@ -21,6 +21,7 @@ from llama3v_mlx.embed import main
 from llama3v_mlx.encoder import load_encoder
 from llama3v_mlx.features import FeatureStore
 from llama3v_mlx.image import tile_image
+from llama3v_mlx.sources import count_sources
 
 
 @pytest.fixture
@@ -40,6 +41,14 @@ def photos(tmp_path: Path) -> Path:
 def figures(capsys, *args: str | Path) -> dict:
     main([*map(str, args), "--json", "--batch-size", "4"])
     return json.loads(capsys.readouterr().out)
+
+
+def test_sources_are_counted_without_reading(photos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "some.tar", "w") as archive:
+        archive.add(photos, "photos")
+    (tmp_path / "list.txt").write_text("photos/1.png\n\nphotos/none.png\n")
+    paths = [str(tmp_path / name) for name in ("photos", "some.tar", "list.txt", "gone", "photos/1.png")]
+    assert count_sources(paths) == 9 + 9 + 2 + 0 + 1
 
 
 @pytest.mark.parametrize("kind", ["patch", "visual-tokens"])
