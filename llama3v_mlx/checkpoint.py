@@ -28,7 +28,7 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "
 
 # What the released llama3v config leaves out is as in MiniCPM-Llama3-V-2.5, whose weights have the same structure.
 _VISION_DEFAULTS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-_TEXT_KEYS = (
+TEXT_KEYS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict:
         )
     if "text_config" in config:
         return config
-    missing = [key for key in _TEXT_KEYS[:4] + ("vocab_size", "query_num") if key not in config]
+    missing = [key for key in TEXT_KEYS[:4] + ("vocab_size", "query_num") if key not in config]
     if missing:
         raise CheckpointError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
     if kind == "minicpmv" and str(config.get("version", "2.5")) != "2.5":
@@ -96,31 +96,55 @@ def read_config(folder: Path) -> dict:
     patch_size = config.get("patch_size", 14)
     vision = {**_VISION_DEFAULTS, "image_size": 70 * patch_size, "patch_size": patch_size}
     vision |= {**(config.get("vision_config") or {}), "model_type": "idefics2"}
-    text = {key: config[key] for key in _TEXT_KEYS if key in config}
-    eos = [config.get("eos_token_id", 128001), _token_ids(folder, [EOT])[0]]
-    ids = _token_ids(folder, PromptTokens.TEXTS.values())
-    return {
-        "model_type": MODEL_TYPE,
-        "processor_type": MODEL_TYPE,
-        "architectures": ["Llama3V"],
-        "dtype": config.get("torch_dtype", "float16"),
-        "bos_token_id": config.get("bos_token_id", 128000),
-        "eos_token_id": list(dict.fromkeys(eos)),
-        "text_config": {"model_type": "llama", "tie_word_embeddings": False, **text},
-        "vision_config": vision,
-        "projector_config": {
-            "projector_type": "resampler",
-            "hidden_size": config["hidden_size"],
-            "vision_hidden_size": vision["hidden_size"],
-            "num_queries": config["query_num"],
-            "num_attention_heads": max(1, config["hidden_size"] // 128),
-        },
-        "image_config": {
+    text = {key: config[key] for key in TEXT_KEYS if key in config}
+    ids = token_ids(folder, PromptTokens.TEXTS.values())
+    return make_config(
+        folder,
+        dtype=config.get("torch_dtype", "float16"),
+        text=text,
+        bos=config.get("bos_token_id", 128000),
+        eos=config.get("eos_token_id", 128001),
+        vision=vision,
+        projector={"projector_type": "resampler", "num_queries": config["query_num"]},
+        image={
             "scale_resolution": slices.get("scale_resolution", config.get("image_size", 448)),
             "patch_size": patch_size,
             "max_slice_nums": slices.get("max_slice_nums", 9) if config.get("slice_mode", True) else 1,
         },
-        "prompt_tokens": dict(zip(PromptTokens.TEXTS, ids, strict=True)),
+        prompt_tokens=dict(zip(PromptTokens.TEXTS, ids, strict=True)),
+    )
+
+
+def make_config(
+    tokenizer: Path,
+    dtype: str,
+    text: dict,
+    bos: int,
+    eos: int,
+    vision: dict,
+    projector: dict,
+    image: dict,
+    prompt_tokens: dict,
+) -> dict:
+    """A config in our layout; `tokenizer` is the folder that has it, the projector's widths follow from the others."""
+    width = text["hidden_size"]
+    return {
+        "model_type": MODEL_TYPE,
+        "processor_type": MODEL_TYPE,
+        "architectures": ["Llama3V"],
+        "dtype": dtype,
+        "bos_token_id": bos,
+        "eos_token_id": list(dict.fromkeys([eos, token_ids(tokenizer, [EOT])[0]])),
+        "text_config": {"model_type": "llama", "tie_word_embeddings": False, **text},
+        "vision_config": vision,
+        "projector_config": {
+            "hidden_size": width,
+            "vision_hidden_size": vision["hidden_size"],
+            "num_attention_heads": max(1, width // 128),
+            **projector,
+        },
+        "image_config": image,
+        "prompt_tokens": prompt_tokens,
     }
 
 
@@ -283,7 +307,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
+def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
     """The one id of each text in a folder's tokenizer."""
     from tokenizers import Tokenizer
 

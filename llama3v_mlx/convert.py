@@ -7,11 +7,13 @@ when it is complete, and never before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +39,15 @@ SPARE_BYTES = 100_000_000  # of the disk, beside the tensors: tokenizer, headers
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Llama3-V checkpoint for MLX.")
-    parser.add_argument("--hf-path", "--model", required=True, help="folder or Hub repository of the checkpoint")
+    parser.add_argument("--hf-path", "--model", help="folder or Hub repository of the checkpoint")
     parser.add_argument("--mlx-path", default="mlx_model", help="folder to be written (default: mlx_model)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--dtype", choices=DTYPES, help="of what is not quantized (default: as in config.json)")
+    joining = parser.add_argument_group("a new model to train, of two published ones, in the place of --hf-path")
+    joining.add_argument("--vision", help="SigLIP, such as google/siglip-so400m-patch14-384")
+    joining.add_argument("--llm", help="Llama 3, such as meta-llama/Meta-Llama-3-8B-Instruct")
+    joining.add_argument("--projector", choices=("resampler", "self-attention"), help="(default: resampler)")
+    joining.add_argument("--seed", type=int, help="of the projector's weights (default: 0)")
     quantization = parser.add_argument_group("quantization of the language model")
     quantization.add_argument("-q", "--quantize", action="store_true", help="quantize it")
     quantization.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="per weight (default: 4)")
@@ -65,13 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     debug = options.pop("debug")
     try:
         check_quantization(**{key: options[key] for key in options if key.startswith("q")})
+        new = {key: options[key] for key in ("vision", "llm", "projector", "seed")}
+        check_sources(options["hf_path"], new, options["verify"])
     except ValueError as e:
         parser.error(str(e))
     run(lambda: convert(**options), debug)
 
 
 def convert(
-    hf_path: str | Path,
+    hf_path: str | Path | None = None,
     mlx_path: str | Path = "mlx_model",
     quantize: bool = False,
     q_bits: int | None = None,
@@ -82,6 +91,10 @@ def convert(
     upload_repo: str | None = None,
     revision: str | None = None,
     verify: bool = False,
+    vision: str | Path | None = None,
+    llm: str | Path | None = None,
+    projector: str | None = None,
+    seed: int | None = None,
 ) -> None:
     """Convert a checkpoint for MLX, within a few GB of memory, and print what was written.
 
@@ -97,6 +110,7 @@ def convert(
         upload_repo: a Hub repository to upload the result to.
         revision: a branch, tag or commit of the repository `hf_path`.
         verify: measure what the result lost against the source; if `mlx_path` exists, do nothing else.
+        vision, llm, projector, seed: see `join.join`; they make a new model in the place of `hf_path`.
 
     Raises:
         ValueError: for options that do not go together.
@@ -105,6 +119,8 @@ def convert(
     tic = time.perf_counter()
     mlx_path = Path(mlx_path).expanduser()
     quantization = check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
+    new = {"vision": vision, "llm": llm, "projector": projector, "seed": seed}
+    check_sources(hf_path, new, verify)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if verify and mlx_path.is_dir() and not (quantize or dtype or upload_repo):
@@ -116,26 +132,24 @@ def convert(
     if upload_repo:
         _check_upload(upload_repo)
 
-    from .checkpoint import find_checkpoint, read_tensors
     from .streaming import make_plan
 
-    folder = find_checkpoint(hf_path, revision)
-    config = _new_config(folder, dtype)
-    tensors = read_tensors(folder)
-    plan = make_plan(folder, config, tensors, quantization, quant_predicate)
-    if quantization:
-        overrides = {path: own for path, own in plan.quantized.items() if own != quantization}
-        config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
-    texts = _texts(folder, config, hf_path, upload_repo or mlx_path.name)
-    with new_folder(mlx_path, plan.num_bytes + SPARE_BYTES) as partial:
-        num_shards = _write(folder, partial, tensors, plan, texts)
+    with _source(hf_path, revision, new) as (folder, tensors, origin):
+        config = _new_config(folder, dtype)
+        plan = make_plan(folder, config, tensors, quantization, quant_predicate)
+        if quantization:
+            overrides = {path: own for path, own in plan.quantized.items() if own != quantization}
+            config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
+        texts = _texts(folder, config, origin, upload_repo or mlx_path.name)
+        with new_folder(mlx_path, plan.num_bytes + SPARE_BYTES) as partial:
+            num_shards = _write(folder, partial, tensors, plan, texts)
     print(
         f"{mlx_path}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' if num_shards > 1 else ''}, "
         f"{8 * plan.num_bytes / plan.num_parameters:.2f} bits per weight, {time.perf_counter() - tic:.1f} s, "
         f"peak memory {_peak_memory() / 1e9:.2f} GB"
     )
     if verify:
-        _verify(folder, None, mlx_path)
+        _verify(hf_path, revision, mlx_path)
     if upload_repo:
         _upload(mlx_path, upload_repo)
 
@@ -166,6 +180,31 @@ def check_quantization(
         q_bits = low_bits
     group_sizes, bits = MODES[q_mode]
     return {"group_size": q_group_size or group_sizes[0], "bits": q_bits or bits[0], "mode": q_mode}
+
+
+def check_sources(hf_path: str | Path | None, new: dict, verify: bool) -> None:
+    """ValueError unless there is one source: a checkpoint, or the two of a `new` model."""
+    if hf_path is not None and not any(value is not None for value in new.values()):
+        return
+    if hf_path is not None or not (new["vision"] and new["llm"]):
+        raise ValueError("give --hf-path, or both --vision and --llm")
+    if verify:
+        raise ValueError("--verify compares with one checkpoint, and a new model has none")
+
+
+@contextlib.contextmanager
+def _source(hf_path: str | Path | None, revision: str | None, new: dict) -> Iterator[tuple[Path, dict, str]]:
+    """The folder of config and tokenizer, the tensors, and what to call them."""
+    if hf_path is None:
+        from .join import join
+
+        with join(**{key: value for key, value in new.items() if value is not None}) as (folder, tensors):
+            yield folder, tensors, f"{new['vision']} and {new['llm']}, joined by a projector that is not trained yet"
+        return
+    from .checkpoint import find_checkpoint, read_tensors
+
+    folder = find_checkpoint(hf_path, revision)
+    yield folder, read_tensors(folder), str(hf_path)
 
 
 def _new_config(folder: Path, dtype: str | None) -> dict:
@@ -225,7 +264,7 @@ def _model_card(source: str | Path, name: str, config: dict) -> str:
 
     from . import __version__
 
-    repo = None if Path(source).expanduser().is_dir() else str(source)
+    repo = None if " " in str(source) or Path(source).expanduser().is_dir() else str(source)
     data = ModelCardData(
         library_name="mlx",
         pipeline_tag="image-text-to-text",
@@ -233,7 +272,7 @@ def _model_card(source: str | Path, name: str, config: dict) -> str:
         base_model=repo,
         base_model_relation="quantized" if repo and "quantization" in config else None,
     )
-    origin = f"[{repo}](https://huggingface.co/{repo})" if repo else "a local checkpoint"
+    origin = f"[{repo}](https://huggingface.co/{repo})" if repo else source if " " in source else "a local checkpoint"
     quantization = config.get("quantization")
     form = "{bits}-bit {mode}, groups of {group_size}".format(**quantization) if quantization else config["dtype"]
     return f"---\n{data.to_yaml()}\n---\n\n" + _CARD.format(name=name, origin=origin, form=form, version=__version__)

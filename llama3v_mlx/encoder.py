@@ -30,6 +30,7 @@ from .image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
 from .model import Model, encode_by_size
 from .siglip import SigLIP, TextConfig, VisionConfig
 
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 KINDS = ("pooled", "patch", "visual-tokens")
 PREPROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "spiece.model"
 # What Google's configs leave out is Hugging Face's default: the base model.
@@ -219,7 +220,7 @@ def load_encoder(
     name = name_of(path_or_hf_repo)
     if dtype is None:
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
-    if read_json(folder / CONFIG).get("model_type") in ("siglip", "siglip_vision_model"):
+    if read_json(folder / CONFIG).get("model_type") in SIGLIP_TYPES:
         model, resample = load_siglip(folder, dtype)
         kind = kind or ("pooled" if model.vision_tower.config.vision_use_head else "patch")
         if kind == "visual-tokens":
@@ -262,19 +263,32 @@ def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
     return encoder, find_checkpoint(path)
 
 
+def vision_config(folder: Path) -> VisionConfig:
+    """The vision tower of one of Google's checkpoints.
+
+    Raises:
+        CheckpointError: if it is another model.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") not in SIGLIP_TYPES:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {config.get('model_type')!r}, not SigLIP's")
+    try:
+        return VisionConfig.from_dict(
+            {**_BASE_VISION, **config.get("vision_config", config), "model_type": "siglip_vision_model"}
+        )
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder / CONFIG}: {e}") from e
+
+
 def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling]:
     """Google's two towers (or its vision tower alone), and how its images are resized.
 
     Raises:
         CheckpointError: if tensors are missing, unknown or of the wrong shape, or images are prepared otherwise.
     """
-    config = read_json(folder / CONFIG)
-    vision, text = config.get("vision_config", config), config.get("text_config")
+    text = read_json(folder / CONFIG).get("text_config")
     try:
-        model = SigLIP(
-            VisionConfig.from_dict({**_BASE_VISION, **vision, "model_type": "siglip_vision_model"}),
-            None if text is None else TextConfig.from_dict(text),
-        )
+        model = SigLIP(vision_config(folder), None if text is None else TextConfig.from_dict(text))
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"{folder / CONFIG}: {e}") from e
     tensors = {}

@@ -8,7 +8,7 @@ import base64
 import io
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class ImageConfig:
     scale_resolution: int = 448  # a tile has about this many pixels squared
     patch_size: int = 14  # tile sides are multiples of this
     max_slice_nums: int = 9  # slices beside the overview, at most; 1: never slice
+    square: bool = False  # one tile of scale_resolution squared, whatever the aspect, as Google's SigLIP wants it
 
     def with_max_tiles(self, max_tiles: int | None) -> "ImageConfig":
         """The same, with at most `max_tiles` tiles per image, the overview included (1: the overview alone)."""
@@ -47,7 +48,7 @@ class ImageConfig:
         if max_tiles < 1:
             raise ValueError(f"an image takes at least 1 tile, not {max_tiles}")
         slices = min(self.max_slice_nums, max(1, max_tiles - 1))
-        return ImageConfig(self.scale_resolution, self.patch_size, slices)
+        return replace(self, max_slice_nums=slices)
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def read_bytes(source: ImageSource) -> bytes | None:
 def plan_tiles(width: int, height: int, config: ImageConfig = ImageConfig()) -> Tiling:
     """The tiling of an image of `width` × `height` pixels, as the released model was trained with."""
     scale, patch = config.scale_resolution, config.patch_size
+    if config.square:
+        return Tiling((scale, scale))
     wanted = min(math.ceil(width * height / (scale * scale)), config.max_slice_nums)
     overview = _fit(width, height, scale, patch)
     if wanted <= 1:

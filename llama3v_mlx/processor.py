@@ -23,14 +23,17 @@ Content = str | Sequence[Any]
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The ids that an image's block is made of; `TEXTS` has the tokens."""
+    """The ids that an image's block is made of; `TEXTS` has the tokens.
+
+    Without the marks, an image is its visual tokens and nothing else, in front of the text: the original article's way.
+    """
 
     image: int  # one visual token
-    image_start: int
-    image_end: int
-    slice_start: int
-    slice_end: int
-    newline: int  # between rows of slices
+    image_start: int | None = None
+    image_end: int | None = None
+    slice_start: int | None = None
+    slice_end: int | None = None
+    newline: int | None = None  # between rows of slices
 
     TEXTS: ClassVar[dict[str, str]] = {
         "image": "<unk>",
@@ -43,7 +46,9 @@ class PromptTokens:
 
     def block(self, grid: tuple[int, int] | None, num_queries: int) -> list[int]:
         """The ids of an image: the overview, then the slices row by row if there is a (columns, rows) grid."""
-        tile = [self.image_start, *[self.image] * num_queries, self.image_end]
+        tile = [self.image] * num_queries
+        if self.image_start is not None:
+            tile = [self.image_start, *tile, self.image_end]
         if grid is None:
             return tile
         columns, rows = grid

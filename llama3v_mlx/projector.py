@@ -11,14 +11,15 @@ from mlx_lm.models.base import BaseModelArgs
 
 @dataclass
 class ProjectorConfig(BaseModelArgs):
-    """The resampler's sizes; the released weights have the defaults."""
+    """The projector's sizes; the released weights have the defaults."""
 
     hidden_size: int = 4096  # Llama's width
     vision_hidden_size: int = 1152  # the tower's width
-    num_queries: int = 96  # visual tokens per tile
+    num_queries: int = 96  # visual tokens per tile; for self-attention the patches of a tile
     num_attention_heads: int = 32  # released rule: hidden_size // 128
     layer_norm_eps: float = 1e-6
-    projector_type: str = "resampler"
+    projector_type: str = "resampler"  # or "self-attention"
+    num_blocks: int = 2  # of self-attention
 
 
 class Resampler(nn.Module):
@@ -70,6 +71,50 @@ class Resampler(nn.Module):
         return x.reshape(B, L, self.num_heads, -1).swapaxes(1, 2)
 
 
+class SelfAttentionBlock(nn.Module):
+    """x + attention(norm(x)), every patch looking at all of its tile."""
+
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, L, D = x.shape
+        y = self.norm(x)
+        q, k, v = (
+            proj(y).reshape(B, L, self.num_heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return x + self.out_proj(y.swapaxes(1, 2).reshape(B, L, D))
+
+
+class SelfAttention(nn.Module):
+    """The projector of the original article: a linear map to Llama's width and two blocks of self-attention.
+
+    No weights of it were released. A patch becomes a visual token, so a tile takes as many as it has patches.
+    """
+
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        self.config = config
+        self.linear = nn.Linear(config.vision_hidden_size, config.hidden_size)
+        self.blocks = [SelfAttentionBlock(config) for _ in range(config.num_blocks)]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(self, features: mx.array, grid: tuple[int, int]) -> mx.array:
+        """Patch features (B, h·w, vision_hidden_size) to visual tokens (B, h·w, hidden_size); see `Resampler`."""
+        x = self.linear(features)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
 @lru_cache(maxsize=32)
 def sincos_2d(h: int, w: int, dim: int) -> mx.array:
     """The resampler's position code, (h·w, dim) float32: sin and cos of the column, then of the row.
@@ -91,4 +136,6 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
     """The projector that `config.projector_type` names."""
     if config.projector_type == "resampler":
         return Resampler(config)
+    if config.projector_type == "self-attention":
+        return SelfAttention(config)
     raise ValueError(f"projector_config: unknown projector_type {config.projector_type!r}")

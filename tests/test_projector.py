@@ -1,6 +1,7 @@
-"""The resampler where no reference is needed: its position code, dtypes, errors."""
+"""The projectors where no reference is needed: position code, dtypes, errors."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,8 +29,11 @@ def test_position_code_does_not_scale_with_the_grid() -> None:
     np.testing.assert_array_equal(large[:3, :4], small)
 
 
+@pytest.mark.parametrize("projector_type, count", [("resampler", 3), ("self-attention", 6)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_output_keeps_the_dtype(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_keeps_the_dtype(
+    projector_type: str, count: int, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = set()
     linear = nn.Linear.__call__
 
@@ -39,10 +43,10 @@ def test_output_keeps_the_dtype(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
         return y
 
     monkeypatch.setattr(nn.Linear, "__call__", recording)
-    resampler = build_projector(TINY)
-    resampler.set_dtype(dtype)
-    tokens = resampler(mx.ones((2, 6, 16), dtype=dtype), (2, 3))
-    assert tokens.shape == (2, 3, 32)
+    projector = build_projector(replace(TINY, projector_type=projector_type))
+    projector.set_dtype(dtype)
+    tokens = projector(mx.ones((2, 6, 16), dtype=dtype), (2, 3))
+    assert tokens.shape == (2, count, 32)
     assert tokens.dtype == dtype
     assert seen == {dtype}
 

@@ -1,12 +1,12 @@
-"""The resampler at the released size against its formulas, written out in torch."""
+"""Both projectors at the released width against their formulas, written out in torch."""
 
 import mlx.core as mx
 import pytest
 
 from llama3v_mlx.model import Model
-from llama3v_mlx.projector import ProjectorConfig, Resampler
+from llama3v_mlx.projector import ProjectorConfig, Resampler, build_projector
 
-from .parity import below, relative_error
+from .parity import below, randomize, relative_error
 
 torch = pytest.importorskip("torch")
 
@@ -121,3 +121,38 @@ def test_half_precision(weights: Weights, resampler: Resampler, dtype: mx.Dtype,
     tokens = half(features.astype(dtype), (9, 5))
     assert tokens.dtype == dtype
     assert relative_error(tokens, resampler(features, (9, 5))) <= bound
+
+
+class Block(torch.nn.Module):
+    """A block of the article's projector, of torch's own modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(D, eps=1e-6)
+        self.attention = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.attention(y, y, y, need_weights=False)[0]
+
+
+def test_self_attention() -> None:
+    layers = (torch.nn.Linear(VISION, D), Block(), Block(), torch.nn.LayerNorm(D, eps=1e-6))
+    theirs = randomize(torch.nn.Sequential(*layers), 0)
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        place, _, rest = name.partition(".")
+        rest, tensor = rest.replace("attention.out_proj", "out_proj"), mx.array(tensor.numpy())
+        where = {"0": "linear.", "1": "blocks.0.", "2": "blocks.1.", "3": "norm."}[place]
+        if rest.startswith("attention.in_proj_"):
+            for part, each in zip("qkv", mx.split(tensor, 3), strict=True):
+                tensors[f"{where}{part}_proj.{rest.rpartition('_')[2]}"] = each
+        else:
+            tensors[where + rest] = tensor
+    ours = build_projector(ProjectorConfig(D, VISION, 35, HEADS, projector_type="self-attention"))
+    ours.load_weights(list(tensors.items()), strict=True)
+    features = torch.randn(2, 35, VISION, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(features)
+    # float32 sums of thousands of terms in another order.
+    assert relative_error(ours(mx.array(features.numpy()), (5, 7)), expected) <= 1e-5
