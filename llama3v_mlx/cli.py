@@ -1,10 +1,19 @@
-"""What the commands share: exit codes, errors in one line, and quiet libraries."""
+"""What the commands share: exit codes, errors in one line, quiet libraries, and the options of generation."""
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+
+DEMO_NOTE = (
+    "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
+    "real one: python convert.py --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
+    "llama3v-4bit"
+)
+GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
+GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
 
 
 def run(command: Callable[[], None], debug: bool = False) -> None:
@@ -58,3 +67,40 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Sampling, memory and feature store, as generate and chat take them."""
+    parser.add_argument("-m", "--max-tokens", type=_positive, default=1024, help="length of the answer (default: 1024)")
+    sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
+    sampling.add_argument("--temp", type=_share_or_more, help="temperature; 0: always the likeliest token")
+    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
+    sampling.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens; 0: all")
+    sampling.add_argument("--min-p", type=float, help="draw from tokens of this share of the likeliest's probability")
+    sampling.add_argument("--repetition-penalty", type=_share_or_more, help="on tokens already generated; 1: none")
+    sampling.add_argument("--seed", type=int, help="of the random numbers, to repeat an answer")
+    cache = parser.add_argument_group("memory")
+    cache.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the key-value cache")
+    cache.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: 64)")
+    cache.add_argument("--quantized-kv-start", type=int, default=5000, help="from this token on (default: 5000)")
+    cache.add_argument("--features", metavar="STORE", help="a store where images are looked up, and new ones kept")
+    cache.add_argument("--max-image-tiles", type=_positive, help="tiles per image, the overview included, at most")
+
+
+def generation_options(args: argparse.Namespace) -> dict:
+    """What `add_generation_options` has read, for `stream_generate`."""
+    return {"temperature": args.temp} | {name: getattr(args, name) for name in GENERATION}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _share_or_more(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    return value

@@ -119,7 +119,7 @@ def load(
 def stream_generate(
     model: Model,
     processor: Processor,
-    prompt: str | Sequence[dict] | Sequence[int],
+    prompt: str | Sequence[dict] | Sequence[int] | Prompt,
     image: Images = None,
     *,
     system_prompt: str | None = None,
@@ -137,7 +137,7 @@ def stream_generate(
     Args:
         model: from `load`.
         processor: from `load`.
-        prompt: a question, messages, a templated text, or ids; see `Processor.encode`.
+        prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or what that has made of them.
         image: one image or several; none for text alone.
         system_prompt: goes before the question.
         max_tokens: at most so many, and no more than the context has room for.
@@ -154,10 +154,11 @@ def stream_generate(
     tiler = features.tile if features else None
     encoded = _encode(dataclasses.replace(processor, tiler=tiler), prompt, images, system_prompt)
     length, context = len(encoded.ids), model.language_model.args.max_position_embeddings
-    if context and length >= context:
+    cached = kwargs["prompt_cache"][0].offset if kwargs.get("prompt_cache") else 0
+    if context and cached + length >= context:
         raise ValueError(
-            f"the prompt of {length} tokens is too long for the context of {context}; use fewer or smaller images, "
-            "fewer tiles per image, or less text"
+            f"the prompt of {cached + length} tokens is too long for the context of {context}; use fewer or smaller "
+            "images, fewer tiles per image, or less text"
         )
     ids = mx.array(encoded.ids)
     preprocess_seconds = time.perf_counter() - tic
@@ -178,7 +179,8 @@ def stream_generate(
     kwargs.setdefault("logits_processors", sampling.logits_processors(length))
     tiles = sum(image.num_tiles for image in encoded.images)
     if context:
-        max_tokens = context - length if max_tokens < 0 else min(max_tokens, context - length)
+        room = context - cached - length
+        max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     for response in mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs):
         yield GenerationResponse(
             **vars(response),
@@ -270,10 +272,12 @@ class Llama3V:
 
 def _encode(
     processor: Processor,
-    prompt: str | Sequence[dict] | Sequence[int],
+    prompt: str | Sequence[dict] | Sequence[int] | Prompt,
     images: Sequence[ImageSource],
     system_prompt: str | None,
 ) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
     if system_prompt is None:
         return processor.encode(prompt, images)
     if isinstance(prompt, str):

@@ -4,14 +4,9 @@ import argparse
 import json
 import sys
 
-from .cli import note_slow_cpu, run
+from .cli import DEMO_NOTE, add_generation_options, generation_options, note_slow_cpu, run
 from .demo import CHECKPOINT
 
-DEMO_NOTE = (
-    "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
-    "real one: python convert.py --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
-    "llama3v-4bit"
-)
 IMAGE_PROMPT = "What is this image?"
 
 
@@ -21,20 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image files or data: URIs")
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")
     parser.add_argument("--system-prompt", help="goes before the question (default: none)")
-    parser.add_argument("-m", "--max-tokens", type=_positive, default=1024, help="length of the answer (default: 1024)")
-    sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
-    sampling.add_argument("--temp", type=_share_or_more, help="temperature; 0: always the likeliest token")
-    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
-    sampling.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens; 0: all")
-    sampling.add_argument("--min-p", type=float, help="draw from tokens of this share of the likeliest's probability")
-    sampling.add_argument("--repetition-penalty", type=_share_or_more, help="on tokens already generated; 1: none")
-    sampling.add_argument("--seed", type=int, help="of the random numbers, to repeat an answer")
-    cache = parser.add_argument_group("memory")
-    cache.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the key-value cache")
-    cache.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: 64)")
-    cache.add_argument("--quantized-kv-start", type=int, default=5000, help="from this token on (default: 5000)")
-    cache.add_argument("--features", metavar="STORE", help="a store where images are looked up, and new ones kept")
-    cache.add_argument("--max-image-tiles", type=_positive, help="tiles per image, the overview included, at most")
+    add_generation_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--no-verbose", action="store_true", help="print the answer alone")
     output.add_argument("--json", action="store_true", help="print one JSON object with the answer and all figures")
@@ -80,15 +62,7 @@ def answer(args: argparse.Namespace) -> None:
         processor,
         [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), prompt]}],
         system_prompt=args.system_prompt,
-        max_tokens=args.max_tokens,
-        temperature=args.temp,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        quantized_kv_start=args.quantized_kv_start,
+        **generation_options(args),
         features=features,
     ):
         text += response.text
@@ -103,20 +77,6 @@ def answer(args: argparse.Namespace) -> None:
     if not quiet:
         print("=" * 10)
         print(statistics(response))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
-def _share_or_more(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
-    return value
 
 
 if __name__ == "__main__":

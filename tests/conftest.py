@@ -95,6 +95,8 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(*args: str | Path, **kwargs) -> subprocess.CompletedProcess:
         options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | kwargs
+        if "input" not in options:
+            options.setdefault("stdin", subprocess.DEVNULL)
         return subprocess.run([sys.executable, *map(str, args)], **options)
 
     return run

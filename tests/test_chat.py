@@ -1,0 +1,166 @@
+"""Chatting: the cache is kept, images are read once, and lines do what they say."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from llama3v_mlx import stream_generate
+from llama3v_mlx.chat import Chat, find_images
+from llama3v_mlx.conversation import Conversation
+from llama3v_mlx.demo import CHECKPOINT, IMAGES
+
+STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
+GREEDY = {"temperature": 0, "repetition_penalty": 1}
+
+
+@pytest.fixture
+def talk(demo) -> Conversation:
+    return Conversation(*demo, options=GREEDY)
+
+
+def answer(talk: Conversation, text: str, *images: Path) -> tuple[str, int]:
+    """What is said, and how many tokens were read for it."""
+    responses = list(talk.ask(text, images))
+    return "".join(response.text for response in responses), responses[-1].prompt_tokens
+
+
+def test_a_follow_up_reads_its_own_tokens_alone(talk: Conversation, demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = demo
+    first, count = answer(talk, "What is this image?", STARS)
+    whole = processor.encode([{"role": "user", "content": [STARS, "What is this image?"]}])
+    assert count == len(whole.ids)
+    monkeypatch.setattr(type(model.vision_tower), "__call__", lambda *_: pytest.fail("the image was read again"))
+    second, count = answer(talk, "What color is the background?")
+    alone = processor.encode([{"role": "user", "content": "What color is the background?"}])
+    assert count <= len(alone.ids)  # without BOS, and perhaps with the end of the last answer
+    assert (first, second) == ("Two red stars on a yellow background.", "The background is yellow.")
+
+
+def test_the_answers_are_those_of_the_whole_conversation(talk: Conversation, demo) -> None:
+    questions = (
+        ("What is this image?", [STARS]),
+        ("What color is the background?", []),
+        ("Which shape is it?", [CROSS]),
+    )
+    messages = []
+    for text, images in questions:
+        messages.append({"role": "user", "content": [*images, text]})
+        expected = "".join(response.text for response in stream_generate(*demo, messages, **GREEDY))
+        assert answer(talk, text, *images)[0] == expected
+        assert talk.ids[: len(talk.ids) - 1].count(demo[1].prompt_tokens.image) > 0
+        messages.append({"role": "assistant", "content": expected})
+    assert talk.ids[:-1] == demo[1].encode(messages).ids[: len(talk.ids) - 1]
+
+
+def test_undo_and_clear(talk: Conversation) -> None:
+    answer(talk, "What is this image?", STARS)
+    ids = list(talk.ids)
+    first = answer(talk, "What color is the background?")
+    assert talk.undo().text == "What color is the background?"
+    assert talk.ids == ids
+    assert answer(talk, "What color is the background?") == first
+    talk.undo(), talk.undo()
+    assert (talk.turns, talk.ids, talk.undo()) == ([], [], None)
+    assert answer(talk, "What is this image?", CROSS)[0] == "One purple cross on an orange background."
+    talk.clear()
+    assert answer(talk, "What is this image?", STARS)[0] == "Two red stars on a yellow background."
+
+
+def test_an_answer_that_is_stopped(talk: Conversation) -> None:
+    stream = talk.ask("What is this image?", [STARS])
+    pieces = [next(stream).text for _ in range(3)]
+    stream.close()
+    assert talk.turns[0].answer == "".join(pieces)
+    assert answer(talk, "What color is the background?")[0] == "The background is yellow."
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "quantized_kv_start": 0}])
+def test_saved_and_loaded(talk: Conversation, demo, tmp_path: Path, options: dict) -> None:
+    talk.options |= options
+    answer(talk, "What is this image?", STARS)
+    talk.save(tmp_path / "talk.safetensors", "demo")
+    expected = answer(talk, "What color is the background?")
+    other = Conversation(*demo, options=GREEDY | options)
+    other.load(tmp_path / "talk.safetensors", "demo")
+    assert other.turns == talk.turns[:1]
+    assert answer(other, "What color is the background?") == expected
+    with pytest.raises(ValueError, match="was made with demo, and this is mine"):
+        other.load(tmp_path / "talk.safetensors", "mine")
+    for path in (STARS, CHECKPOINT / "model-00001-of-00001.safetensors", tmp_path / "no.safetensors"):
+        with pytest.raises(ValueError, match="is not a conversation"):
+            other.load(path, "demo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.safetensors"]
+
+
+def test_a_full_context_is_said_in_time(talk: Conversation) -> None:
+    answer(talk, "What is this image?", STARS)
+    ids = list(talk.ids)
+    with pytest.raises(ValueError, match=r"of the context's 2048 only \d+ are left; drop the last question \(/undo\)"):
+        list(talk.ask("red " * 2000))
+    assert talk.ids == ids
+    assert answer(talk, "What color is the background?")[0] == "The background is yellow."
+
+
+def test_paths_in_a_line(tmp_path: Path) -> None:
+    plain, spaced = tmp_path / "a.png", tmp_path / "it's mine (1).jpg"
+    plain.touch(), spaced.touch()
+    escaped = str(spaced).replace(" ", "\\ ").replace("'", "\\'").replace("(", "\\(").replace(")", "\\)")
+    assert find_images(f"{plain} what is this?") == ([str(plain)], "what is this?")
+    assert find_images(f"what's on {escaped}  and {plain}") == ([str(spaced), str(plain)], "what's on and")
+    assert find_images(f'"{spaced}"') == ([str(spaced)], "")
+    assert find_images("is a.png  a file, or 'b.png'?") == ([], "is a.png  a file, or 'b.png'?")
+
+
+def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
+    chat = Chat(talk, "demo")
+
+    def say(line: str) -> str:
+        assert chat.line(line)
+        return capsys.readouterr().out
+
+    assert "5 tiles, 73 tokens" in say(f"/image {STARS}")
+    assert "for the next question" in say("/images")
+    out = say("What is this image?")
+    assert out.startswith("Two red stars on a yellow background.\nfirst token") and "89 tokens read" in out
+    assert say("/images").strip() == f"1. {STARS}"
+    assert "vision" in say("/stats")
+    assert "no such" not in say(f"/save {tmp_path}/talk")
+    assert "taken back: What is this image?" in say("/undo")
+    assert "Two red stars" in say(f"/load {tmp_path}/talk.safetensors")
+    assert "started anew" in say("r") and "/undo" in say("h")
+    for line in ("/nothing", "/image", "/image 'x", "/image none.png", "/load", "/load none"):
+        with pytest.raises(ValueError):
+            chat.line(line)
+    assert not chat.line("q") and not chat.line("/exit")
+
+
+def test_the_command_in_a_pipe(run_python) -> None:
+    done = run_python(
+        "-m", "llama3v_mlx.chat", "--temp", "0", "--image", CROSS, input="What color is the background?\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The background is orange." in done.stdout and "\033" not in done.stdout
+    done = run_python("-m", "llama3v_mlx.chat", input="/nothing\n/exit\n")
+    assert done.returncode == 1 and "error: /nothing" in done.stderr
+
+
+def test_ctrl_c_leaves_the_chat_running() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "llama3v_mlx.chat", "--temp", "0", "--image", str(CROSS)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert "tiles" in process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    out, _ = process.communicate("What color is the background?\n", timeout=60)
+    assert process.returncode == 0
+    assert "The background is orange." in out
