@@ -1,5 +1,8 @@
 """Chatting: the cache is kept, images are read once, and lines do what they say."""
 
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -164,3 +167,51 @@ def test_ctrl_c_leaves_the_chat_running() -> None:
     out, _ = process.communicate("What color is the background?\n", timeout=60)
     assert process.returncode == 0
     assert "The background is orange." in out
+
+
+class Terminal:
+    """The chat in a real pseudo-terminal."""
+
+    def __init__(self, *args: str | Path, **env: str):
+        main, side = pty.openpty()
+        command = [sys.executable, "-m", "llama3v_mlx.chat", "--temp", "0", *map(str, args)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=side, stdout=side, stderr=side, env={**os.environ, **env}, start_new_session=True
+        )
+        os.close(side)
+        self.end, self.seen = main, ""
+
+    def read_to(self, text: str, timeout: float = 90) -> str:
+        """What is printed up to and with `text`."""
+        limit = time.monotonic() + timeout
+        while text not in self.seen:
+            assert time.monotonic() < limit, self.seen
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.seen += os.read(self.end, 65536).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def say(self, line: str) -> str:
+        """What a line is answered with, up to the next prompt."""
+        os.write(self.end, f"{line}\n".encode())
+        return self.read_to(">> ")
+
+
+def test_in_a_terminal(tmp_path: Path) -> None:
+    """Three turns, a second image in the second, Ctrl-C, and the conversation saved and loaded."""
+    env = {"XDG_CACHE_HOME": str(tmp_path), "TERM": "xterm"}
+    shell = Terminal("--image", STARS, **env)
+    shell.read_to(">> ")
+    out = shell.say("What is this image?")
+    assert "Two red stars on a yellow background." in out and "\033[2mfirst token" in out
+    assert "One purple cross" in shell.say(f"{CROSS} What is this image?")
+    assert "The background is orange." in shell.say("What color is the background?")
+    assert "saved to" in shell.say(f"/save {tmp_path}/talk")
+    os.kill(shell.process.pid, signal.SIGINT)
+    shell.read_to(">> ")
+    assert "started anew" in shell.say("/clear")
+    assert "One purple cross" in shell.say(f"/load {tmp_path}/talk")
+    assert "The background is orange." in shell.say("What color is the background?")
+    os.write(shell.end, b"\x04")
+    assert shell.process.wait(30) == 0
+    assert "What color is the background?" in (tmp_path / "llama3v_mlx" / "chat_history").read_text()
