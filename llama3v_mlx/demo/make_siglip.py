@@ -22,7 +22,7 @@ import sentencepiece
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from ..encoder import TextEncoder
+from ..encoder import SENTENCEPIECE, TextEncoder
 from ..engine import load
 from ..siglip import SigLIP, TextConfig, VisionConfig, siglip_loss
 from . import CHECKPOINT, SIGLIP, world
@@ -54,21 +54,22 @@ def make_tokenizer(folder: Path) -> int:
     captions = sorted({TextEncoder.canonicalize(text) for text in world.all_texts()})
     folder.mkdir(parents=True, exist_ok=True)
     # Every digit is a piece of its own, or numbers could not be told from their parts.
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions + [str(n) for n in range(1000)]),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=256,
-        hard_vocab_limit=False,
-        split_digits=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        pad_piece="<pad>",
-        minloglevel=2,
-    )
-    (folder / "spiece.vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).get_piece_size()
+    with (folder / SENTENCEPIECE).open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions + [str(n) for n in range(1000)]),
+            model_writer=file,
+            normalization_rule_name="identity",
+            vocab_size=256,
+            hard_vocab_limit=False,
+            split_digits=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            minloglevel=2,
+        )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE)).get_piece_size()
 
 
 SIDE = VISION["image_size"] // VISION["patch_size"]
