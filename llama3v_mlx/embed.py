@@ -71,6 +71,7 @@ def embed(args: argparse.Namespace) -> None:
             print(DEMO_NOTE, file=sys.stderr)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     encoder = load_encoder(args.model or SIGLIP, args.kind, dtype, args.draft)
+    peak = matmul_peak(encoder.dtype) * group.size()  # before the cores are shared out
     encoder.all_cores = True
     store = FeatureStore.create(args.out, encoder.store_info(args.store_dtype))
     batch_size = args.batch_size or best_batch_size(encoder)
@@ -99,7 +100,6 @@ def embed(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(args.paths)}: no images there")
     if group.rank() == 0:
         store.refresh()  # the other ranks are done: the sum has waited for them
-        peak = matmul_peak(encoder.dtype) * group.size()
         figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
         figures |= {"store": args.out, "model": encoder.name, "kind": encoder.kind, "batch_size": batch_size}
         figures |= {"seconds": round(report.wall, 3), "images_per_second": new / report.wall}
