@@ -1,0 +1,351 @@
+"""An OpenAI-compatible server: `python -m llama3v_mlx.server`. It is mlx-lm's own, serving one model, its edges closed.
+
+All options of `mlx_lm.server` are taken as well.
+"""
+
+import argparse
+import contextlib
+import http.client
+import io
+import ipaddress
+import json
+import os
+import select
+import socket
+import sys
+import time
+import urllib.parse
+import warnings
+from pathlib import Path
+
+from .cli import DEMO_NOTE, note_slow_cpu, run
+from .demo import CHECKPOINT
+
+ROLES = ("system", "user", "assistant")
+FETCH_SECONDS = 20.0  # for a remote image, in all
+
+
+class RequestError(ValueError):
+    """A request that cannot be served, and the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str, code: str):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+def check_messages(messages, allow_remote: bool, max_bytes: int) -> None:
+    """Check a chat's messages, and put remote images into them as data URIs if they are allowed.
+
+    Raises:
+        RequestError: if a role, a part or an image cannot be used.
+    """
+    from .image import ImageError, load_image
+
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(400, "messages must be a list with at least one message", "invalid_messages")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise RequestError(400, f"role {role!r} is not one of {', '.join(ROLES)}", "invalid_role")
+        content = message.get("content")
+        if content is not None and not isinstance(content, (str, list)):
+            raise RequestError(400, "content must be text or a list of parts", "invalid_content")
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                continue
+            if kind not in ("image_url", "input_image", "image"):
+                raise RequestError(
+                    400, f"a part has the type {kind!r}; it must be text or image_url", "invalid_content"
+                )
+            source = part.get("image_url", part.get("image"))
+            url = source.get("url") if isinstance(source, dict) else source
+            if not isinstance(url, str):
+                raise RequestError(400, "an image part has no url", "invalid_image")
+            if url[:5].lower() != "data:":
+                if not allow_remote:
+                    raise RequestError(
+                        400,
+                        "images must be data: URIs; this server does not fetch any (--allow-remote-images)",
+                        "invalid_image",
+                    )
+                url = fetch(url, max_bytes)
+            try:
+                load_image(url)
+            except ImageError as e:
+                raise RequestError(400, str(e), "invalid_image") from e
+            part.clear()
+            part.update(type="image_url", image_url={"url": url})
+
+
+def fetch(url: str, max_bytes: int) -> str:
+    """A remote image as a data URI, from a public address alone: it is resolved once, and connected to as resolved."""
+    import base64
+    import ssl
+
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise RequestError(400, f"{url[:200]}: only http and https images are fetched", "invalid_image")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        address = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0]
+        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+            raise RequestError(400, f"{parts.hostname}: is not a public address", "invalid_image")
+        connection = http.client.HTTPConnection(parts.hostname, port, timeout=FETCH_SECONDS)
+        connection.sock = socket.create_connection((address, port), FETCH_SECONDS)
+        if parts.scheme == "https":
+            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
+        connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
+        response, data, limit = connection.getresponse(), b"", time.monotonic() + FETCH_SECONDS
+        if response.status != 200:
+            raise RequestError(400, f"{url[:200]}: the server said {response.status}", "invalid_image")
+        while block := response.read1(1 << 16):
+            data += block
+            if len(data) > max_bytes or time.monotonic() > limit:
+                raise RequestError(400, f"{url[:200]}: is too large or too slow", "invalid_image")
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        if isinstance(e, RequestError):
+            raise
+        raise RequestError(400, f"{url[:200]}: could not be fetched ({e})", "invalid_image") from e
+    return f"data:image/unknown;base64,{base64.b64encode(data).decode()}"
+
+
+def make_classes(options: argparse.Namespace):
+    """mlx-lm's provider, generator and handler, with what they lack; made late, for mlx-lm takes a second to import."""
+    import numpy as np
+    from mlx_lm import server
+
+    from .engine import load
+    from .image import load_image
+
+    # So that an image is turned upright and laid over white here as everywhere else.
+    server._decode_image = lambda url: np.asarray(load_image(url))
+
+    class Provider(server.ModelProvider):
+        """Serves the one model that it was started with, whatever name a request gives."""
+
+        def load(self, model_path=None, adapter_path=None, draft_model_path=None):
+            if self.model is None:
+                self.model, self.processor = load(options.model or CHECKPOINT)
+                self.tokenizer = self.processor.tokenizer
+                self.model_key = (options.name, None, None)
+                self.is_batchable = True
+                for name, value in (("temp", "temperature"), ("top_p", "top_p"), ("top_k", "top_k")):
+                    if f"--{name.replace('_', '-')}" not in sys.argv:
+                        setattr(self.cli_args, name, getattr(self.model.sampling, value))
+            return self.model, self.tokenizer
+
+        def load_default(self):
+            self.load()
+
+    class Generator(server.ResponseGenerator):
+        def _tokenize(self, tokenizer, request, args):
+            prompt, *rest = super()._tokenize(tokenizer, request, args)
+            context = self.model_provider.model.language_model.args.max_position_embeddings
+            if len(prompt) >= context:
+                raise RequestError(
+                    400,
+                    f"the prompt of {len(prompt)} tokens is too long for the context of {context}",
+                    "context_length_exceeded",
+                )
+            args.max_tokens = min(args.max_tokens, context - len(prompt))
+            return prompt, *rest
+
+    class Watched:
+        """A generator that stops when the client has gone."""
+
+        def __init__(self, generator: Generator, connection: socket.socket):
+            self._generator, self._connection = generator, connection
+
+        def __getattr__(self, name: str):
+            return getattr(self._generator, name)
+
+        def generate(self, *args, **kwargs):
+            context, responses = self._generator.generate(*args, **kwargs)
+
+            def watched():
+                for response in responses:
+                    yield response
+                    if self._gone():
+                        raise ConnectionResetError("the client has gone")
+
+            return context, watched()
+
+        def _gone(self) -> bool:
+            try:
+                readable, _, _ = select.select([self._connection], [], [], 0)
+                return bool(readable) and self._connection.recv(1, socket.MSG_PEEK) == b""
+            except (OSError, ValueError):  # it is closed
+                return True
+
+    class Handler(server.APIHandler):
+        PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
+
+        def __init__(self, generator: Generator, request: socket.socket, *args, **kwargs):
+            self._failed: int | None = None
+            self._answering = False
+            super().__init__(Watched(generator, request), request, *args, **kwargs)
+
+        def setup(self):
+            super().setup()
+            self.connection.settimeout(60)  # for a client that never sends what it promised
+
+        def do_POST(self):
+            try:
+                self._check()
+                super().do_POST()
+                if self._failed:
+                    self._rewrite()
+            except RequestError as e:
+                self._fail(e.status, str(e), e.code)
+            except (ConnectionError, TimeoutError):
+                self.close_connection = True
+            except Exception as e:
+                self._fail(500, f"{type(e).__name__}: {e}", "internal_error")
+
+        def do_GET(self):
+            try:
+                if self.path != "/health":
+                    self._check_key()
+                super().do_GET()
+            except RequestError as e:
+                self._fail(e.status, str(e), e.code)
+            except ConnectionError:
+                self.close_connection = True
+
+        def _check(self) -> None:
+            """Read and check a request, and leave it for mlx-lm to read again."""
+            if self.path not in self.PATHS:
+                raise RequestError(404, f"{self.path}: there is no such endpoint", "not_found")
+            self._check_key()
+            length = self.headers.get("Content-Length", "")
+            if not length.isdigit():
+                raise RequestError(411, "Content-Length is required", "length_required")
+            most = options.max_body_mb * 10**6
+            if int(length) > most:
+                for _ in range(min(int(length), 8 * most) >> 16):  # else the client never reads the answer
+                    self.rfile.read(1 << 16)
+                raise RequestError(413, f"the body of {int(length):,} bytes is over {most:,}", "body_too_large")
+            try:
+                body = json.loads(self.rfile.read(int(length)))
+            except ValueError as e:
+                raise RequestError(400, f"the body is not JSON: {e}", "invalid_json") from e
+            if not isinstance(body, dict):
+                raise RequestError(400, "the body must be a JSON object", "invalid_json")
+            if "chat" in self.path:
+                check_messages(body.get("messages"), options.allow_remote_images, most)
+            elif not isinstance(body.get("prompt"), str):
+                raise RequestError(400, "prompt must be text", "invalid_prompt")
+            if not isinstance(body.get("stream_options"), (dict, type(None))):
+                raise RequestError(400, "stream_options must be an object", "invalid_request")
+            if body.get("stream_options") is not None:
+                body["stream_options"].setdefault("include_usage", False)
+            data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+            self.rfile = io.BytesIO(data)
+            self.headers.replace_header("Content-Length", str(len(data)))
+
+        def _check_key(self) -> None:
+            if options.api_key and self.headers.get("Authorization") != f"Bearer {options.api_key}":
+                raise RequestError(401, "wrong or missing API key", "invalid_api_key")
+
+        def _set_completion_headers(self, status_code: int = 200):
+            if status_code >= 400:  # what mlx-lm writes of it is put into OpenAI's form at the end
+                self._failed, self._client, self.wfile = status_code, self.wfile, io.BytesIO()
+            super()._set_completion_headers(status_code)
+
+        def _set_stream_headers(self, status_code: int = 200):
+            self._answering = True
+            super()._set_stream_headers(status_code)
+
+        def _rewrite(self) -> None:
+            said = self.wfile.getvalue().partition(b"\r\n\r\n")[2].decode()
+            self.wfile = self._client
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                said = json.loads(said)["error"]
+            long = "context" in said and "too long" in said
+            self._fail(
+                400 if self._failed == 404 else self._failed,
+                said,
+                "context_length_exceeded" if long else "invalid_request",
+            )
+
+        def _fail(self, status: int, message: str, code: str) -> None:
+            kind = {401: "authentication_error", 500: "server_error"}.get(status, "invalid_request_error")
+            error = json.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}}).encode()
+            try:
+                if self._answering:
+                    self.wfile.write(b"data: " + error + b"\n\n")
+                    return
+                self._headers_buffer = []
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(error)))
+                self._set_cors_headers()
+                self.end_headers()
+                self.wfile.write(error)
+            except ConnectionError:
+                self.close_connection = True
+
+        def handle_models_request(self):
+            model = {"id": options.name, "object": "model", "created": self.created, "owned_by": "llama3v_mlx"}
+            data = json.dumps({"object": "list", "data": [model]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self._set_cors_headers()
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args):
+            server.logging.info(format, *args)
+
+    return Provider, Generator, Handler
+
+
+def serve(options: argparse.Namespace, rest: list[str]) -> None:
+    """Start mlx-lm's server with our classes in it, until Ctrl-C."""
+    warnings.filterwarnings("ignore", message="mlx_lm.server is not recommended")
+    from mlx_lm import server
+    from mlx_lm.models.cache import LRUPromptCache
+
+    Provider, Generator, Handler = make_classes(options)
+
+    def start(host: str, port: int, model_provider) -> None:
+        generator = Generator(model_provider, LRUPromptCache(model_provider.cli_args.prompt_cache_size))
+        print(f"serving {options.name} at http://{host}:{port}", file=sys.stderr)
+        server._run_http_server(host, port, generator, handler_class=Handler)
+
+    server.ModelProvider, server.run = Provider, start
+    sys.argv = ["python -m llama3v_mlx.server", "--host", options.host, "--port", str(options.port)]
+    sys.argv += ["--log-level", "WARNING"] * ("--log-level" not in rest) + rest
+    server.main()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama3v_mlx.server",
+        description="Serve Llama3-V over HTTP, as OpenAI does.",
+        epilog="All options of mlx_lm.server are taken as well: --max-tokens, --temp, --prompt-cache-size, …",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
+    parser.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8080, help="(default: 8080)")
+    parser.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable with the key that clients must send"
+    )
+    parser.add_argument("--allow-remote-images", action="store_true", help="fetch images from public http(s) addresses")
+    parser.add_argument("--max-body-mb", type=int, default=32, help="largest request (default: 32)")
+    options, rest = parser.parse_known_args(argv)
+    options.api_key = os.environ.get(options.api_key_env) if options.api_key_env else None
+    if options.api_key_env and not options.api_key:
+        parser.error(f"--api-key-env: the environment has no {options.api_key_env}")
+    options.name = Path(options.model).name if options.model else "llama3v-demo"
+    if options.model is None:
+        print(DEMO_NOTE, file=sys.stderr)
+    note_slow_cpu()
+    run(lambda: serve(options, rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The server, as its clients see it: right answers, and one clear error for whatever else is sent."""
+
+import base64
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from llama3v_mlx import stream_generate
+from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.server import RequestError, fetch
+
+STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    args = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(number), "--max-body-mb", "2"]
+    env = {**os.environ, "KEY": "secret"}
+    process = subprocess.Popen([*args, "--api-key-env", "KEY"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", number)) == 0:
+                    break
+            assert process.poll() is None
+            time.sleep(0.2)
+        yield number
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors, errors
+
+
+def request(
+    port: int, path: str, body: object = None, key: str = "secret", method: str | None = None
+) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    method = method or ("GET" if body is None else "POST")
+    connection.request(method, path, data, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def image(path: Path) -> dict:
+    uri = f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return {"type": "image_url", "image_url": {"url": uri}}
+
+
+def ask(port: int, *parts: dict | str, **options) -> tuple[int, str]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, **options}
+    return request(port, CHAT, body)
+
+
+def text(answer: tuple[int, str]) -> str:
+    assert answer[0] == 200, answer
+    return json.loads(answer[1])["choices"][0]["message"]["content"]
+
+
+def test_the_answers_are_generates(port: int, demo) -> None:
+    for path, question in ((STARS, "What is this image?"), (CROSS, "What color is the background?")):
+        greedy = {"temperature": 0, "repetition_penalty": 1}
+        expected = "".join(r.text for r in stream_generate(*demo, question, path, **greedy))
+        assert text(ask(port, image(path), question)) == expected
+    body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+    assert "Show me an image" in text(request(port, CHAT, body))
+
+
+def test_a_stream_says_the_same(port: int) -> None:
+    status, said = ask(port, image(STARS), "What is this image?", stream=True, stream_options={"include_usage": True})
+    assert status == 200
+    events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in events if event["choices"]]
+    assert "".join(pieces) == "Two red stars on a yellow background."
+    assert events[-1]["usage"]["completion_tokens"] == 9 and said.rstrip().endswith("data: [DONE]")
+
+
+def test_turns_images_and_the_cache(port: int) -> None:
+    messages = [{"role": "user", "content": [image(STARS), {"type": "text", "text": "What is this image?"}]}]
+    messages.append({"role": "assistant", "content": "Two red stars on a yellow background."})
+    messages.append({"role": "user", "content": [image(CROSS), {"type": "text", "text": "What is this image?"}]})
+    status, said = request(port, CHAT, {"messages": messages, "temperature": 0})
+    assert "One purple cross" in text((status, said))
+    messages = [*messages[:2], {"role": "user", "content": "What color is the background?"}]
+    status, said = request(port, CHAT, {"messages": messages, "temperature": 0})
+    assert text((status, said)) == "The background is yellow."
+    assert json.loads(said)["usage"]["prompt_tokens_details"]["cached_tokens"] > 80
+
+
+def test_models_and_health(port: int) -> None:
+    status, said = request(port, "/v1/models")
+    assert status == 200 and json.loads(said)["data"][0]["id"] == "llama3v-demo"
+    assert request(port, "/health", key="")[0] == 200
+    status, said = request(port, "/v1/completions", {"prompt": "Hello", "max_tokens": 3, "temperature": 0})
+    assert status == 200 and json.loads(said)["usage"]["completion_tokens"] == 3
+
+
+def part(url: object) -> dict:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+@pytest.mark.parametrize(
+    "path, body, status, code",
+    [
+        (CHAT, b"{bad", 400, "invalid_json"),
+        (CHAT, b"\xff\xfe", 400, "invalid_json"),
+        (CHAT, [1], 400, "invalid_json"),
+        (CHAT, {}, 400, "invalid_messages"),
+        (CHAT, {"messages": []}, 400, "invalid_messages"),
+        (CHAT, {"messages": [1]}, 400, "invalid_role"),
+        (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_role"),
+        (CHAT, {"messages": [{"role": "user", "content": 7}]}, 400, "invalid_content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "invalid_content"),
+        (CHAT, part(None), 400, "invalid_image"),
+        (CHAT, part("file:///etc/passwd"), 400, "invalid_image"),
+        (CHAT, part("http://127.0.0.1/x.png"), 400, "invalid_image"),
+        (CHAT, part("data:image/png;base64,AAAA"), 400, "invalid_image"),
+        (CHAT, part("data:image/png,AAAA"), 400, "invalid_image"),
+        (CHAT, {"messages": [{"role": "user", "content": "red " * 3000}]}, 400, "context_length_exceeded"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "temperature": -1}, 400, "invalid_request"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": "many"}, 400, "invalid_request"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "stream_options": 3}, 400, "invalid_request"),
+        ("/v1/completions", {"prompt": [1, 2]}, 400, "invalid_prompt"),
+        ("/v1/nothing", {}, 404, "not_found"),
+        (CHAT, b" " * 2_000_001, 413, "body_too_large"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_refused(port: int, path: str, body: object, status: int, code: str) -> None:
+    found, said = request(port, path, body)
+    error = json.loads(said)["error"]
+    assert (found, error["code"]) == (status, code)
+    assert error["message"] and error["type"] == "invalid_request_error" and "Traceback" not in said
+
+
+def test_the_key(port: int) -> None:
+    for path, body in ((CHAT, {}), ("/v1/models", None)):
+        status, said = request(port, path, body, key="guess")
+        assert status == 401 and json.loads(said)["error"]["code"] == "invalid_api_key"
+
+
+def test_a_client_that_goes_away_stops_nobody(port: int) -> None:
+    for stream in (False, True):
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1500, "stream": stream})
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = f"POST {CHAT} HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall((head + body).encode())
+    assert text(ask(port, image(STARS), "What is this image?")) == "Two red stars on a yellow background."
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost/a.png", "http://10.0.0.1/a.png", "http://[::1]/a.png", "ftp://a.b/c"]
+)
+def test_no_private_address_is_fetched(url: str) -> None:
+    with pytest.raises(RequestError, match="not a public address|only http and https"):
+        fetch(url, 1000)
