@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from llama3v_mlx import stream_generate
 from llama3v_mlx.demo import IMAGES
-from llama3v_mlx.server import RequestError, fetch
+from llama3v_mlx.guard import RequestError, fetch
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
 CHAT = "/v1/chat/completions"
