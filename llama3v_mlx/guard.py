@@ -65,6 +65,21 @@ def check_messages(messages, allow_remote: bool, max_bytes: int) -> None:
             part.update(type="image_url", image_url={"url": url})
 
 
+def check_inputs(body: dict) -> tuple[list[str], str]:
+    """What a request for embeddings wants: texts and data: URIs, and the form of the answer.
+
+    Raises:
+        RequestError: if there is something else.
+    """
+    inputs, form = body.get("input"), body.get("encoding_format") or "float"
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    if not inputs or not all(isinstance(text, str) and text for text in inputs):
+        raise RequestError(400, "input must be a text, a data: URI of an image, or a list of them", "invalid_input")
+    if form not in ("float", "base64"):
+        raise RequestError(400, f"encoding_format is {form!r}; it must be float or base64", "invalid_input")
+    return inputs, form
+
+
 def fetch(url: str, max_bytes: int) -> str:
     """A remote image as a data URI, from a public address alone: it is resolved once, and connected to as resolved."""
     parts = urllib.parse.urlsplit(url)

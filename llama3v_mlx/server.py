@@ -4,6 +4,7 @@ All options of `mlx_lm.server` are taken as well.
 """
 
 import argparse
+import base64
 import contextlib
 import io
 import json
@@ -15,7 +16,7 @@ import warnings
 from pathlib import Path
 
 from .cli import DEMO_NOTE, note_slow_cpu, run
-from .demo import CHECKPOINT
+from .demo import CHECKPOINT, SIGLIP
 
 
 def make_classes(options: argparse.Namespace):
@@ -23,9 +24,12 @@ def make_classes(options: argparse.Namespace):
     import numpy as np
     from mlx_lm import server
 
+    from .embedder import Embedder
     from .engine import load
-    from .guard import RequestError, check_messages
-    from .image import load_image
+    from .guard import RequestError, check_inputs, check_messages
+    from .image import ImageError, load_image
+
+    embedder = Embedder(options.embedding_model or SIGLIP)
 
     # So that an image is turned upright and laid over white here as everywhere else.
     server._decode_image = lambda url: np.asarray(load_image(url))
@@ -88,7 +92,7 @@ def make_classes(options: argparse.Namespace):
                 return True
 
     class Handler(server.APIHandler):
-        PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
+        PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions", "/v1/embeddings")
 
         def __init__(self, generator: Generator, request: socket.socket, *args, **kwargs):
             self._failed: int | None = None
@@ -101,7 +105,10 @@ def make_classes(options: argparse.Namespace):
 
         def do_POST(self):
             try:
-                self._check()
+                body = self._check()
+                if self.path == "/v1/embeddings":
+                    self._embed(body)
+                    return
                 super().do_POST()
                 if self._failed:
                     self._rewrite()
@@ -122,7 +129,7 @@ def make_classes(options: argparse.Namespace):
             except ConnectionError:
                 self.close_connection = True
 
-        def _check(self) -> None:
+        def _check(self) -> dict:
             """Read and check a request, and leave it for mlx-lm to read again."""
             if self.path not in self.PATHS:
                 raise RequestError(404, f"{self.path}: there is no such endpoint", "not_found")
@@ -141,6 +148,8 @@ def make_classes(options: argparse.Namespace):
                 raise RequestError(400, f"the body is not JSON: {e}", "invalid_json") from e
             if not isinstance(body, dict):
                 raise RequestError(400, "the body must be a JSON object", "invalid_json")
+            if self.path == "/v1/embeddings":
+                return body
             if "chat" in self.path:
                 check_messages(body.get("messages"), options.allow_remote_images, most)
             elif not isinstance(body.get("prompt"), str):
@@ -152,6 +161,33 @@ def make_classes(options: argparse.Namespace):
             data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
             self.rfile = io.BytesIO(data)
             self.headers.replace_header("Content-Length", str(len(data)))
+            return body
+
+        def _embed(self, body: dict) -> None:
+            """OpenAI's embeddings, of texts and of images given as data: URIs."""
+            inputs, form = check_inputs(body)
+            try:
+                rows, count = embedder.embed(inputs)
+            except ImageError as e:
+                raise RequestError(400, str(e), "invalid_image") from e
+            except ValueError as e:
+                raise RequestError(400, str(e), "invalid_input") from e
+            data = []
+            for i, row in enumerate(rows):
+                value = base64.b64encode(row.astype("<f4")).decode() if form == "base64" else row.tolist()
+                data.append({"object": "embedding", "index": i, "embedding": value})
+            usage = {"prompt_tokens": count, "total_tokens": count}
+            name = Path(options.embedding_model or SIGLIP).name
+            self._send(200, {"object": "list", "data": data, "model": name, "usage": usage})
+
+        def _send(self, status: int, value: dict) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self._set_cors_headers()
+            self.end_headers()
+            self.wfile.write(data)
 
         def _check_key(self) -> None:
             if options.api_key and self.headers.get("Authorization") != f"Bearer {options.api_key}":
@@ -180,30 +216,19 @@ def make_classes(options: argparse.Namespace):
 
         def _fail(self, status: int, message: str, code: str) -> None:
             kind = {401: "authentication_error", 500: "server_error"}.get(status, "invalid_request_error")
-            error = json.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}}).encode()
+            error = {"error": {"message": message, "type": kind, "code": code, "param": None}}
             try:
                 if self._answering:
-                    self.wfile.write(b"data: " + error + b"\n\n")
+                    self.wfile.write(f"data: {json.dumps(error)}\n\n".encode())
                     return
                 self._headers_buffer = []
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(error)))
-                self._set_cors_headers()
-                self.end_headers()
-                self.wfile.write(error)
+                self._send(status, error)
             except ConnectionError:
                 self.close_connection = True
 
         def handle_models_request(self):
             model = {"id": options.name, "object": "model", "created": self.created, "owned_by": "llama3v_mlx"}
-            data = json.dumps({"object": "list", "data": [model]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self._set_cors_headers()
-            self.end_headers()
-            self.wfile.write(data)
+            self._send(200, {"object": "list", "data": [model]})
 
         def log_message(self, format: str, *args):
             server.logging.info(format, *args)
@@ -238,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
+    parser.add_argument("--embedding-model", help="SigLIP for /v1/embeddings (default: the bundled demo)")
     parser.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8080, help="(default: 8080)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import io
 import json
 import os
 import socket
@@ -9,13 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from llama3v_mlx import stream_generate
-from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.embedder import Embedder
+from llama3v_mlx.encoder import load_encoder
 from llama3v_mlx.guard import RequestError, fetch
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
@@ -109,6 +115,39 @@ def test_models_and_health(port: int) -> None:
     assert status == 200 and json.loads(said)["usage"]["completion_tokens"] == 3
 
 
+def test_embeddings_find_their_image(port: int) -> None:
+    """Texts and images in one space, as floats and as base64; the same as the encoder's own."""
+    inputs = ["two red stars on a yellow background", *(image(path)["image_url"]["url"] for path in (STARS, CROSS))]
+    status, said = request(port, "/v1/embeddings", {"input": inputs, "model": "any"})
+    assert status == 200
+    answer = json.loads(said)
+    assert [each["index"] for each in answer["data"]] == [0, 1, 2] and answer["usage"]["prompt_tokens"] > 5
+    rows = np.array([each["embedding"] for each in answer["data"]])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert rows[0] @ rows[1] > 0.5 > rows[0] @ rows[2]
+    encoder = load_encoder(SIGLIP)
+    own = np.array(encoder.encode([encoder.prepare(STARS)])[0].rows[0])
+    np.testing.assert_allclose(rows[1], own / np.linalg.norm(own), atol=1e-5)
+    status, said = request(port, "/v1/embeddings", {"input": inputs[1], "encoding_format": "base64"})
+    packed = json.loads(said)["data"][0]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed), "<f4"), rows[1], atol=1e-5)
+
+
+def test_embeddings_that_come_together_are_computed_together(rng: np.random.Generator) -> None:
+    embedder = Embedder(SIGLIP)
+    embedder.embed(["warm up"])
+    uris = []
+    for _ in range(24):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(file, "PNG")
+        uris.append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda uri: embedder.embed([uri])[0][0], uris))
+    assert max(embedder.batches) > 1
+    for uri, row in zip(uris, together, strict=True):
+        np.testing.assert_allclose(embedder.embed([uri])[0][0], row, atol=1e-5)
+
+
 def part(url: object) -> dict:
     return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
 
@@ -135,6 +174,10 @@ def part(url: object) -> dict:
         (CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": "many"}, 400, "invalid_request"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}], "stream_options": 3}, 400, "invalid_request"),
         ("/v1/completions", {"prompt": [1, 2]}, 400, "invalid_prompt"),
+        ("/v1/embeddings", {}, 400, "invalid_input"),
+        ("/v1/embeddings", {"input": ["x", 3]}, 400, "invalid_input"),
+        ("/v1/embeddings", {"input": "x", "encoding_format": "text"}, 400, "invalid_input"),
+        ("/v1/embeddings", {"input": "data:image/png;base64,AAAA"}, 400, "invalid_image"),
         ("/v1/nothing", {}, 404, "not_found"),
         (CHAT, b" " * 2_000_001, 413, "body_too_large"),
     ],
