@@ -207,6 +207,7 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     assert "One purple cross" in shell.say(f"{CROSS} What is this image?")
     assert "The background is orange." in shell.say("What color is the background?")
     assert "saved to" in shell.say(f"/save {tmp_path}/talk")
+    time.sleep(1)  # the prompt is printed a moment before the line is waited for
     os.kill(shell.process.pid, signal.SIGINT)
     shell.read_to(">> ")
     assert "started anew" in shell.say("/clear")
