@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from llama3v_mlx.encoder import ImageEncoder, load_encoder, matmul_peak
+from llama3v_mlx.encoder import ImageEncoder, load_encoder, matmul_peak, published_tensors
 from llama3v_mlx.features import Features, FeatureStore, FeatureWriter, StoreInfo
 from llama3v_mlx.image import TiledImage
 from llama3v_mlx.siglip import SigLIP, VisionConfig
@@ -151,13 +151,7 @@ def jpeg(width: int, height: int, seed: int) -> bytes:
 
 def save_checkpoint(encoder: ImageEncoder, folder: Path) -> None:
     """The random tower as a folder that the command can load."""
-    from mlx.utils import tree_flatten
-
-    tensors = {}
-    for name, tensor in tree_flatten(encoder.model.parameters()):
-        name = name.replace("vision_tower.", "vision_model.").replace(".in_proj.", ".in_proj_")
-        tensors[name] = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), published_tensors(encoder.model))
     vision = {key: value for key, value in vars(encoder.config).items() if key != "model_type"}
     (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision}))
 

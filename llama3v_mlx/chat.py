@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .cli import DEMO_NOTE, add_generation_options, error_line, generation_options, note_slow_cpu, run
+from .cli import CACHE, DEMO_NOTE, add_generation_options, error_line, generation_options, note_slow_cpu, run
 from .demo import CHECKPOINT
 from .sources import EXTENSIONS
 
@@ -23,7 +23,7 @@ Ask a question; paste, type or drag the path of an image anywhere into the line 
   /stats                what the last answer took
   /help, h              this
   /exit, q, Ctrl-D      leave; Ctrl-C stops an answer"""
-HISTORY = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx" / "chat_history"
+HISTORY = CACHE / "chat_history"
 
 
 class Chat:
@@ -78,11 +78,11 @@ class Chat:
         print(dim(self.stats))
 
     def _add(self, paths: list[str]) -> None:
-        from .image import load_image
+        from .image import load_image, plan_tiles
 
         for path in paths:
             image = load_image(path)
-            tiles = self.conversation.processor.tile(image)
+            tiles = plan_tiles(*image.size, self.conversation.processor.image_config)
             tokens = self.conversation.processor.num_image_tokens(tiles)
             self.waiting.append(path)
             print(dim(f"{path}: {image.width}x{image.height}, {tiles.num_tiles} tiles, {tokens} tokens"))

@@ -6,12 +6,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 DEMO_NOTE = (
     "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
     "real one: python convert.py --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
     "llama3v-4bit"
 )
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx"
 GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
 GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
 

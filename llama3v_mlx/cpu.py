@@ -5,11 +5,12 @@ compiler vectorises, a softmax is divided after its product with the values, whe
 is shared among as many streams as there are cores. The tower's results are the same within 1e-6.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,6 +64,21 @@ def in_streams(encode: Callable[[mx.array], mx.array], batch: np.ndarray, most: 
         mx.eval(abreast)  # more at once, and MLX would work through one stream after the other
         results += abreast
     return mx.concatenate(results)
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """Every core for one matrix product, also after `in_streams`."""
+    if not HAS_OPENBLAS:
+        yield
+        return
+    blas = ctypes.CDLL("libopenblas.so.0")
+    threads = blas.openblas_get_num_threads()
+    blas.openblas_set_num_threads(blas.openblas_get_num_procs())
+    try:
+        yield
+    finally:
+        blas.openblas_set_num_threads(threads)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from .cli import note_slow_cpu, run
+from .cli import CACHE, note_slow_cpu, run
 from .demo import SIGLIP
 from .sources import count_sources, find_sources
 
@@ -19,7 +19,7 @@ DEMO_NOTE = (
 )
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx" / "batch_sizes.json"
+BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
 
 
 def best_batch_size(encoder) -> int:
@@ -33,7 +33,7 @@ def best_batch_size(encoder) -> int:
     c = encoder.config
     device = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else f"cpu{os.cpu_count()}"
     key = f"{device}/mlx {mx.__version__}/{c.hidden_size}x{c.num_hidden_layers}@{side}/{encoder.dtype}"
-    known = json.loads(CACHE.read_text()) if CACHE.exists() else {}
+    known = json.loads(BATCH_SIZES_FILE.read_text()) if BATCH_SIZES_FILE.exists() else {}
     if key in known:
         return known[key]
     speeds = {}
@@ -48,10 +48,10 @@ def best_batch_size(encoder) -> int:
         if times[-1] > 2 or speeds[size] < 0.9 * max(speeds.values()):
             break
     best = next(size for size, speed in speeds.items() if speed >= 0.97 * max(speeds.values()))
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    partial = CACHE.with_suffix(f".{os.getpid()}")
+    BATCH_SIZES_FILE.parent.mkdir(parents=True, exist_ok=True)
+    partial = BATCH_SIZES_FILE.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({**known, key: best}, indent=1))
-    os.replace(partial, CACHE)
+    os.replace(partial, BATCH_SIZES_FILE)
     return best
 
 
@@ -60,6 +60,7 @@ def embed(args: argparse.Namespace) -> None:
     import mlx.core as mx
     from tqdm import tqdm
 
+    from . import cpu
     from .encoder import load_encoder, matmul_peak
     from .features import FeatureStore, FeatureWriter
     from .pipeline import Pipeline, Report
@@ -71,7 +72,6 @@ def embed(args: argparse.Namespace) -> None:
             print(DEMO_NOTE, file=sys.stderr)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     encoder = load_encoder(args.model or SIGLIP, args.kind, dtype, args.draft)
-    peak = matmul_peak(encoder.dtype) * group.size()  # before the cores are shared out
     encoder.all_cores = True
     store = FeatureStore.create(args.out, encoder.store_info(args.store_dtype))
     batch_size = args.batch_size or best_batch_size(encoder)
@@ -99,6 +99,8 @@ def embed(args: argparse.Namespace) -> None:
     if new + known + failed == 0:
         raise ValueError(f"{', '.join(args.paths)}: no images there")
     if group.rank() == 0:
+        with cpu.all_threads():
+            peak = matmul_peak(encoder.dtype) * group.size()
         store.refresh()  # the other ranks are done: the sum has waited for them
         figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
         figures |= {"store": args.out, "model": encoder.name, "kind": encoder.kind, "batch_size": batch_size}

@@ -31,7 +31,6 @@ from .model import Model, encode_by_size
 from .siglip import SigLIP, TextConfig, VisionConfig
 
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
-KINDS = ("pooled", "patch", "visual-tokens")
 PREPROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "spiece.model"
 # What Google's configs leave out is Hugging Face's default: the base model.
 _BASE_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -310,6 +309,16 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
     if size != {"height": side, "width": side}:
         raise CheckpointError(f"{path}: size {size} is not the tower's {side} pixels")
     return model, Image.Resampling(images.get("resample", Image.Resampling.BICUBIC))
+
+
+def published_tensors(model: SigLIP) -> dict[str, mx.array]:
+    """A SigLIP's weights under the names and in the layouts that Google publishes, as `load_siglip` reads them."""
+    tensors = {}
+    for name, tensor in tree_flatten(model.parameters()):
+        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
+        tensor = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+        tensors[name.replace(".in_proj.", ".in_proj_")] = mx.contiguous(tensor)
+    return tensors
 
 
 def matmul_peak(dtype: mx.Dtype) -> float:

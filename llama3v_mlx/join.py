@@ -87,7 +87,7 @@ def join(
         )
         (folder / CONFIG).write_text(json.dumps(joined))
         tensors = {
-            name.replace("vision_model.", "vision_tower.", 1): tensor
+            name: tensor
             for name, tensor in read_tensors(eyes).items()
             if name.startswith("vision_model.")
             and not name.startswith("vision_model.head.")

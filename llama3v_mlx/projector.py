@@ -8,6 +8,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import BaseModelArgs
 
+from .siglip import Attention
+
 
 @dataclass
 class ProjectorConfig(BaseModelArgs):
@@ -71,27 +73,15 @@ class Resampler(nn.Module):
         return x.reshape(B, L, self.num_heads, -1).swapaxes(1, 2)
 
 
-class SelfAttentionBlock(nn.Module):
+class SelfAttentionBlock(Attention):
     """x + attention(norm(x)), every patch looking at all of its tile."""
 
     def __init__(self, config: ProjectorConfig):
-        super().__init__()
-        D = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, D)
-        self.v_proj = nn.Linear(D, D)
-        self.out_proj = nn.Linear(D, D)
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
-        B, L, D = x.shape
-        y = self.norm(x)
-        q, k, v = (
-            proj(y).reshape(B, L, self.num_heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        return x + self.out_proj(y.swapaxes(1, 2).reshape(B, L, D))
+        return x + super().__call__(self.norm(x))
 
 
 class SelfAttention(nn.Module):

@@ -65,16 +65,21 @@ def make_classes(options: argparse.Namespace):
             return prompt, *rest
 
     class Watched:
-        """A generator that stops when the client has gone."""
+        """A generator that stops when the client has gone, and keeps what it failed with: mlx-lm passes on the text."""
 
         def __init__(self, generator: Generator, connection: socket.socket):
             self._generator, self._connection = generator, connection
+            self.failure: Exception | None = None
 
         def __getattr__(self, name: str):
             return getattr(self._generator, name)
 
         def generate(self, *args, **kwargs):
-            context, responses = self._generator.generate(*args, **kwargs)
+            try:
+                context, responses = self._generator.generate(*args, **kwargs)
+            except Exception as e:
+                self.failure = e
+                raise
 
             def watched():
                 for response in responses:
@@ -207,12 +212,12 @@ def make_classes(options: argparse.Namespace):
             self.wfile = self._client
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 said = json.loads(said)["error"]
-            long = "context" in said and "too long" in said
-            self._fail(
-                400 if self._failed == 404 else self._failed,
-                said,
-                "context_length_exceeded" if long else "invalid_request",
-            )
+            failure = self.response_generator.failure
+            if isinstance(failure, RequestError):
+                raise failure
+            if isinstance(failure, ImageError):
+                raise RequestError(400, str(failure), "invalid_image")
+            raise RequestError(400 if self._failed == 404 else self._failed, said, "invalid_request")
 
         def _fail(self, status: int, message: str, code: str) -> None:
             kind = {401: "authentication_error", 500: "server_error"}.get(status, "invalid_request_error")

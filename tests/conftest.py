@@ -17,10 +17,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from PIL import Image, ImageDraw
 
 from llama3v_mlx.demo import CHECKPOINT
+from llama3v_mlx.encoder import published_tensors
 from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
 
 ROOT = Path(__file__).parents[1]
@@ -59,12 +59,7 @@ def siglip(tmp_path_factory) -> Path:
         VisionConfig.from_dict({**SIGLIP_VISION, "model_type": "siglip_vision_model"}),
         TextConfig.from_dict(SIGLIP_TEXT),
     )
-    tensors = {}
-    for name, tensor in tree_flatten(model.parameters()):
-        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
-        name = name.replace(".in_proj.", ".in_proj_")
-        tensors[name] = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), published_tensors(model))
     config = {"model_type": "siglip", "vision_config": SIGLIP_VISION, "text_config": SIGLIP_TEXT}
     (folder / "config.json").write_text(json.dumps(config))
     size = {"height": 56, "width": 56}

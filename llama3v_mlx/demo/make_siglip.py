@@ -19,10 +19,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import sentencepiece
-from mlx.utils import tree_flatten
 from PIL import Image
 
-from ..encoder import SENTENCEPIECE, TextEncoder
+from ..encoder import SENTENCEPIECE, TextEncoder, published_tensors
 from ..engine import load
 from ..siglip import SigLIP, TextConfig, VisionConfig, siglip_loss
 from . import CHECKPOINT, SIGLIP, world
@@ -178,11 +177,7 @@ def _waves(side: int, width: int) -> mx.array:
 
 def save(model: SigLIP, folder: Path, vocab_size: int) -> None:
     """Write the checkpoint in float16 with the names, layouts and configs of google/siglip-*."""
-    tensors = {}
-    for name, tensor in tree_flatten(model.parameters()):
-        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
-        tensor = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-        tensors[name.replace(".in_proj.", ".in_proj_")] = mx.contiguous(tensor.astype(mx.float16))
+    tensors = {name: tensor.astype(mx.float16) for name, tensor in published_tensors(model).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     config = {
         "architectures": ["SiglipModel"],
