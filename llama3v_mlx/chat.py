@@ -196,6 +196,7 @@ def history():
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.chat", description="Chat with Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images for the first question")
     parser.add_argument("--system-prompt", help="goes before the first question (default: none)")
     add_generation_options(parser)
@@ -215,8 +216,10 @@ def chat(args: argparse.Namespace) -> None:
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
-    model, processor = load(args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles)
-    name = name_of(args.model or CHECKPOINT)
+    model, processor = load(
+        args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path
+    )
+    name = name_of(args.model or CHECKPOINT) + (f" with {args.adapter_path}" if args.adapter_path else "")
     features = FeatureCache(args.features, model, processor.image_config, name) if args.features else None
     if args.seed is not None:
         mx.random.seed(args.seed)

@@ -73,7 +73,7 @@ def _hush_libraries() -> None:
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Sampling, memory and feature store, as generate and chat take them."""
-    parser.add_argument("-m", "--max-tokens", type=_positive, default=1024, help="length of the answer (default: 1024)")
+    parser.add_argument("-m", "--max-tokens", type=positive, default=1024, help="length of the answer (default: 1024)")
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
     sampling.add_argument("--temp", type=_share_or_more, help="temperature; 0: always the likeliest token")
     sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
@@ -86,7 +86,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: 64)")
     cache.add_argument("--quantized-kv-start", type=int, default=5000, help="from this token on (default: 5000)")
     cache.add_argument("--features", metavar="STORE", help="a store where images are looked up, and new ones kept")
-    cache.add_argument("--max-image-tiles", type=_positive, help="tiles per image, the overview included, at most")
+    cache.add_argument("--max-image-tiles", type=positive, help="tiles per image, the overview included, at most")
 
 
 def generation_options(args: argparse.Namespace) -> dict:
@@ -94,7 +94,8 @@ def generation_options(args: argparse.Namespace) -> dict:
     return {"temperature": args.temp} | {name: getattr(args, name) for name in GENERATION}
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.processors
+from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse as MLXResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_repetition_penalty
@@ -18,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import model as model_module
 from .checkpoint import (
     MODEL_TYPE,
+    CheckpointError,
     find_checkpoint,
     load_model,
     load_tokenizer,
@@ -86,6 +88,7 @@ def load(
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     max_image_tiles: int | None = None,
+    adapter_path: str | Path | None = None,
     lazy: bool = False,
 ) -> tuple[Model, Processor]:
     """Load a converted or an unconverted checkpoint.
@@ -95,6 +98,7 @@ def load(
         revision: a branch, tag or commit of the repository.
         dtype: of the floating tensors; by default float32 on a CPU, where half precision is slow, else as they are.
         max_image_tiles: at most this many tiles per image, the overview included.
+        adapter_path: a folder of adapters, from `llama3v_mlx.train` or mlx-lm's own training.
         lazy: leave the weights to be read when first used.
 
     Returns:
@@ -108,12 +112,32 @@ def load(
     if dtype is None and mx.default_device() == mx.cpu:
         dtype = mx.float32
     model = load_model(folder, config, dtype, lazy)
+    if adapter_path is not None:
+        load_adapters(model, adapter_path)
     tokenizer = load_tokenizer(folder, config["eos_token_id"])
     processor = Processor.from_config(config, tokenizer).with_max_tiles(max_image_tiles)
     generation = read_generation_config(folder, config)
     fields = {field.name for field in dataclasses.fields(Sampling)}
     model.sampling = Sampling(**{key: value for key, value in generation.items() if key in fields})
     return model, processor
+
+
+def load_adapters(model: Model, folder: str | Path) -> None:
+    """Put adapters into a model: LoRA layers, or whole parameters, which take the model's dtypes.
+
+    Raises:
+        CheckpointError: if the folder has no adapters, or another model's.
+    """
+    from mlx_lm.tuner import utils  # which takes its time to import
+
+    try:
+        dtypes = {name: tensor.dtype for name, tensor in tree_flatten(model.parameters())}
+        utils.load_adapters(model, str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder}: no adapters for this model: {e}") from e
+    cast = [(n, t.astype(dtypes[n])) for n, t in tree_flatten(model.parameters()) if t.dtype != dtypes.get(n, t.dtype)]
+    model.load_weights(cast, strict=False)
+    model.eval()
 
 
 def stream_generate(

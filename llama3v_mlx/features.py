@@ -167,6 +167,11 @@ class FeatureStore:
         i = self._places.get(sha256)
         return None if i is None else self._features(i)
 
+    def grid(self, sha256: bytes) -> tuple[int, int] | None:
+        """The (columns, rows) of slices of an image that is there, without reading its features."""
+        grid = tuple(self._table()[0]["grid"][self._places[sha256]].tolist())
+        return grid if grid[0] else None
+
     def matrix(self) -> Iterator[np.ndarray]:
         """All rows in the order of iteration, float32 (n, width): as many at a time as lie side by side on disk."""
         order = np.array([i for _, i in self._in_order()], np.int64)

@@ -13,6 +13,7 @@ IMAGE_PROMPT = "What is this image?"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.generate", description="Ask Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image files or data: URIs")
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")
     parser.add_argument("--system-prompt", help="goes before the question (default: none)")
@@ -47,7 +48,9 @@ def answer(args: argparse.Namespace) -> None:
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
-    model, processor = load(args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles)
+    model, processor = load(
+        args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path
+    )
     features = None
     if args.features:
         features = FeatureCache(args.features, model, processor.image_config, name_of(args.model or CHECKPOINT))

@@ -78,18 +78,7 @@ class Model(nn.Module):
         self, inputs: mx.array, grids: Sequence[tuple[int, int] | None], visual_tokens: Sequence[mx.array]
     ) -> mx.array:
         """`embed_inputs` for images already encoded: their (columns, rows) grids and their visual tokens."""
-        ids = np.array(inputs)
-        is_image = ids == self.prompt_tokens.image
-        starts = np.flatnonzero(is_image & ~np.r_[False, is_image[:-1]])
-        ends = np.flatnonzero(is_image & ~np.r_[is_image[1:], False]) + 1
-        if len(starts) != len(grids):
-            raise ValueError(f"the prompt has places for {len(starts)} images, but {len(grids)} were given")
-        num_queries = self.projector.config.num_queries
-        for start, end, grid in zip(starts, ends, grids, strict=True):
-            block = self.prompt_tokens.block(grid, num_queries)
-            if end - start != len(block):
-                raise ValueError(f"an image of {len(block)} tokens does not fit its place of {end - start} tokens")
-            ids[start:end] = block
+        ids = self.prompt_tokens.expand(np.array(inputs), grids, self.projector.config.num_queries)
         embeddings = self.language_model.model.embed_tokens(mx.array(ids))
         if not len(grids):
             return embeddings

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .image import ImageConfig, ImageSource, TiledImage, tile_image
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
@@ -56,6 +58,25 @@ class PromptTokens:
         for row in range(rows):
             ids += ([self.newline] if row else []) + tile * columns
         return [*ids, self.slice_end]
+
+    def expand(self, ids: np.ndarray, grids: Sequence[tuple[int, int] | None], num_queries: int) -> np.ndarray:
+        """A prompt's ids (L,) with each image's run of placeholders written out as its block.
+
+        Raises:
+            ValueError: if the runs and the images differ in number or length.
+        """
+        ids = np.array(ids)
+        is_image = ids == self.image
+        starts = np.flatnonzero(is_image & ~np.r_[False, is_image[:-1]])
+        ends = np.flatnonzero(is_image & ~np.r_[is_image[1:], False]) + 1
+        if len(starts) != len(grids):
+            raise ValueError(f"the prompt has places for {len(starts)} images, but {len(grids)} were given")
+        for start, end, grid in zip(starts, ends, grids, strict=True):
+            block = self.block(grid, num_queries)
+            if end - start != len(block):
+                raise ValueError(f"an image of {len(block)} tokens does not fit its place of {end - start} tokens")
+            ids[start:end] = block
+        return ids
 
 
 @dataclass(frozen=True)
@@ -147,29 +168,56 @@ class Processor:
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids))
 
+    def encode_answered(self, messages: Sequence[dict]) -> tuple[Prompt, list[bool]]:
+        """A conversation with its answers, and which of its ids are answers: what a model is trained on.
+
+        An answer's own end-of-turn token is part of it. The images are in the messages.
+
+        Raises:
+            ValueError: if messages are malformed.
+            ImageError: if an image cannot be used.
+        """
+        ids, answers, tiled = [self._special(BOS)], [False], []
+        for message in messages:
+            head, body, images = self._encode_message(message, iter(()))
+            ids += head + body
+            answers += [False] * len(head) + [message["role"] == "assistant"] * len(body)
+            tiled += images
+        return Prompt(ids, tiled), answers
+
     def _encode_messages(self, messages: Sequence[dict], images: Sequence[ImageSource]) -> Prompt:
         waiting = iter(images)
         ids, tiled = [self._special(BOS)], []
         for message in messages:
-            role = message.get("role")
-            if role not in ROLES:
-                raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")
-            ids += [self._special(HEADER_START), *self._text(role), self._special(HEADER_END)]
-            text = "\n\n"
-            for i, part in enumerate(_trimmed(_parts(message.get("content"), waiting))):
-                text += "\n" if i else ""
-                if isinstance(part, str):
-                    text += part
-                    continue
-                image = self.tile(part.source)
-                tiled.append(image)
-                ids += self._text(text) + [self.prompt_tokens.image] * self.num_image_tokens(image)
-                text = ""
-            ids += [*self._text(text), self._special(EOT)]
+            head, body, own = self._encode_message(message, waiting)
+            ids += head + body
+            tiled += own
         if next(waiting, None) is not None:
             raise ValueError(f"{len(images)} images were given, but the messages have places for fewer")
         ids += [self._special(HEADER_START), *self._text("assistant"), self._special(HEADER_END), *self._text("\n\n")]
         return Prompt(ids, tiled)
+
+    def _encode_message(
+        self, message: dict, waiting: Iterable[ImageSource]
+    ) -> tuple[list[int], list[int], list[TiledImage]]:
+        """The ids of a message's header and of its content, and its images."""
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")
+        head = [self._special(HEADER_START), *self._text(role), self._special(HEADER_END)]
+        ids, tiled, text = [], [], "\n\n"
+        if role == "assistant":  # its newlines are the prompt's, and no part of the answer
+            head, text = head + self._text(text), ""
+        for i, part in enumerate(_trimmed(_parts(message.get("content"), waiting))):
+            text += "\n" if i else ""
+            if isinstance(part, str):
+                text += part
+                continue
+            image = self.tile(part.source)
+            tiled.append(image)
+            ids += self._text(text) + [self.prompt_tokens.image] * self.num_image_tokens(image)
+            text = ""
+        return head, [*ids, *self._text(text), self._special(EOT)], tiled
 
     def _special(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)

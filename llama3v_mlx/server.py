@@ -39,7 +39,7 @@ def make_classes(options: argparse.Namespace):
 
         def load(self, model_path=None, adapter_path=None, draft_model_path=None):
             if self.model is None:
-                self.model, self.processor = load(options.model or CHECKPOINT)
+                self.model, self.processor = load(options.model or CHECKPOINT, adapter_path=self.cli_args.adapter_path)
                 self.tokenizer = self.processor.tokenizer
                 self.model_key = (options.name, None, None)
                 self.is_batchable = True

@@ -7,8 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import llama3v_mlx  # noqa: F401, I001  (loads OpenBLAS, which must come before mlx.core)
 
+import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +95,29 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         if "input" not in options:
             options.setdefault("stdin", subprocess.DEVNULL)
         return subprocess.run([sys.executable, *map(str, args)], **options)
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run `python ARGS…` as two ranks of `mlx.distributed` on 127.0.0.1, and return what each printed."""
+
+    def run(*args: str | Path) -> list[str]:
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+            for s in sockets:
+                s.bind(("127.0.0.1", 0))
+            hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+        (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+        ranks = []
+        for i in range(2):
+            env = {**os.environ, "MLX_RANK": str(i), "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+            options = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            ranks.append(subprocess.Popen([sys.executable, *map(str, args)], **options))
+        output = [rank.communicate(timeout=200) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], output
+        return [stdout for stdout, _ in output]
 
     return run
 

@@ -1,10 +1,8 @@
 """The embed command on real files: what it stores, what it skips, and how it ends."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -179,24 +177,11 @@ def test_draft_is_close(tmp_path: Path, capsys, siglip: Path) -> None:
     assert np.abs(exact.astype(int) - draft).mean() < 3
 
 
-def test_two_ranks_share_the_work(photos: Path, tmp_path: Path, siglip: Path) -> None:
-    sockets = [socket.socket() for _ in range(2)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
-    for s in sockets:
-        s.close()
-    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
-    args = [sys.executable, "-m", "llama3v_mlx.embed", photos, "--out", tmp_path / "store", "--model", siglip]
-    args += ["--json", "--batch-size", "2"]
-    ranks = []
-    for i in range(2):
-        env = {**os.environ, "MLX_RANK": str(i), "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
-        ranks.append(subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    output = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], output
-    found = json.loads(output[0][0])
-    assert output[1][0] == ""
+def test_two_ranks_share_the_work(photos: Path, tmp_path: Path, siglip: Path, run_ranks) -> None:
+    args = ["-m", "llama3v_mlx.embed", photos, "--out", tmp_path / "store", "--model", siglip]
+    first, second = run_ranks(*args, "--json", "--batch-size", "2")
+    found = json.loads(first)
+    assert second == ""
     assert (found["new"], found["known"], found["rows"]) == (8, 1, 8)
     assert len(list((tmp_path / "store").glob("shard-*.safetensors"))) == 2
     assert len(list(FeatureStore(tmp_path / "store").names())) == 9

@@ -21,7 +21,7 @@ ORDER = (
     "encoder",
     "engine",
 )
-COMMANDS = ("generate", "chat", "server", "embed", "search", "convert")
+COMMANDS = ("generate", "chat", "server", "embed", "search", "train", "convert")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -33,29 +33,30 @@ def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch
     return noise * shape[-1] ** -0.5
 
 
-def position_code(h: int, w: int) -> torch.Tensor:
-    """(h·w, 4096): sin and cos of the column, then sin and cos of the row."""
-    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float32) / (D // 4))
+def position_code(h: int, w: int, dim: int) -> torch.Tensor:
+    """(h·w, dim): sin and cos of the column, then sin and cos of the row."""
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     x, y = (n.reshape(-1, 1).float() * omega for n in (x, y))
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
 def norm(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.layer_norm(x, (D,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
 
 
 def resample(w: Weights, features: torch.Tensor, h: int, width: int) -> torch.Tensor:
-    """Visual tokens (B, 96, 4096) of features (B, h·width, 1152)."""
+    """Visual tokens (B, queries, dim) of features (B, h·width, vision); (B, 96, 4096) of 1152 at the released size."""
+    dim = w["proj"].shape[0]
     values = norm(w, "ln_kv", features @ w["kv_proj.weight"].T).transpose(0, 1)
-    keys = values + position_code(h, width)[:, None]
+    keys = values + position_code(h, width, dim)[:, None]
     queries = norm(w, "ln_q", w["query"])[:, None].expand(-1, len(features), -1)
     attended, _ = torch.nn.functional.multi_head_attention_forward(
         queries,
         keys,
         values,
-        embed_dim_to_check=D,
-        num_heads=HEADS,
+        embed_dim_to_check=dim,
+        num_heads=dim // 128,
         in_proj_weight=w["attn.in_proj_weight"],
         in_proj_bias=w["attn.in_proj_bias"],
         bias_k=None,
@@ -126,31 +127,41 @@ def test_half_precision(weights: Weights, resampler: Resampler, dtype: mx.Dtype,
 class Block(torch.nn.Module):
     """A block of the article's projector, of torch's own modules."""
 
-    def __init__(self):
+    def __init__(self, dim: int):
         super().__init__()
-        self.norm = torch.nn.LayerNorm(D, eps=1e-6)
-        self.attention = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
+        self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
+        self.attention = torch.nn.MultiheadAttention(dim, dim // 128, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
         return x + self.attention(y, y, y, need_weights=False)[0]
 
 
-def test_self_attention() -> None:
-    layers = (torch.nn.Linear(VISION, D), Block(), Block(), torch.nn.LayerNorm(D, eps=1e-6))
-    theirs = randomize(torch.nn.Sequential(*layers), 0)
-    tensors = {}
-    for name, tensor in theirs.state_dict().items():
+def self_attention(vision: int, dim: int) -> torch.nn.Module:
+    """The article's projector."""
+    layers = (torch.nn.Linear(vision, dim), Block(dim), Block(dim), torch.nn.LayerNorm(dim, eps=1e-6))
+    return randomize(torch.nn.Sequential(*layers), 0)
+
+
+def named_as_ours(tensors: Weights) -> dict[str, mx.array]:
+    """What belongs to `self_attention`, under the names of our module."""
+    found = {}
+    for name, tensor in tensors.items():
         place, _, rest = name.partition(".")
         rest, tensor = rest.replace("attention.out_proj", "out_proj"), mx.array(tensor.numpy())
         where = {"0": "linear.", "1": "blocks.0.", "2": "blocks.1.", "3": "norm."}[place]
         if rest.startswith("attention.in_proj_"):
             for part, each in zip("qkv", mx.split(tensor, 3), strict=True):
-                tensors[f"{where}{part}_proj.{rest.rpartition('_')[2]}"] = each
+                found[f"{where}{part}_proj.{rest.rpartition('_')[2]}"] = each
         else:
-            tensors[where + rest] = tensor
+            found[where + rest] = tensor
+    return found
+
+
+def test_self_attention() -> None:
+    theirs = self_attention(VISION, D)
     ours = build_projector(ProjectorConfig(D, VISION, 35, HEADS, projector_type="self-attention"))
-    ours.load_weights(list(tensors.items()), strict=True)
+    ours.load_weights(list(named_as_ours(theirs.state_dict()).items()), strict=True)
     features = torch.randn(2, 35, VISION, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(features)

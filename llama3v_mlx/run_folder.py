@@ -1,0 +1,118 @@
+"""The folder of a training run: what it was asked, its figures, and checkpoints to go on from after any end.
+
+`run.json` are the options, `metrics.jsonl` the figures, `checkpoints/step-N` the newest two and the best, to which
+`best` leads. Those, and in the end the folder itself, are adapters in mlx-lm's form.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .atomic import new_folder
+from .checkpoint import read_json
+
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
+NEWEST = 2  # checkpoints that are kept, besides the best
+
+
+class RunFolder:
+    """A run's folder; only the rank that writes has `writes`.
+
+    Args:
+        folder: made if it is not there.
+        options: what the run is asked to do, in JSON.
+        resume: go on with the run that is there.
+        writes: whether this process writes.
+
+    Raises:
+        ValueError: if the folder has a run and `resume` is not set, or one of other options.
+    """
+
+    def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool):
+        self.folder, self.writes = Path(folder), writes
+        path = self.folder / RUN
+        if path.exists():
+            if not resume:
+                raise ValueError(f"{folder}: holds a run; go on with it by --resume, or give another --out")
+            old = read_json(path)
+            if differing := [key for key in options if old.get(key) != options[key]]:
+                was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
+                raise ValueError(f"{folder}: --resume goes on with the same data and options only; {was}")
+        elif self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+            raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
+        elif writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(options, indent=2) + "\n")
+
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from."""
+        steps = self._steps()
+        return steps[-1] if steps else None
+
+    def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict, adapter: dict) -> None:
+        """Keep all that the next steps depend on; checkpoints that are no longer needed go."""
+        if not self.writes:
+            return
+        weights = dict(tree_flatten(model.trainable_parameters()))
+        moments = dict(tree_flatten(optimizer.state))
+        path = self.folder / "checkpoints" / f"step-{step:07}"
+        if not path.exists():
+            num_bytes = sum(x.nbytes for x in (*weights.values(), *moments.values()))
+            with new_folder(path, num_bytes) as partial:
+                mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})
+                mx.save_safetensors(str(partial / OPTIMIZER), moments)
+                (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
+                (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        if state.get("best_step") == step:
+            link = self.folder / f"{BEST}.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.relative_to(self.folder))
+            os.replace(link, self.folder / BEST)
+        best = (self.folder / BEST).resolve()
+        for old in self._steps()[:-NEWEST]:
+            if old.resolve() != best:
+                shutil.rmtree(old)
+
+    def load(self, path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict:
+        """Put a checkpoint's weights and moments in their places, and return its state."""
+        model.load_weights(str(path / ADAPTERS), strict=False)
+        optimizer.state = tree_unflatten(list(mx.load(str(path / OPTIMIZER)).items()))
+        return read_json(path / STATE)
+
+    def finish(self) -> None:
+        """Make the newest checkpoint's adapters the folder's own."""
+        if self.writes:
+            for name in (ADAPTERS, ADAPTER_CONFIG):
+                shutil.copyfile(self.newest() / name, self.folder / f"{name}.partial")
+                os.replace(self.folder / f"{name}.partial", self.folder / name)
+
+    def log(self, figures: dict) -> None:
+        if self.writes:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Take figures of steps that will be taken again out of the metrics."""
+        if self.writes and self.metrics.exists():
+            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            _write(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _steps(self) -> list[Path]:
+        return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,300 @@
+"""Train a Llama3-V from stored features: `python -m llama3v_mlx.train --stage pretrain|finetune …`.
+
+pretrain: the projector learns, from patch features. finetune: Llama learns, from visual tokens. What the store lacks
+is embedded first; then neither the tower nor an image is needed again.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from .cli import note_slow_cpu, positive, run
+
+LEARNING_RATES = {"pretrain": 1e-3, "lora": 2e-4, "full": 2e-5}
+DTYPES = ("float16", "bfloat16", "float32")
+SCHEDULES = ("cosine", "linear", "constant")
+# What a run that is resumed must have been asked, too.
+OPTIONS = ("stage", "batch_size", "grad_accumulation_steps", "learning_rate", "warmup", "lr_schedule", "weight_decay")
+OPTIONS += ("max_seq_length", "seed", "dtype", "lora_rank", "lora_layers", "lora_scale", "lora_dropout", "dora", "full")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Prepare, train, save."""
+    import mlx.core as mx
+
+    from .dialogues import Dialogues
+    from .encoder import name_of
+    from .engine import load
+    from .run_folder import RunFolder
+    from .trainer import Loop, Trainer
+
+    group = mx.distributed.init()
+    if args.batch_size % group.size():
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {group.size()} ranks")
+    if args.plot:
+        import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
+    if group.rank() == 0:
+        note_slow_cpu()
+    args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+    sets = [Dialogues(path, args.image_folder, args.strict) for path in (args.data, args.val) if path]
+    store, processor = _prepare(args, sets, group)
+    data = sets[0]
+    if len(data) < args.batch_size:
+        raise ValueError(f"{args.data}: its {len(data)} rows do not fill a batch of {args.batch_size}")
+    per_epoch = max(1, len(data) // args.batch_size // args.grad_accumulation_steps)
+    steps = args.iters or per_epoch * args.epochs
+    args.warmup = round(0.03 * steps) if args.warmup is None else args.warmup
+
+    options = {key: getattr(args, key) for key in OPTIONS} | {"steps": steps, "model": name_of(args.model)}
+    options |= {"features": store.info.fingerprint, "rows": len(data)}
+    options |= {name: rows.digest() for name, rows in zip(("data", "val"), sets, strict=False)}
+    run_folder = RunFolder(args.out, options, args.resume, writes=group.rank() == 0)
+
+    model, _ = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
+    adapter = _choose_parameters(model, args, keep_projector=store.info.kind == "patch")
+    optimizer = _optimizer(args, steps)
+    optimizer.init(model.trainable_parameters())
+    state = {"best_loss": None, "best_step": None, "skipped": 0, "tokens": 0}
+    if newest := run_folder.newest():
+        state = run_folder.load(newest, model, optimizer)
+    step = state.pop("step", 0)
+    run_folder.forget_after(step)
+    if args.grad_checkpoint:
+        from mlx_lm.tuner.trainer import grad_checkpoint
+
+        grad_checkpoint(model.layers[0])
+    trainer = Trainer(model.train(), optimizer)
+    trainer.skipped = state["skipped"]
+    if group.rank() == 0:
+        _say_start(model, sets, step, steps)
+    loop = Loop(args, trainer, sets, store, processor, run_folder, adapter, state)
+    loop.run(step, steps, per_epoch)
+    if group.rank() == 0 and args.plot:
+        plot(run_folder.metrics, args.plot)
+
+
+def _prepare(args: argparse.Namespace, sets: list, group):
+    """The store with all images' features, a processor that finds images there, and the rows measured."""
+    import mlx.core as mx
+    from tqdm import tqdm
+
+    from .checkpoint import find_checkpoint, load_tokenizer, read_config
+    from .encoder import load_encoder
+    from .features import STORE, FeatureError, FeatureStore, FeatureWriter
+    from .image import TiledImage
+    from .pipeline import Pipeline
+    from .processor import Processor
+    from .sources import Source
+
+    kind, stored, dtype = ("patch" if args.stage == "pretrain" else "visual-tokens"), None, None
+    if (Path(args.features) / STORE).is_file():
+        info = FeatureStore(args.features).info
+        if info.kind != kind and (info.kind, args.stage) != ("patch", "finetune"):
+            raise FeatureError(f"{args.features}: holds {info.kind} features; --stage {args.stage} needs {kind}")
+        kind, stored, dtype = info.kind, info.dtype, getattr(mx, info.compute_dtype)
+    encoder = load_encoder(args.model, kind, dtype)
+    store = FeatureStore.create(args.features, encoder.store_info(stored))
+
+    def names() -> dict[str, bytes]:
+        store.refresh()
+        return {name: sha256 for sha256, name in store.names() if sha256 in store}
+
+    wanted = set().union(*(rows.image_paths for rows in sets))
+    known = names()
+    missing = sorted(wanted - known.keys())
+    unusable = {path: "no such file" for path in missing if not Path(path).is_file()}
+    sources = [Source(path, Path(path).read_bytes) for path in missing if path not in unusable]
+    if sources:
+        encoder.all_cores = True
+        mine = sources[group.rank() :: group.size()]
+        bar = tqdm(total=len(mine), unit="image", disable=True if group.rank() else None)
+        with bar, FeatureWriter(store) as writer:
+            pipeline = Pipeline(encoder, writer, 8, args.workers, lambda report: bar.update(report.seen - bar.n))
+            report = pipeline.run(iter(mine))
+        unusable.update(report.failed)
+        mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))  # all ranks are done
+        known = names()
+        unusable |= {s.name: "could not be embedded" for s in sources if s.name not in known | unusable}
+    folder = find_checkpoint(args.model)
+    config = read_config(folder)
+    processor = Processor.from_config(config, load_tokenizer(folder, config["eos_token_id"]))
+
+    def find(path: str) -> TiledImage:
+        return TiledImage((), store.grid(known[path]), known[path])
+
+    processor = dataclasses.replace(processor, tiler=find)
+    longest = min(args.max_seq_length, config["text_config"]["max_position_embeddings"])
+    for rows in sets:
+        rows.measure(processor, longest, unusable)
+        if group.rank() == 0 and rows.rejected:
+            print(f"{rows.path}: {len(rows.rejected)} rows are left out:", file=sys.stderr)
+            print("\n".join(f"  {reason}" for reason in rows.rejected[:10]), file=sys.stderr)
+    return store, processor
+
+
+def _choose_parameters(model, args: argparse.Namespace, keep_projector: bool) -> dict:
+    """Freeze all but what the stage trains, drop what is not needed, and return the adapter's config."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    mx.random.seed(args.seed)
+    model.pop("vision_tower")
+    if not keep_projector:
+        model.pop("projector")
+    model.freeze()
+    if args.stage == "pretrain":
+        model.projector.set_dtype(mx.float32)
+        model.projector.unfreeze()
+        return {"fine_tune_type": "full", "num_layers": 0, "lora_parameters": {}}
+    if args.full:
+        if any(isinstance(module, nn.QuantizedLinear) for module in model.language_model.modules()):
+            raise ValueError(f"{args.model}: is quantized; --full needs the original, LoRA does not")
+        model.language_model.unfreeze()
+        return {"fine_tune_type": "full", "num_layers": 0, "lora_parameters": {}}
+    lora = {"rank": args.lora_rank, "scale": args.lora_scale, "dropout": args.lora_dropout}
+    layers = min(args.lora_layers, len(model.layers))
+    linear_to_lora_layers(model, layers, lora, use_dora=args.dora)
+    return {"fine_tune_type": "dora" if args.dora else "lora", "num_layers": layers, "lora_parameters": lora}
+
+
+def _optimizer(args: argparse.Namespace, steps: int):
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.utils import build_schedule
+
+    rate, decay = args.learning_rate, max(1, steps - args.warmup)
+    name, arguments = {
+        "cosine": ("cosine_decay", [rate, decay]),
+        "linear": ("linear_schedule", [rate, 0.0, decay]),
+        "constant": ("linear_schedule", [rate, rate, decay]),
+    }[args.lr_schedule]
+    schedule = build_schedule({"name": name, "arguments": arguments, "warmup": args.warmup})
+    return optim.AdamW(schedule, betas=[0.9, 0.999], weight_decay=args.weight_decay, bias_correction=True)
+
+
+def _say_start(model, sets: list, step: int, steps: int) -> None:
+    from mlx.utils import tree_flatten
+
+    trained = sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
+    rows = " and ".join(f"{len(rows)} rows of {rows.path}" for rows in sets)
+    begun = f", from step {step} on" if step else ""
+    print(f"{trained / 1e6:.3f} M parameters are trained; {rows}; {steps} steps{begun}", file=sys.stderr)
+
+
+def plot(metrics: Path, picture: str) -> None:
+    """Draw the loss curves of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("validation_loss", "validation")):
+        if points := [(row["step"], row[key]) for row in rows if key in row]:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if key != "loss" else None)
+    axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
+    pyplot.close(figure)
+    print(f"{picture}: the loss curves", file=sys.stderr)
+
+
+def fuse(args: argparse.Namespace) -> None:
+    """Write a plain checkpoint: the model with an adapter's changes in it."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.utils import save_model
+
+    from .atomic import new_folder
+    from .checkpoint import CONFIG, find_checkpoint, load_model, read_config, read_json
+    from .engine import load_adapters
+
+    folder, out = find_checkpoint(args.model), Path(args.out)
+    if "text_config" not in read_json(folder / CONFIG):
+        raise ValueError(f"{args.model}: is not converted for MLX; python convert.py --hf-path {args.model} does it")
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; remove it, or give another --out")
+    model = load_model(folder, read_config(folder), lazy=True)
+    dtypes = {name: tensor.dtype for name, tensor in tree_flatten(model.parameters())}
+    load_adapters(model, args.adapter_path)
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    model.update(tree_unflatten([(n, t.astype(dtypes[n])) for n, t in tree_flatten(model.parameters())]))
+    with new_folder(out, sum(t.nbytes for _, t in tree_flatten(model.parameters()))) as partial:
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(path, partial / path.name)
+        save_model(partial, model)
+    print(f"{out}: {args.model} with {args.adapter_path} in it; peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama3v_mlx.train",
+        description="Train a Llama3-V from stored features: first its projector, then its Llama.",
+    )
+    parser.add_argument("--stage", choices=("pretrain", "finetune"), help="train the projector, or Llama")
+    parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run, its checkpoints and adapters")
+    parser.add_argument("--fuse", action="store_true", help="write --model with --adapter-path in it to --out")
+    parser.add_argument("--adapter-path", metavar="DIR", help="what a run has written, for --fuse")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="FILE", help="conversations in LLaVA's format, .json or .jsonl")
+    data.add_argument("--val", metavar="FILE", help="others, to validate with")
+    data.add_argument("--image-folder", metavar="DIR", help="what image paths start from")
+    data.add_argument("--features", metavar="STORE", help="store of the images' features; what it lacks is embedded")
+    data.add_argument("--workers", type=int, default=4, help="threads that decode images (default: 4)")
+    data.add_argument("--max-seq-length", type=positive, default=2048, help="tokens of a row; longer ones are left out")
+    data.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    what = parser.add_argument_group("what is trained in finetune (default: LoRA)")
+    what.add_argument("--full", action="store_true", help="all of Llama")
+    what.add_argument("--lora-rank", type=positive, default=16, help="(default: 16)")
+    what.add_argument("--lora-layers", type=positive, default=16, help="the last so many (default: 16)")
+    what.add_argument("--lora-scale", type=float, default=2.0, help="alpha / rank elsewhere (default: 2)")
+    what.add_argument("--lora-dropout", type=float, default=0.0, help="(default: 0)")
+    what.add_argument("--dora", action="store_true", help="DoRA in the place of LoRA")
+    how = parser.add_argument_group("how")
+    how.add_argument("--batch-size", type=positive, default=4, help="rows at once, in all ranks together (default: 4)")
+    how.add_argument("--grad-accumulation-steps", type=positive, default=1, help="batches per step (default: 1)")
+    how.add_argument("--iters", type=positive, help="steps; in the place of --epochs")
+    how.add_argument("--epochs", type=positive, default=1, help="(default: 1)")
+    how.add_argument("--learning-rate", type=float, help="(default: 1e-3 for pretrain, 2e-4 for LoRA, 2e-5 for --full)")
+    how.add_argument("--warmup", type=int, help="steps with a rising rate (default: 3%% of all)")
+    how.add_argument("--lr-schedule", choices=SCHEDULES, default="cosine", help="(default: cosine)")
+    how.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    how.add_argument("--grad-checkpoint", action="store_true", help="less memory for more computation")
+    how.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="(default: bfloat16; float32 on a CPU)"
+    )
+    how.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    keep = parser.add_argument_group("what is said and kept")
+    keep.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    keep.add_argument("--save-every", type=positive, default=100, metavar="STEPS", help="(default: 100)")
+    keep.add_argument("--eval-every", type=positive, default=200, metavar="STEPS", help="(default: 200)")
+    keep.add_argument("--report-every", type=positive, default=10, metavar="STEPS", help="(default: 10)")
+    keep.add_argument("--plot", metavar="PNG", help="draw the loss curves; needs matplotlib")
+    keep.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    needed = ("adapter_path",) if args.fuse else ("stage", "data", "features")
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
+        parser.error(f"give {', '.join(missing)}")
+    if args.stage == "pretrain" and (args.full or args.dora):
+        parser.error("--full and --dora are for --stage finetune")
+    if args.learning_rate is None:
+        kind = "pretrain" if args.stage == "pretrain" else "full" if args.full else "lora"
+        args.learning_rate = LEARNING_RATES[kind]
+    run(lambda: fuse(args) if args.fuse else train(args), args.debug)
+
+
+if __name__ == "__main__":
+    main()
