@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of what is not quantized (default: as in config.json)")
     joining = parser.add_argument_group("a new model to train, of two published ones, in the place of --hf-path")
     joining.add_argument("--vision", help="SigLIP, such as google/siglip-so400m-patch14-384")
-    joining.add_argument("--llm", help="Llama 3, such as meta-llama/Meta-Llama-3-8B-Instruct")
+    joining.add_argument("--llm", help="Llama 3, such as meta-llama/Meta-Llama-3-8B-Instruct, or another Llama3-V's")
     joining.add_argument("--projector", choices=("resampler", "self-attention"), help="(default: resampler)")
     joining.add_argument("--seed", type=int, help="of the projector's weights (default: 0)")
     quantization = parser.add_argument_group("quantization of the language model")

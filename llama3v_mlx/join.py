@@ -11,18 +11,21 @@ from mlx.utils import tree_flatten
 
 from .checkpoint import (
     CONFIG,
+    RELEASED_TYPES,
     TEXT_KEYS,
     TOKENIZER,
     TOKENIZER_CONFIG,
     CheckpointError,
     find_checkpoint,
     make_config,
+    read_config,
     read_json,
     read_tensors,
     token_ids,
     tokenizer_config,
 )
 from .encoder import vision_config
+from .model import rename
 from .processor import BOS, PromptTokens
 from .projector import ProjectorConfig, build_projector
 
@@ -42,7 +45,7 @@ def join(
 
     Args:
         vision: a folder or Hub repository of a SigLIP with a fixed image size.
-        llm: one of a Llama 3, which has room for the image tokens.
+        llm: one of a Llama 3, which has room for the image tokens; or of a Llama3-V, whose Llama is taken.
         projector: "resampler" (96 queries) or "self-attention" (the article's; a visual token per patch).
         seed: of the projector's weights.
 
@@ -55,11 +58,14 @@ def join(
     eyes, words = find_checkpoint(vision), find_checkpoint(llm)
     tower = vision_config(eyes)
     config = read_json(words / CONFIG)
-    if config.get("model_type") != "llama":
-        raise CheckpointError(f"{words / CONFIG}: model_type is {config.get('model_type')!r}; --llm takes a Llama 3")
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(f"{words}: is quantized; join the original, and quantize the result")
-    text = {key: config[key] for key in TEXT_KEYS if key in config}
+    if config.get("model_type") in RELEASED_TYPES:
+        text = read_config(words)["text_config"]
+    elif config.get("model_type") == "llama":
+        text = {key: config[key] for key in TEXT_KEYS if key in config}
+    else:
+        raise CheckpointError(f"{words / CONFIG}: model_type is {config.get('model_type')!r}; --llm takes a Llama 3")
     if missing := [key for key in TEXT_KEYS[:4] if key not in text]:
         raise CheckpointError(f"{words / CONFIG}: lacks {', '.join(missing)}")
 
@@ -93,9 +99,17 @@ def join(
             and not name.startswith("vision_model.head.")
             and not name.endswith("position_ids")
         }
-        tensors |= {f"language_model.{name}": tensor for name, tensor in read_tensors(words).items()}
+        tensors |= _llama(read_tensors(words), whole=config["model_type"] == "llama")
         tensors |= _new_projector(ProjectorConfig.from_dict(joined["projector_config"]), seed)
         yield folder, tensors
+
+
+def _llama(tensors: dict[str, mx.array], whole: bool) -> dict[str, mx.array]:
+    """A Llama's tensors: all of a checkpoint, or those of a Llama3-V that are its Llama's."""
+    if whole:
+        return {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    named = ((rename(name), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in named if name.startswith("language_model.")}
 
 
 def _new_projector(config: ProjectorConfig, seed: int) -> dict[str, mx.array]:

@@ -77,6 +77,16 @@ def test_the_parts_are_untouched(llama: Path, tmp_path: Path) -> None:
     assert not mx.array_equal(new["projector.query"], other["projector.query"])
 
 
+def test_the_llama_of_a_llama3v(llama: Path, tmp_path: Path) -> None:
+    """The bundled demo's, in the released layout, and a conversion's are the same as Meta's."""
+    main(["--hf-path", str(CHECKPOINT), "--mlx-path", str(tmp_path / "converted")])
+    expected = read_tensors(join(llama, tmp_path / "new"))
+    for source in (CHECKPOINT, tmp_path / "converted"):
+        found = read_tensors(join(source, tmp_path / f"of-{source.name}"))
+        assert found.keys() == expected.keys()
+        assert all(mx.array_equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_quantized_at_once(llama: Path, tmp_path: Path) -> None:
     model, _ = load(join(llama, tmp_path / "new", "-q", "--q-group-size", "32", "--projector", "self-attention"))
     assert "scales" in model.language_model.model.layers[0].mlp.up_proj

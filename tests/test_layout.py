@@ -21,7 +21,7 @@ ORDER = (
     "encoder",
     "engine",
 )
-COMMANDS = ("generate", "chat", "server", "embed", "search", "train", "convert")
+COMMANDS = ("generate", "chat", "server", "embed", "search", "train", "synthesize", "convert")
 
 
 def imports_of(path: Path) -> set[str]:
