@@ -21,7 +21,7 @@ class ImageBatch:
     tiling: Tiling
     overviews: np.ndarray  # uint8 (B, h, w, 3)
     slices: np.ndarray | None  # uint8 (B·n, h, w, 3), the slices of a picture together
-    patches: list[np.ndarray]  # int32 (B or B·n, patches, 4): region, color, background, whether a center is here
+    patches: list[np.ndarray]  # int32 (B or B·n, patches, 5), see `_patches`
     ink: list[np.ndarray]  # float32 (B or B·n, patches, CELLS²): how much ink is in each cell of a patch
     facts: np.ndarray | None  # int32 (B, 8), see `facts_of`; None: not asked for
 
@@ -224,18 +224,20 @@ def facts_of(scene: world.Scene) -> list[int]:
 
 
 def _patches(scene: world.Scene, cell: tuple[int, int], grid: tuple[int, int], patch: int) -> np.ndarray:
-    """What is where, patch by patch: int32 (slices, patches, 4)."""
+    """What is where, patch by patch: region, color, background, whether a center is here, the digit's place."""
     columns, rows = grid
     w, h = cell[0] // patch, cell[1] // patch
-    region = np.asarray(scene.regions.resize((columns * w, rows * h), Image.Resampling.NEAREST), dtype=np.int32)
+    size = columns * w, rows * h
+    region = np.asarray(scene.regions.resize(size, Image.Resampling.NEAREST), dtype=np.int32)
+    place = np.asarray(scene.places.resize(size, Image.Resampling.NEAREST), dtype=np.int32)
     center = np.zeros_like(region)
     for x, y in scene.centers:
         center[min(int(y * rows * h), rows * h - 1), min(int(x * columns * w), columns * w - 1)] = 1
     color = np.full_like(region, world.COLORS.index(scene.color))
     background = np.full_like(region, world.BACKGROUNDS.index(scene.background))
-    maps = np.stack([region, color, background, center], axis=-1)
-    maps = maps.reshape(rows, h, columns, w, 4).swapaxes(1, 2)
-    return maps.reshape(rows * columns, h * w, 4)
+    maps = np.stack([region, color, background, center, place], axis=-1)
+    maps = maps.reshape(rows, h, columns, w, 5).swapaxes(1, 2)
+    return maps.reshape(rows * columns, h * w, 5)
 
 
 def _conversation(

@@ -16,17 +16,21 @@ FACTS = ("shape", "count", "color", "background", "length", "digit 1", "digit 2"
 
 
 class Labels(nn.Module):
-    """Readings for the first stage only: of every patch, linearly; of the picture, through a few learned queries."""
+    """Readings for training only: of every patch, linearly; of the picture, through a few learned queries.
+
+    And of the picture once more, one fact from one visual token of the overview: Llama then finds each in its place.
+    """
 
     def __init__(self, vision_width: int, width: int):
         super().__init__()
-        sizes = (1 + len(world.SHAPES) + 10, len(world.COLORS), len(world.BACKGROUNDS), 2)
+        sizes = (1 + len(world.SHAPES) + 10, len(world.COLORS), len(world.BACKGROUNDS), 2, 4)
         self.patch_heads = [nn.Linear(vision_width, n) for n in sizes]
         self.ink_head = nn.Linear(vision_width, CELLS * CELLS)
         self.queries = 0.5 * mx.random.normal((len(NUM_FACTS), width))
         self.attention = nn.MultiHeadAttention(width, 4)
         self.norm = nn.LayerNorm(width)
         self.fact_heads = [nn.Linear(width, n) for n in NUM_FACTS]
+        self.token_heads = [nn.Linear(width, n) for n in NUM_FACTS]
 
     def read_patches(self, features: mx.array) -> list[mx.array]:
         return [head(features) for head in self.patch_heads]
@@ -37,56 +41,80 @@ class Labels(nn.Module):
         y = self.attention(queries, x, x)
         return [head(y[:, i]) for i, head in enumerate(self.fact_heads)]
 
-
-def tower_states(model: Model, tiles: np.ndarray) -> tuple[mx.array, mx.array]:
-    """The tower's states after half its layers, and its patch features."""
-    tower = model.vision_tower
-    x = tower.embeddings(mx.array(tiles))
-    for i, layer in enumerate(tower.encoder.layers):
-        x = layer(x)
-        if i + 1 == len(tower.encoder.layers) // 2:
-            middle = x
-    return middle, tower.post_layernorm(x)
+    def read_tokens(self, visual_tokens: mx.array) -> list[mx.array]:
+        return [head(visual_tokens[:, i]) for i, head in enumerate(self.token_heads)]
 
 
-def tower_features(model: Model, images: ImageBatch) -> list[mx.array]:
-    """Patch features of the overviews, then of the slices."""
-    return [model.vision_tower(mx.array(t)) for t in (images.overviews, images.slices) if t is not None]
+def tower_states(model: Model, images: ImageBatch) -> list[tuple[mx.array, mx.array]]:
+    """The tower's states after half its layers, and its patch features: of the overviews, then of the slices."""
+    tower, states = model.vision_tower, []
+    for tiles in (images.overviews, images.slices):
+        if tiles is None:
+            continue
+        x = tower.embeddings(mx.array(tiles))
+        for i, layer in enumerate(tower.encoder.layers):
+            x = layer(x)
+            if i + 1 == len(tower.encoder.layers) // 2:
+                middle = x
+        states.append((middle, tower.post_layernorm(x)))
+    return states
 
 
-def visual_tokens(model: Model, images: ImageBatch, features: list[mx.array]) -> mx.array:
+def visual_tokens(model: Model, images: ImageBatch, states: list[tuple[mx.array, mx.array]]) -> mx.array:
     """(B, tiles·num_queries, hidden_size) in the order of the prompt."""
     patch, tokens = model.vision_tower.config.patch_size, []
-    for x, tiles in zip(features, (images.overviews, images.slices), strict=False):
+    for (_, x), tiles in zip(states, (images.overviews, images.slices), strict=False):
         tokens.append(model.projector(x, (tiles.shape[1] // patch, tiles.shape[2] // patch)))
     B, _, D = tokens[0].shape
     return mx.concatenate([t.reshape(B, -1, D) for t in tokens], axis=1)
 
 
+def see(model: Model, batch: Batch, freeze_tower: bool = False) -> tuple[list, list[mx.array]]:
+    """For every picture of the conversations: the tower's states, and the visual tokens made of them."""
+    states = [tower_states(model, images) for images in batch.images]
+    if freeze_tower:
+        states = [[(mx.stop_gradient(middle), mx.stop_gradient(x)) for middle, x in pairs] for pairs in states]
+    return states, [visual_tokens(model, *pair) for pair in zip(batch.images, states, strict=True)]
+
+
 def label_loss(model: Model, labels: Labels, batch: Batch) -> mx.array:
     """How badly patch features tell what is in the patch, and visual tokens what is in the picture."""
+    return _label_loss(labels, batch, *see(model, batch))
+
+
+def answer_loss(model: Model, batch: Batch, freeze_tower: bool) -> mx.array:
+    """How badly the answers are foretold, in nats per token."""
+    return _answer_loss(model, batch, see(model, batch, freeze_tower)[1])
+
+
+def joint_loss(model: Model, labels: Labels, batch: Batch) -> mx.array:
+    """Both losses of one pass: what the labels taught is not to be lost for the answers."""
+    states, tokens = see(model, batch)
+    return _answer_loss(model, batch, tokens) + 0.1 * _label_loss(labels, batch, states, tokens)
+
+
+def _label_loss(labels: Labels, batch: Batch, states: list, tokens: list[mx.array]) -> mx.array:
     total = mx.array(0.0)
-    for images in batch.images:
-        features = []
-        tiles = [t for t in (images.overviews, images.slices) if t is not None]
-        for t, patches, ink in zip(tiles, images.patches, images.ink, strict=True):
-            middle, x = tower_states(model, t)
-            features.append(x)
+    for images, pairs, visual in zip(batch.images, states, tokens, strict=True):
+        for (middle, x), patches, ink in zip(pairs, images.patches, images.ink, strict=True):
             targets = mx.array(patches)
             # Where the ink is, whatever its color: what a shape can be told from, so asked for half way up.
             total += 2 * nn.losses.binary_cross_entropy(labels.ink_head(middle), mx.array(ink), reduction="mean")
-            region, color, background, center = labels.read_patches(x)
+            region, color, background, center, place = labels.read_patches(x)
             inside = targets[..., 0] > 0
             # Most patches are empty, and tell the least.
             total += _weighted(nn.losses.cross_entropy(region, targets[..., 0]), mx.where(inside, 1.0, 0.1))
             total += 0.3 * _weighted(nn.losses.cross_entropy(color, targets[..., 1]), inside)
             total += 0.3 * nn.losses.cross_entropy(background, targets[..., 2]).mean()
             total += _weighted(nn.losses.cross_entropy(center, targets[..., 3]), 0.1 + targets[..., 3])
+            if images.facts is not None:
+                total += _weighted(nn.losses.cross_entropy(place, targets[..., 4]), targets[..., 4] > 0)
         if images.facts is None:
             continue
         facts = mx.array(images.facts)
-        readings = labels.read_picture(visual_tokens(model, images, features))
-        total += 0.5 * sum(nn.losses.cross_entropy(y, facts[:, i], reduction="mean") for i, y in enumerate(readings))
+        for readings in (labels.read_picture(visual), labels.read_tokens(visual)):
+            losses = [nn.losses.cross_entropy(y, facts[:, i], reduction="mean") for i, y in enumerate(readings)]
+            total += 0.5 * sum(losses)
     return total / max(len(batch.images), 1)
 
 
@@ -94,25 +122,20 @@ def _weighted(losses: mx.array, weights: mx.array) -> mx.array:
     return (losses * weights).sum() / mx.maximum(weights.sum(), 1)
 
 
-def answer_logits(model: Model, batch: Batch, freeze_tower: bool) -> mx.array:
+def answer_logits(model: Model, batch: Batch, tokens: list[mx.array]) -> mx.array:
     """Logits (n, vocab_size) at the batch's places."""
     llama, ids = model.language_model, mx.array(batch.ids)
     h = llama.model.embed_tokens(ids)
-    if batch.images:
+    if tokens:
         B, L, D = h.shape
-        visual = []
-        for images in batch.images:
-            features = tower_features(model, images)
-            features = [mx.stop_gradient(x) for x in features] if freeze_tower else features
-            visual.append(visual_tokens(model, images, features))
-        rows = mx.concatenate(visual, axis=1).reshape(-1, D)
+        rows = mx.concatenate(tokens, axis=1).reshape(-1, D)
         h = mx.concatenate([h.reshape(B * L, D), rows])[mx.array(batch.source)].reshape(B, L, D)
     h = llama.model(ids, input_embeddings=h)
     return llama.lm_head(h.reshape(-1, h.shape[-1])[mx.array(batch.places)])
 
 
-def answer_loss(model: Model, freeze_tower: bool, batch: Batch) -> mx.array:
-    losses = nn.losses.cross_entropy(answer_logits(model, batch, freeze_tower), mx.array(batch.targets))
+def _answer_loss(model: Model, batch: Batch, tokens: list[mx.array]) -> mx.array:
+    losses = nn.losses.cross_entropy(answer_logits(model, batch, tokens), mx.array(batch.targets))
     return _weighted(losses, mx.array(batch.weights))
 
 
@@ -124,29 +147,42 @@ def label_report(model: Model, labels: Labels, easy: list[Batch], held_out: list
 def _label_report(model: Model, labels: Labels, held_out: list[Batch]) -> str:
     right, seen = Counter(), Counter()
     for images in (images for batch in held_out for images in batch.images):
-        features = tower_features(model, images)
-        for x, patches in zip(features, images.patches, strict=True):
-            region, center = (np.array(mx.argmax(labels.read_patches(x)[i], axis=-1)) for i in (0, 3))
+        states = tower_states(model, images)
+        visual = visual_tokens(model, images, states)
+        for (_, x), patches in zip(states, images.patches, strict=True):
+            region, _, _, center, place = (np.array(mx.argmax(y, axis=-1)) for y in labels.read_patches(x))
             truth = patches[..., 0]
-            for name, chosen in (("shapes", (truth > 0) & (truth <= 6)), ("digits", truth > 6)):
-                right[name] += int((region == truth)[chosen].sum())
+            for name, hits, chosen in (
+                ("shapes", region == truth, (truth > 0) & (truth <= len(world.SHAPES))),
+                ("digits", region == truth, truth > len(world.SHAPES)),
+                ("centers", center == 1, patches[..., 3] == 1),
+                ("places", place == patches[..., 4], patches[..., 4] > 0),
+            ):
+                right[name] += int(hits[chosen].sum())
                 seen[name] += int(chosen.sum())
-            right["centers"] += int(center[patches[..., 3] == 1].sum())
-            seen["centers"] += int(patches[..., 3].sum())
-        readings = labels.read_picture(visual_tokens(model, images, features))
-        for i, (name, y) in enumerate(zip(FACTS, readings, strict=True)):
-            right[name] += int((np.array(mx.argmax(y, axis=-1)) == images.facts[:, i]).sum())
-            seen[name] += len(images.facts)
-    return " ".join(f"{name} {right[name] / n:.3f}" for name, n in seen.items())
+        for how, readings in (("", labels.read_picture(visual)), (" by token", labels.read_tokens(visual))):
+            hits = np.stack([np.array(mx.argmax(y, axis=-1)) for y in readings], axis=1) == images.facts
+            length = images.facts[:, FACTS.index("length")]
+            for name, chosen, columns in (
+                ("shape", length == 0, slice(0, 1)),
+                ("count", length == 0, slice(1, 2)),
+                ("color", length >= 0, slice(2, 3)),
+                ("background", length >= 0, slice(3, 4)),
+                *((f"{n}-digit number", length == n, slice(4, 8)) for n in (1, 2, 3)),
+            ):
+                right[name + how] += int(hits[chosen, columns].all(axis=1).sum())
+                seen[name + how] += int(chosen.sum())
+    return " ".join(f"{name} {right[name] / n:.3f}" for name, n in seen.items() if n)
 
 
 def answer_report(model: Model, tokenizer: Tokenizer, held_out: list[Batch]) -> str:
     """The share of answers with every token right, by their kind."""
     right, seen = Counter(), Counter()
     for batch in held_out:
+        _, tokens = see(model, batch)
         count = int(batch.weights.sum())
         targets = batch.targets[:count]
-        hits = np.array(mx.argmax(answer_logits(model, batch, True), axis=-1))[:count] == targets
+        hits = np.array(mx.argmax(answer_logits(model, batch, tokens), axis=-1))[:count] == targets
         starts = np.r_[0, np.flatnonzero(targets == tokenizer.token_to_id("<|eot_id|>")) + 1]
         for a, b in itertools.pairwise(starts):
             words = tokenizer.decode(targets[a:b].tolist()).split()

@@ -31,7 +31,7 @@ from ..model import Model, ModelArgs
 from . import CHECKPOINT, IMAGES, world
 from .data import Batch, Batches, draw_batch, draw_easy_batch, split_arrays
 from .fast import use_fast_activations
-from .learn import Labels, answer_loss, answer_report, label_loss, label_report
+from .learn import Labels, answer_loss, answer_report, joint_loss, label_loss, label_report
 from .tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
 
 IMAGE = ImageConfig(scale_resolution=56, patch_size=14, max_slice_nums=4)
@@ -276,13 +276,15 @@ def main() -> None:
     held_out = [draw_batch(rng, tokenizer=tokenizer, split="test", **options) for _ in range(16)]
     easy = [draw_easy_batch(rng, 48, IMAGE, "test", plain=0.0) for _ in range(4)]
 
-    sight, speech = nn.Module(), nn.Module()
+    sight, speech, both = nn.Module(), nn.Module(), nn.Module()
     sight.tower, sight.projector, sight.labels = model.vision_tower, model.projector, labels
     speech.projector, speech.llama = model.projector, model.language_model
+    both.model, both.labels = model, labels
+    read, speak = partial(label_report, model, labels, easy), partial(answer_report, model, tokenizer)
     stages = (
-        ("sight", sight, partial(label_loss, model, labels), partial(label_report, model, labels, easy), 16, 1e-3),
-        ("speech", speech, partial(answer_loss, model, True), partial(answer_report, model, tokenizer), 16, 1.5e-3),
-        ("all", model, partial(answer_loss, model, False), partial(answer_report, model, tokenizer), 16, 5e-4),
+        ("sight", sight, partial(label_loss, model, labels), read, 16, 1e-3),
+        ("speech", speech, partial(answer_loss, model, freeze_tower=True), speak, 16, 1.5e-3),
+        ("all", both, partial(joint_loss, model, labels), speak, 16, 5e-4),
     )
     for steps, (name, trained, loss, report, size, rate) in zip(args.steps, stages, strict=True):
         kept = args.work and args.work / f"{name}.safetensors"

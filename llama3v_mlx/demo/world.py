@@ -111,6 +111,7 @@ class Scene:
     count: int
     number: str | None  # None: shapes
     regions: Image.Image  # mode "L", as large as the image: 0, or 1 + the index in SHAPES + digits of what is there
+    places: Image.Image  # mode "L", likewise: 0, or 1 + the place in its number of the digit that is there
     ink: Image.Image  # mode "L", likewise: where there is ink
     centers: tuple[tuple[float, float], ...]  # of every shape or digit, as (x, y) from 0 to 1
 
@@ -144,11 +145,11 @@ def draw_scene(
     # Small pictures are drawn larger and reduced, for smooth edges.
     zoom = max(1, min(4, 256 // max(size)))
     width, height = size[0] * zoom, size[1] * zoom
-    image, regions, mask = (Image.new(mode, (width, height)) for mode in ("RGB", "L", "L"))
+    image, regions, places, mask = (Image.new(mode, (width, height)) for mode in ("RGB", "L", "L", "L"))
     image.paste(paper, (0, 0, width, height))
     if rng.random() < numbers:
         shape, count = None, 0
-        number, centers = _draw_number(rng, (image, regions, mask), ink, split)
+        number, centers = _draw_number(rng, (image, regions, places, mask), ink, split)
     else:
         number = None
         shape, count = SHAPES[rng.integers(len(SHAPES))], int(rng.integers(1, 5))
@@ -159,13 +160,13 @@ def draw_scene(
         file = io.BytesIO()
         image.save(file, "JPEG", quality=int(rng.integers(70, 96)))
         image = Image.open(file).convert("RGB")
-    return Scene(image, color, background, shape, count, number, regions, mask, centers)
+    return Scene(image, color, background, shape, count, number, regions, places, mask, centers)
 
 
 def draw_page(rng: np.random.Generator, side: int, split: str) -> Scene:
     """A square picture full of digits of one size, some cut by its border: the densest lesson in handwriting."""
     color, background, ink, paper = _draw_colors(rng)
-    canvases = tuple(Image.new(mode, (side, side)) for mode in ("RGB", "L", "L"))
+    canvases = tuple(Image.new(mode, (side, side)) for mode in ("RGB", "L", "L", "L"))
     canvases[0].paste(paper, (0, 0, side, side))
     size = side * math.exp(rng.uniform(math.log(0.25), math.log(0.9)))
     pitch, lead = size * rng.uniform(0.8, 1.0), size * rng.uniform(1.0, 1.2)
@@ -174,7 +175,7 @@ def draw_page(rng: np.random.Generator, side: int, split: str) -> Scene:
         for x in np.arange(-rng.uniform(0, pitch), side, pitch):
             box = max(8, round(size * rng.uniform(0.92, 1.0)))
             corner = round(x), round(y + (size - box) / 2 + rng.uniform(-0.03, 0.03) * size)
-            centers.append(_write(rng, canvases, ink, int(rng.integers(10)), split, corner, box))
+            centers.append(_write(rng, canvases, ink, int(rng.integers(10)), 0, split, corner, box))
     centers = tuple((x, y) for x, y in centers if 0 <= x < 1 and 0 <= y < 1)
     return Scene(canvases[0], color, background, None, 0, "", *canvases[1:], centers)
 
@@ -214,7 +215,7 @@ def all_texts() -> list[str]:
     """Every question and every kind of answer once: what the tokenizer is trained on."""
     image, nouns, digits = Image.new("RGB", (1, 1)), (*SHAPES, None), "0123456789"
     scenes = [
-        Scene(image, color, background, shape, count, None if shape else digits[count:], image, image, ())
+        Scene(image, color, background, shape, count, None if shape else digits[count:], image, image, image, ())
         for shape in nouns
         for count in (1, 2, 3, 4)
         for color in COLORS
@@ -303,6 +304,8 @@ def _draw_number(
 ) -> tuple[str, tuple[tuple[float, float], ...]]:
     width, height = canvases[0].size
     length = int(rng.integers(1, 4))
+    if split == "train":  # the middle one of three digits is learnt last
+        length = max(length, int(rng.integers(1, 4)))
     number = str(rng.integers(10 ** (length - 1) if length > 1 else 0, 10**length))
     pitch = rng.uniform(0.8, 1.0)  # from one digit to the next, as a share of their height
     most = min(0.88 * height, 0.94 * width / (1 + pitch * (length - 1)))
@@ -314,7 +317,7 @@ def _draw_number(
     for i, digit in enumerate(number):
         side = max(8, round(size * rng.uniform(0.92, 1.0)))
         left, top = round(x + i * pitch * size), round(y + (size - side) / 2 + rng.uniform(-0.03, 0.03) * size)
-        centers.append(_write(rng, canvases, ink, int(digit), split, (left, top), side))
+        centers.append(_write(rng, canvases, ink, int(digit), i, split, (left, top), side))
     return number, tuple(centers)
 
 
@@ -323,12 +326,13 @@ def _write(
     canvases: tuple[Image.Image, ...],
     ink: tuple,
     digit: int,
+    place: int,
     split: str,
     corner: tuple[int, int],
     side: int,
 ) -> tuple[float, float]:
     """Write a digit into the square at `corner`, and say where its center is."""
-    image, regions, mask = canvases
+    image, regions, places, mask = canvases
     left, top = corner
     glyphs = _digits(split)[digit]
     glyph = Image.fromarray((255 * glyphs[rng.integers(len(glyphs))]).astype(np.uint8))
@@ -337,5 +341,7 @@ def _write(
     glyph = glyph.point([min(255, round(1.3 * v)) for v in range(256)])
     image.paste(ink, corner, glyph)
     mask.paste(255, corner, glyph)
-    regions.paste(1 + len(SHAPES) + digit, (left + side // 6, top, left + side - side // 6, top + side))
+    box = (left + side // 6, top, left + side - side // 6, top + side)
+    regions.paste(1 + len(SHAPES) + digit, box)
+    places.paste(1 + place, box)
     return (left + side / 2) / image.width, (top + side / 2) / image.height
