@@ -28,11 +28,17 @@ def make_classes(options: argparse.Namespace):
     from .engine import load
     from .guard import RequestError, check_inputs, check_messages
     from .image import ImageError, load_image
+    from .image_prefix import cache_key, on_generated, read_images
 
     embedder = Embedder(options.embedding_model or SIGLIP)
 
     # So that an image is turned upright and laid over white here as everywhere else.
     server._decode_image = lambda url: np.asarray(load_image(url))
+    # mlx-lm serves requests one by one in which this finds images; here they go into its batches, see `Generator`.
+    server._image_parts = lambda messages: iter(())
+    # On generated tokens alone, as the reference does, and here never on what stands for an image.
+    make_processors = server._make_logits_processors
+    server._make_logits_processors = lambda args: [on_generated(p) for p in make_processors(args)]
 
     class Provider(server.ModelProvider):
         """Serves the one model that it was started with, whatever name a request gives."""
@@ -43,6 +49,7 @@ def make_classes(options: argparse.Namespace):
                 self.tokenizer = self.processor.tokenizer
                 self.model_key = (options.name, None, None)
                 self.is_batchable = True
+                options.repetition_penalty = self.model.sampling.repetition_penalty
                 for name, value in (("temp", "temperature"), ("top_p", "top_p"), ("top_k", "top_k")):
                     if f"--{name.replace('_', '-')}" not in sys.argv:
                         setattr(self.cli_args, name, getattr(self.model.sampling, value))
@@ -52,8 +59,10 @@ def make_classes(options: argparse.Namespace):
             self.load()
 
     class Generator(server.ResponseGenerator):
+        """Reads the images of a request into the prefix cache, where mlx-lm's batches find them."""
+
         def _tokenize(self, tokenizer, request, args):
-            prompt, *rest = super()._tokenize(tokenizer, request, args)
+            prompt, segments, types, state, vision = super()._tokenize(tokenizer, request, args)
             context = self.model_provider.model.language_model.args.max_position_embeddings
             if len(prompt) >= context:
                 raise RequestError(
@@ -62,7 +71,12 @@ def make_classes(options: argparse.Namespace):
                     "context_length_exceeded",
                 )
             args.max_tokens = min(args.max_tokens, context - len(prompt))
-            return prompt, *rest
+            if vision is None:
+                return prompt, segments, types, state, None
+            key = cache_key(prompt, vision.cache_key, tokenizer.vocab_size)
+            provider, step = self.model_provider, self.cli_args.prefill_step_size
+            args.cached = read_images(provider.model, provider.model_key, self.prompt_cache, prompt, key, vision, step)
+            return key, [key], types, state, None
 
     class Watched:
         """A generator that stops when the client has gone, and keeps what it failed with: mlx-lm passes on the text."""
@@ -74,12 +88,13 @@ def make_classes(options: argparse.Namespace):
         def __getattr__(self, name: str):
             return getattr(self._generator, name)
 
-        def generate(self, *args, **kwargs):
+        def generate(self, request, args, *rest, **kwargs):
             try:
-                context, responses = self._generator.generate(*args, **kwargs)
+                context, responses = self._generator.generate(request, args, *rest, **kwargs)
             except Exception as e:
                 self.failure = e
                 raise
+            context.prompt_cache_count = getattr(args, "cached", context.prompt_cache_count)
 
             def watched():
                 for response in responses:
@@ -163,6 +178,7 @@ def make_classes(options: argparse.Namespace):
                 raise RequestError(400, "stream_options must be an object", "invalid_request")
             if body.get("stream_options") is not None:
                 body["stream_options"].setdefault("include_usage", False)
+            body.setdefault("repetition_penalty", options.repetition_penalty)
             data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
             self.rfile = io.BytesIO(data)
             self.headers.replace_header("Content-Length", str(len(data)))

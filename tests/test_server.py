@@ -107,6 +107,20 @@ def test_turns_images_and_the_cache(port: int) -> None:
     assert json.loads(said)["usage"]["prompt_tokens_details"]["cached_tokens"] > 80
 
 
+def test_together_as_one_by_one(port: int) -> None:
+    """Requests with images share batches; each gets what it would get alone."""
+    paths = sorted(IMAGES.iterdir())
+    questions = [(path, question) for path in paths for question in ("What is this image?", "What color is it?")]
+
+    def answer(asked: tuple[Path, str]) -> str:
+        return text(ask(port, image(asked[0]), asked[1], max_tokens=30))
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        together = list(pool.map(answer, questions))
+    assert together == [answer(asked) for asked in questions]
+    assert len(set(together)) > len(paths)
+
+
 def test_models_and_health(port: int) -> None:
     status, said = request(port, "/v1/models")
     assert status == 200 and json.loads(said)["data"][0]["id"] == "llama3v-demo"
