@@ -18,6 +18,8 @@ from pathlib import Path
 from .cli import DEMO_NOTE, note_slow_cpu, run
 from .demo import CHECKPOINT, SIGLIP
 
+PAGE = Path(__file__).with_name("page.html")
+
 
 def make_classes(options: argparse.Namespace):
     """mlx-lm's provider, generator and handler, with what they lack; made late, for mlx-lm takes a second to import."""
@@ -27,7 +29,7 @@ def make_classes(options: argparse.Namespace):
     from .embedder import Embedder
     from .engine import load
     from .guard import RequestError, check_inputs, check_messages
-    from .image import ImageError, load_image
+    from .image import ImageError, load_image, plan_tiles
     from .image_prefix import cache_key, on_generated, read_images
 
     embedder = Embedder(options.embedding_model or SIGLIP)
@@ -112,7 +114,7 @@ def make_classes(options: argparse.Namespace):
                 return True
 
     class Handler(server.APIHandler):
-        PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions", "/v1/embeddings")
+        PATHS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
 
         def __init__(self, generator: Generator, request: socket.socket, *args, **kwargs):
             self._failed: int | None = None
@@ -126,8 +128,8 @@ def make_classes(options: argparse.Namespace):
         def do_POST(self):
             try:
                 body = self._check()
-                if self.path == "/v1/embeddings":
-                    self._embed(body)
+                if self.path in self.OURS:
+                    self.OURS[self.path](self, body)
                     return
                 super().do_POST()
                 if self._failed:
@@ -141,6 +143,9 @@ def make_classes(options: argparse.Namespace):
 
         def do_GET(self):
             try:
+                if self.path == "/":
+                    self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+                    return
                 if self.path != "/health":
                     self._check_key()
                 super().do_GET()
@@ -151,7 +156,7 @@ def make_classes(options: argparse.Namespace):
 
         def _check(self) -> dict:
             """Read and check a request, and leave it for mlx-lm to read again."""
-            if self.path not in self.PATHS:
+            if self.path not in (*self.PATHS, *self.OURS):
                 raise RequestError(404, f"{self.path}: there is no such endpoint", "not_found")
             self._check_key()
             length = self.headers.get("Content-Length", "")
@@ -168,7 +173,7 @@ def make_classes(options: argparse.Namespace):
                 raise RequestError(400, f"the body is not JSON: {e}", "invalid_json") from e
             if not isinstance(body, dict):
                 raise RequestError(400, "the body must be a JSON object", "invalid_json")
-            if self.path == "/v1/embeddings":
+            if self.path in self.OURS:
                 return body
             if "chat" in self.path:
                 check_messages(body.get("messages"), options.allow_remote_images, most)
@@ -201,14 +206,30 @@ def make_classes(options: argparse.Namespace):
             name = Path(options.embedding_model or SIGLIP).name
             self._send(200, {"object": "list", "data": data, "model": name, "usage": usage})
 
-        def _send(self, status: int, value: dict) -> None:
-            data = json.dumps(value).encode()
+        def _tiles(self, body: dict) -> None:
+            """How the model cuts an image, for the page."""
+            if not isinstance(body.get("image"), str) or not body["image"].startswith("data:"):
+                raise RequestError(400, "image must be a data: URI", "invalid_image")
+            try:
+                image = load_image(body["image"])
+            except ImageError as e:
+                raise RequestError(400, str(e), "invalid_image") from e
+            provider = self.response_generator.model_provider
+            tiling = plan_tiles(*image.size, provider.processor.image_config)
+            seen = {"width": image.width, "height": image.height, "overview": tiling.overview, "grid": tiling.grid}
+            seen |= {"slice": tiling.cell, "tokens": provider.processor.num_image_tokens(tiling)}
+            self._send(200, seen)
+
+        def _send(self, status: int, value: dict | bytes, kind: str = "application/json") -> None:
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
             self._set_cors_headers()
             self.end_headers()
             self.wfile.write(data)
+
+        OURS = {"/v1/embeddings": _embed, "/v1/tiles": _tiles}
 
         def _check_key(self) -> None:
             if options.api_key and self.headers.get("Authorization") != f"Bearer {options.api_key}":
