@@ -13,7 +13,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -120,6 +121,29 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         return [stdout for stdout, _ in output]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """The port of a server with the demo, its key "secret"; it must end without having shown a traceback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    args = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(number), "--max-body-mb", "2"]
+    env = {**os.environ, "KEY": "secret"}
+    process = subprocess.Popen([*args, "--api-key-env", "KEY"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", number)) == 0:
+                    break
+            assert process.poll() is None
+            time.sleep(0.2)
+        yield number
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors, errors
 
 
 @pytest.fixture

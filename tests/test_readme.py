@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # Commands that need no download and no other folder than the clone.
 ALL_COMMANDS = re.findall(r"^python -m llama3v_mlx.*$", README, re.MULTILINE)
-COMMANDS = [line for line in ALL_COMMANDS if not any(name in line for name in ("4bit", "google/", "server"))]
+ELSEWHERE = ("4bit", "google/", "server", "--model new")
+COMMANDS = [line for line in ALL_COMMANDS if not any(name in line for name in ELSEWHERE)]
 
 
 @pytest.mark.parametrize("code", PYTHON)

@@ -4,18 +4,12 @@ import base64
 import http.client
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from llama3v_mlx import stream_generate
@@ -26,28 +20,6 @@ from llama3v_mlx.guard import RequestError, fetch
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
-    args = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(number), "--max-body-mb", "2"]
-    env = {**os.environ, "KEY": "secret"}
-    process = subprocess.Popen([*args, "--api-key-env", "KEY"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", number)) == 0:
-                    break
-            assert process.poll() is None
-            time.sleep(0.2)
-        yield number
-    finally:
-        process.terminate()
-        _, errors = process.communicate(timeout=30)
-    assert "Traceback" not in errors, errors
 
 
 def request(
