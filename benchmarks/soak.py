@@ -1,0 +1,245 @@
+"""Many clients at once, good ones and bad: does the server stay right, and its memory flat?
+
+    python benchmarks/soak.py                    # 1,000 requests of 8 clients to a server with the demo
+    python benchmarks/soak.py --clients 1,4,8    # the same questions about images, for requests per second
+    python benchmarks/soak.py --url http://127.0.0.1:8080 --requests 100
+
+A wrong answer is one that differs from what the same question got when it was asked alone. The last line is one JSON
+object with all figures.
+"""
+
+import argparse
+import base64
+import contextlib
+import http.client
+import io
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from embed import machine, say  # isort: skip
+
+from llama3v_mlx.demo import IMAGES
+
+QUESTIONS = ("What is this image?", "What color is the background?", "How many shapes are there?")
+TEXTS = ("Hello", "Who are you?", "What can you do?")
+CHAT = "/v1/chat/completions"
+
+
+class Client:
+    """Requests of every kind, each of which says whether it was answered as it should be."""
+
+    def __init__(self, host: str, port: int):
+        self.host, self.port = host, port
+        self.uris = [f"data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}" for p in IMAGES.iterdir()]
+        self.expected: dict[tuple, str] = {}
+
+    def post(self, body: bytes) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
+    def ask(self, image: int | None, text: str, **options) -> tuple[int, str]:
+        parts = [] if image is None else [{"type": "image_url", "image_url": {"url": self.uris[image]}}]
+        content = [*parts, {"type": "text", "text": text}]
+        body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 30, **options}
+        return self.post(json.dumps(body).encode())
+
+    def answer(self, image: int | None, text: str) -> str:
+        status, said = self.ask(image, text)
+        return json.loads(said)["choices"][0]["message"]["content"] if status == 200 else f"HTTP {status}: {said[:200]}"
+
+    def learn(self) -> None:
+        """Ask everything once, alone."""
+        asked = [(i, text) for i in range(len(self.uris)) for text in QUESTIONS] + [(None, text) for text in TEXTS]
+        self.expected = {question: self.answer(*question) for question in asked}
+
+    def image(self, rng: random.Random) -> bool:
+        question = rng.randrange(len(self.uris)), rng.choice(QUESTIONS)
+        return self.answer(*question) == self.expected[question]
+
+    def text(self, rng: random.Random) -> bool:
+        question = None, rng.choice(TEXTS)
+        return self.answer(*question) == self.expected[question]
+
+    def stream(self, rng: random.Random) -> bool:
+        question = rng.randrange(len(self.uris)), rng.choice(QUESTIONS)
+        _, said = self.ask(*question, stream=True)
+        events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+        text = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event.get("choices"))
+        return text == self.expected[question]
+
+    def broken(self, rng: random.Random) -> bool:
+        bodies = (
+            b"{",
+            b"[]",
+            b'{"messages": []}',
+            b'{"messages": [{"role": "robot", "content": "x"}]}',
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]}',
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]}',
+            json.dumps({"messages": [{"role": "user", "content": "red " * 5000}]}).encode(),
+        )
+        status, said = self.post(rng.choice(bodies))
+        return status == 400 and "Traceback" not in said and bool(json.loads(said)["error"]["message"])
+
+    def slow(self, rng: random.Random) -> bool:
+        """A body that comes in drops."""
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}).encode()
+        with socket.create_connection((self.host, self.port), timeout=120) as s:
+            s.sendall(f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+            for i in range(0, len(body), 16):
+                s.sendall(body[i : i + 16])
+                time.sleep(0.02)
+            said = b"".join(iter(lambda: s.recv(1 << 16), b""))
+        return json.dumps(self.expected[None, "Hello"]).encode()[1:-1] in said
+
+    def gone(self, rng: random.Random) -> bool:
+        """A client that leaves before its answer, or before it has said all."""
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
+        sent = body[: rng.choice((len(body), len(body) // 2))]
+        with socket.create_connection((self.host, self.port), timeout=120) as s:
+            s.sendall(f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + sent)
+            time.sleep(0.05 * rng.random())
+        return True
+
+
+KINDS: dict[str, tuple[int, Callable]] = {  # how often, in a hundred
+    "image": (40, Client.image),
+    "text": (20, Client.text),
+    "stream": (15, Client.stream),
+    "broken": (15, Client.broken),
+    "slow": (5, Client.slow),
+    "gone": (5, Client.gone),
+}
+
+
+@contextlib.contextmanager
+def served() -> Iterator[tuple[str, int, subprocess.Popen]]:
+    """A server with the demo on a free port; it is stopped whatever happens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = io.StringIO()
+    reader = threading.Thread(target=lambda: [lines.write(line) for line in process.stderr], daemon=True)
+    reader.start()
+    process.said = lines
+    try:
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if process.poll() is not None:
+                raise SystemExit(f"error: the server has ended: {lines.getvalue()}")
+            time.sleep(0.1)
+        yield "127.0.0.1", port, process
+    finally:
+        process.terminate()
+        process.wait()
+        reader.join()
+
+
+def resident(process: subprocess.Popen | None) -> float | None:
+    """Megabytes of memory that a process has; None where that is not known."""
+    if process is None:
+        return None
+    said = subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True, text=True).stdout.strip()
+    return int(said) / 1024 if said else None
+
+
+def soak(client: Client, process: subprocess.Popen | None, requests: int, clients: int, seed: int) -> dict:
+    """Mixed requests of many clients: what was wrong, and what memory did."""
+    rng = random.Random(seed)
+    names = rng.choices(list(KINDS), [share for share, _ in KINDS.values()], k=requests)
+    wrong: Counter[str] = Counter()
+    memory = []
+    start = time.perf_counter()
+
+    def one(numbered: tuple[int, str]) -> None:
+        i, name = numbered
+        try:
+            good = KINDS[name][1](client, random.Random(seed + i))
+        except Exception as e:
+            say(f"  {name}: {type(e).__name__}: {e}")
+            good = False
+        wrong[name] += not good
+        if i % max(1, requests // 20) == 0:
+            memory.append(resident(process))
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(one, enumerate(names)))
+    seconds = time.perf_counter() - start
+    traceback = "Traceback" in process.said.getvalue() if process else None
+    figures = {"requests": Counter(names), "wrong": {k: v for k, v in wrong.items() if v}, "seconds": seconds}
+    figures |= {"traceback": traceback, "memory_mb": memory}
+    say(f"{requests} requests of {clients} clients in {seconds:.0f} s: {wrong.total()} wrong, traceback: {traceback}")
+    if process:
+        half = [m for m in memory[len(memory) // 2 :]]
+        say(f"memory: {memory[0]:.0f} MB at first, {min(half):.0f} to {max(half):.0f} MB in the second half")
+    return figures
+
+
+def throughput(client: Client, clients: list[int], requests: int) -> list[dict]:
+    """Questions about images, each asked anew, by so many clients at once."""
+    rows = []
+    for count in clients:
+        asked = [(i % len(client.uris), QUESTIONS[i % len(QUESTIONS)]) for i in range(requests)]
+        times = []
+
+        def one(question: tuple[int, str], times: list = times) -> bool:
+            start = time.perf_counter()
+            right = client.answer(*question) == client.expected[question]
+            times.append(time.perf_counter() - start)
+            return right
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(count) as pool:
+            right = sum(pool.map(one, asked))
+        rate = requests / (time.perf_counter() - start)
+        rows.append({"clients": count, "requests_per_second": rate, "median_seconds": statistics.median(times)})
+        say(
+            f"{count} clients: {rate:.2f} requests/s, {rate / rows[0]['requests_per_second']:.2f}x; {right} of {requests} right"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a server that runs (default: one is started with the demo)")
+    parser.add_argument("--requests", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--clients", default="8", help="at once; several numbers measure throughput (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    clients = [int(n) for n in args.clients.split(",")]
+    with contextlib.ExitStack() as stack:
+        if args.url:
+            parts = urllib.parse.urlsplit(args.url)
+            host, port, process = parts.hostname, parts.port or 80, None
+        else:
+            host, port, process = stack.enter_context(served())
+        client = Client(host, port)
+        client.learn()
+        result = {"benchmark": "soak", "machine": machine()}
+        if len(clients) > 1:
+            result["throughput"] = throughput(client, clients, args.requests)
+        else:
+            result["soak"] = soak(client, process, args.requests, clients[0], args.seed)
+    print(json.dumps(result))
+    if len(clients) == 1 and (result["soak"]["wrong"] or result["soak"]["traceback"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
