@@ -197,3 +197,9 @@ def test_a_client_that_goes_away_stops_nobody(port: int) -> None:
 def test_no_private_address_is_fetched(url: str) -> None:
     with pytest.raises(RequestError, match="not a public address|only http and https"):
         fetch(url, 1000)
+
+
+def test_soak(run_python) -> None:
+    done = run_python("benchmarks/soak.py", "--requests", "60")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 requests of 8 clients" in done.stdout and "0 wrong, traceback: False" in done.stdout
