@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import llama3v_mlx  # noqa: F401, I001  (loads OpenBLAS, which must come before mlx.core)
 
 import contextlib
+import importlib
+import io
 import json
 import shutil
 import socket
@@ -96,6 +98,23 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         if "input" not in options:
             options.setdefault("stdin", subprocess.DEVNULL)
         return subprocess.run([sys.executable, *map(str, args)], **options)
+
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess]:
+    """As `python -m MODULE ARGS…`, in this process: seconds less, where nothing depends on its being another."""
+
+    def run(module: str, *args: str | Path, input: str = "") -> subprocess.CompletedProcess:
+        out, errors, code = io.StringIO(), io.StringIO(), 0
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            try:
+                importlib.import_module(module).main([*map(str, args)])
+            except SystemExit as e:
+                code = e.code or 0
+        return subprocess.CompletedProcess(args, code, out.getvalue(), errors.getvalue())
 
     return run
 

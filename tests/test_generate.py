@@ -29,25 +29,25 @@ def test_answer_and_statistics(run_python, picture: Path) -> None:
     assert "bundled demo" in done.stderr
 
 
-def test_no_verbose_prints_the_answer_alone(run_python, picture: Path) -> None:
-    done = run_python(*COMMAND, "--image", picture, "--temp", "0", "--no-verbose")
+def test_no_verbose_prints_the_answer_alone(run_main, picture: Path) -> None:
+    done = run_main(COMMAND[1], "--image", picture, "--temp", "0", "--no-verbose")
     assert done.stdout == "Three blue circles on a white background.\n"
 
 
-def test_json_is_one_object(run_python, picture: Path) -> None:
-    done = run_python(*COMMAND, "--image", picture, picture, "-p", "-", "--temp", "0", "--json", input="What is it?")
+def test_json_is_one_object(run_main, picture: Path) -> None:
+    done = run_main(COMMAND[1], "--image", picture, picture, "-p", "-", "--temp", "0", "--json", input="What is it?")
     figures = json.loads(done.stdout)
     assert figures["prompt"] == "What is it?"
     assert figures["num_tiles"] == 10
     assert {"text", "model", "images", "prompt_tokens", "generation_tps", "vision_seconds"} <= figures.keys()
 
 
-def test_all_flags(run_python, picture: Path) -> None:
+def test_all_flags(run_main, picture: Path) -> None:
     flags = shlex.split(
         "--max-tokens 5 --temp 0.5 --top-p 0.9 --top-k 20 --min-p 0.1 --seed 1 --repetition-penalty 1.1 --no-verbose "
         "--kv-bits 8 --kv-group-size 64 --quantized-kv-start 0 --max-image-tiles 1 --system-prompt 'Answer briefly.'"
     )
-    runs = [run_python(*COMMAND, "--image", picture, *flags) for _ in range(2)]
+    runs = [run_main(COMMAND[1], "--image", picture, *flags) for _ in range(2)]
     assert runs[0].returncode == 0
     assert runs[0].stdout == runs[1].stdout != "\n"
 
@@ -77,23 +77,23 @@ def test_help_loads_nothing_heavy(run_python) -> None:
         (".", None, "is a folder"),
     ],
 )
-def test_bad_image_is_one_line(run_python, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_bad_image_is_one_line(run_main, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     before = sorted(tmp_path.iterdir())
-    done = run_python(*COMMAND, "--image", path)
+    done = run_main(COMMAND[1], "--image", path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_bad_model_and_long_prompt_are_one_line(run_python, tmp_path: Path) -> None:
+def test_bad_model_and_long_prompt_are_one_line(run_main, tmp_path: Path) -> None:
     for arguments, message in (
         (("--model", tmp_path, "--prompt", "Hi"), "has no config.json"),
         (("--prompt", "red " * 3000), "is too long for the context of 2048"),
     ):
-        done = run_python(*COMMAND, *arguments)
+        done = run_main(COMMAND[1], *arguments)
         errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
         assert done.returncode == 1
         assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
@@ -105,9 +105,9 @@ def test_debug_shows_the_traceback(run_python, tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_usage_errors(run_python) -> None:
+def test_usage_errors(run_main) -> None:
     for flags in ((), ("--prompt", "Hi", "--kv-bits", "7"), ("--prompt", "Hi", "--max-tokens", "0"), ("--nonsense",)):
-        assert run_python(*COMMAND, *flags).returncode == 2
+        assert run_main(COMMAND[1], *flags).returncode == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -31,8 +31,9 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(run_python, workplace: Path, command: str) -> None:
-    done = run_python(*shlex.split(command)[1:], cwd=workplace)
+def test_commands_run(run_main, monkeypatch: pytest.MonkeyPatch, workplace: Path, command: str) -> None:
+    monkeypatch.chdir(workplace)
+    done = run_main(*shlex.split(command)[2:])
     assert done.returncode == 0, done.stderr
 
 
