@@ -26,7 +26,7 @@ class RunFolder:
     """A run's folder; only the rank that writes has `writes`.
 
     Args:
-        folder: made if it is not there.
+        folder: made, by the rank that writes, if it is not there.
         options: what the run is asked to do, in JSON.
         resume: go on with the run that is there.
         writes: whether this process writes.
@@ -37,6 +37,8 @@ class RunFolder:
 
     def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool):
         self.folder, self.writes = Path(folder), writes
+        if not writes:
+            return  # the rank that writes may have begun already
         path = self.folder / RUN
         if path.exists():
             if not resume:
@@ -47,7 +49,7 @@ class RunFolder:
                 raise ValueError(f"{folder}: --resume goes on with the same data and options only; {was}")
         elif self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
             raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
-        elif writes:
+        else:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, json.dumps(options, indent=2) + "\n")
 
