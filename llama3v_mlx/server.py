@@ -31,6 +31,7 @@ def make_classes(options: argparse.Namespace):
     from .guard import RequestError, check_inputs, check_messages
     from .image import ImageError, load_image, plan_tiles
     from .image_prefix import cache_key, on_generated, read_images
+    from .json_schema import SchemaError, Schemas
 
     embedder = Embedder(options.embedding_model or SIGLIP)
 
@@ -40,7 +41,9 @@ def make_classes(options: argparse.Namespace):
     server._image_parts = lambda messages: iter(())
     # On generated tokens alone, as the reference does, and here never on what stands for an image.
     make_processors = server._make_logits_processors
-    server._make_logits_processors = lambda args: [on_generated(p) for p in make_processors(args)]
+    server._make_logits_processors = lambda args: [
+        on_generated(process) for process in (*make_processors(args), *args.more_processors)
+    ]
 
     class Provider(server.ModelProvider):
         """Serves the one model that it was started with, whatever name a request gives."""
@@ -49,6 +52,7 @@ def make_classes(options: argparse.Namespace):
             if self.model is None:
                 self.model, self.processor = load(options.model or CHECKPOINT, adapter_path=self.cli_args.adapter_path)
                 self.tokenizer = self.processor.tokenizer
+                self.schemas = Schemas(self.tokenizer, self.model.language_model.args.vocab_size)
                 self.model_key = (options.name, None, None)
                 self.is_batchable = True
                 options.repetition_penalty = self.model.sampling.repetition_penalty
@@ -86,12 +90,14 @@ def make_classes(options: argparse.Namespace):
         def __init__(self, generator: Generator, connection: socket.socket):
             self._generator, self._connection = generator, connection
             self.failure: Exception | None = None
+            self.response_format: dict | None = None
 
         def __getattr__(self, name: str):
             return getattr(self._generator, name)
 
         def generate(self, request, args, *rest, **kwargs):
             try:
+                args.more_processors = self._more_processors()
                 context, responses = self._generator.generate(request, args, *rest, **kwargs)
             except Exception as e:
                 self.failure = e
@@ -105,6 +111,12 @@ def make_classes(options: argparse.Namespace):
                         raise ConnectionResetError("the client has gone")
 
             return context, watched()
+
+        def _more_processors(self) -> list:
+            if self.response_format is None:
+                return []
+            process = self.model_provider.schemas.processor(self.response_format)
+            return [process] if process else []
 
         def _gone(self) -> bool:
             try:
@@ -183,6 +195,7 @@ def make_classes(options: argparse.Namespace):
                 raise RequestError(400, "stream_options must be an object", "invalid_request")
             if body.get("stream_options") is not None:
                 body["stream_options"].setdefault("include_usage", False)
+            self.response_generator.response_format = body.pop("response_format", None)
             body.setdefault("repetition_penalty", options.repetition_penalty)
             data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
             self.rfile = io.BytesIO(data)
@@ -252,6 +265,8 @@ def make_classes(options: argparse.Namespace):
             failure = self.response_generator.failure
             if isinstance(failure, RequestError):
                 raise failure
+            if isinstance(failure, SchemaError):
+                raise RequestError(400, str(failure), "invalid_response_format")
             if isinstance(failure, ImageError):
                 raise RequestError(400, str(failure), "invalid_image")
             raise RequestError(400 if self._failed == 404 else self._failed, said, "invalid_request")

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,6 +56,36 @@ def test_openai_embeddings(client) -> None:
     rows = np.array([row.embedding for row in said.data])
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     assert rows[0] @ rows[1] > rows[0] @ rows[2]
+
+
+def test_openai_json_schema(client) -> None:
+    """The demo knows no JSON; what comes out is of the schema all the same, in a batch with others that are free."""
+    pytest.importorskip("llguidance")
+    colors = ["red", "green", "yellow"]
+    schema = {
+        "type": "object",
+        "properties": {"shapes": {"type": "integer", "minimum": 1, "maximum": 4}, "color": {"enum": colors}},
+        "required": ["shapes", "color"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema, "strict": True}}
+
+    def answer(response_format: dict) -> str:
+        messages = ask("What is this image?", STARS)
+        options = {"model": "any", "temperature": 0, "max_tokens": 60}
+        said = client.chat.completions.create(messages=messages, response_format=response_format, **options)
+        return said.choices[0].message.content
+
+    with ThreadPoolExecutor(3) as pool:
+        free, *formed = pool.map(answer, [{"type": "text"}, form, form])
+    assert free == "Two red stars on a yellow background."
+    assert formed[0] == formed[1]
+    seen = json.loads(formed[0])
+    assert seen.keys() == {"shapes", "color"} and 1 <= seen["shapes"] <= 4 and seen["color"] in colors
+    for wrong in ({"type": "xml"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no"}}}):
+        with pytest.raises(openai.BadRequestError) as error:
+            answer(wrong)
+        assert error.value.code == "invalid_response_format"
 
 
 def test_openai_errors(client, port: int) -> None:
