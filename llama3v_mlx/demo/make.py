@@ -2,7 +2,8 @@
 
 Three stages, for a model this small does not learn to see from captions alone: tower and projector learn to tell what
 is in each patch and picture, then projector and Llama learn to speak about it, then all of them together. About
-three hours on two cores (`python -m llama3v_mlx.demo.make`); needs the `demo` extra, and OpenBLAS on Linux.
+three hours on two cores (`python -m llama3v_mlx.demo.make`); needs the `demo` extra, and OpenBLAS on Linux. The
+`train` command on data of `demo.rows` takes it further, as it has the bundled one.
 """
 
 import argparse
@@ -41,6 +42,8 @@ IMAGE_FILES = {
     "Two red stars on a yellow background": "two-red-stars.jpg",
     "Four green triangles on a black background": "four-green-triangles.png",
     "One purple cross on an orange background": "one-purple-cross.jpg",
+    "The number is 42": "42.png",
+    "The number is 128": "128.jpg",
 }
 HF_CONFIG = {
     "architectures": ["Llama3v"],
@@ -163,8 +166,9 @@ def save(model: Model, folder: Path) -> None:
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
-    ids = {key: HF_CONFIG[key] for key in ("bos_token_id", "eos_token_id")}
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    # No penalty on repetition: a number may well have a digit twice.
+    generation = {key: HF_CONFIG[key] for key in ("bos_token_id", "eos_token_id")} | {"repetition_penalty": 1.0}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def build_model(tokenizer: Tokenizer) -> Model:
