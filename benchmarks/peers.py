@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 
@@ -56,7 +57,8 @@ def mlx_tower(package: str, config: dict, dtype: str, batch: int) -> tuple[Calla
     else:
         module = importlib.import_module("mlx_embeddings.models.siglip")
         tower, settings = module.SiglipVisionModel, module.VisionConfig
-    config = settings.from_dict({**config, "model_type": "siglip_vision_model", "vision_use_head": True})
+    wanted = {**config, "model_type": "siglip_vision_model", "vision_use_head": True}
+    config = settings(**{field.name: wanted[field.name] for field in fields(settings) if field.name in wanted})
     if not hasattr(config, "model_type"):
         config.model_type = "siglip_vision_model"
     model = tower(config)
