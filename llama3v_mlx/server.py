@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def make_classes(options: argparse.Namespace):
     class Provider(server.ModelProvider):
         """Serves the one model that it was started with, whatever name a request gives."""
 
+        loaded = threading.Event()
+
         def load(self, model_path=None, adapter_path=None, draft_model_path=None):
             if self.model is None:
                 self.model, self.processor = load(options.model or CHECKPOINT, adapter_path=self.cli_args.adapter_path)
@@ -55,10 +58,10 @@ def make_classes(options: argparse.Namespace):
                 self.schemas = Schemas(self.tokenizer, self.model.language_model.args.vocab_size)
                 self.model_key = (options.name, None, None)
                 self.is_batchable = True
-                options.repetition_penalty = self.model.sampling.repetition_penalty
                 for name, value in (("temp", "temperature"), ("top_p", "top_p"), ("top_k", "top_k")):
                     if f"--{name.replace('_', '-')}" not in sys.argv:
                         setattr(self.cli_args, name, getattr(self.model.sampling, value))
+                self.loaded.set()
             return self.model, self.tokenizer
 
         def load_default(self):
@@ -77,6 +80,8 @@ def make_classes(options: argparse.Namespace):
                     "context_length_exceeded",
                 )
             args.max_tokens = min(args.max_tokens, context - len(prompt))
+            if not args.logits.repetition_penalty:
+                args.logits.repetition_penalty = self.model_provider.model.sampling.repetition_penalty
             if vision is None:
                 return prompt, segments, types, state, None
             key = cache_key(prompt, vision.cache_key, tokenizer.vocab_size)
@@ -139,6 +144,9 @@ def make_classes(options: argparse.Namespace):
 
         def do_POST(self):
             try:
+                while not self.response_generator.model_provider.loaded.wait(1):
+                    if not self.response_generator.generation_available():
+                        raise RequestError(500, "the model could not be loaded", "internal_error")
                 body = self._check()
                 if self.path in self.OURS:
                     self.OURS[self.path](self, body)
@@ -196,7 +204,6 @@ def make_classes(options: argparse.Namespace):
             if body.get("stream_options") is not None:
                 body["stream_options"].setdefault("include_usage", False)
             self.response_generator.response_format = body.pop("response_format", None)
-            body.setdefault("repetition_penalty", options.repetition_penalty)
             data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
             self.rfile = io.BytesIO(data)
             self.headers.replace_header("Content-Length", str(len(data)))

@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from llama3v_mlx.encoder import published_tensors
 from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
 
 ROOT = Path(__file__).parents[1]
+# A job in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIGLIP_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIGLIP_VISION |= {"image_size": 56, "patch_size": 14}
