@@ -19,12 +19,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from train import LLAMA_8B
 
 from llama3v_mlx import load, stream_generate
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.model import Model, ModelArgs
 
-WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 IMAGE = IMAGES / "two-red-stars.jpg"
 QUESTION = "What is this image? " + "Describe the image in one sentence. " * 8
 
@@ -36,7 +36,7 @@ def wide(small: Model, layers: int, dtype: mx.Dtype) -> Model:
     model = Model(
         ModelArgs(
             model_type=args.model_type,
-            text_config={**args.text_config, **WIDE, "num_hidden_layers": layers},
+            text_config={**args.text_config, **LLAMA_8B, "num_hidden_layers": layers},
             vision_config=args.vision_config,
             projector_config={**args.projector_config, "hidden_size": 4096, "num_attention_heads": 32},
             prompt_tokens=args.prompt_tokens,

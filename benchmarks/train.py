@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embed import machine, say  # first: it loads OpenBLAS before MLX
+from embed import SO400M, machine, say  # first: it loads OpenBLAS before MLX
 
 # isort: split
 import mlx.core as mx
@@ -36,7 +36,6 @@ from llama3v_mlx.model import Model, ModelArgs
 from llama3v_mlx.trainer import Trainer, collate, count_answers
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 TINY_LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY_TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 4}
 

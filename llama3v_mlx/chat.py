@@ -196,7 +196,6 @@ def history():
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.chat", description="Chat with Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images for the first question")
     parser.add_argument("--system-prompt", help="goes before the first question (default: none)")
     add_generation_options(parser)
@@ -219,11 +218,12 @@ def chat(args: argparse.Namespace) -> None:
     model, processor = load(
         args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path
     )
-    name = name_of(args.model or CHECKPOINT) + (f" with {args.adapter_path}" if args.adapter_path else "")
+    name = name_of(args.model or CHECKPOINT)
     features = FeatureCache(args.features, model, processor.image_config, name) if args.features else None
     if args.seed is not None:
         mx.random.seed(args.seed)
-    session = Chat(Conversation(model, processor, args.system_prompt, features, generation_options(args)), name)
+    title = f"{name} with {args.adapter_path}" if args.adapter_path else name
+    session = Chat(Conversation(model, processor, args.system_prompt, features, generation_options(args)), title)
     session._add(args.image)
     if sys.stdin.isatty():
         print("Ask about an image; drag its file into the line. /help lists what else there is, Ctrl-D leaves.")

@@ -72,7 +72,8 @@ def _hush_libraries() -> None:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Sampling, memory and feature store, as generate and chat take them."""
+    """Adapters, sampling, memory and feature store, as generate and chat take them."""
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
     parser.add_argument("-m", "--max-tokens", type=positive, default=1024, help="length of the answer (default: 1024)")
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
     sampling.add_argument("--temp", type=_share_or_more, help="temperature; 0: always the likeliest token")

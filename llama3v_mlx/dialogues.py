@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .image import ImageError
+from .features import FeatureStore
+from .image import ImageError, TiledImage
 from .processor import Processor
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -33,6 +34,24 @@ class Dialogue:
     ids: np.ndarray  # int32 (L,)
     answers: np.ndarray  # bool (L,): what is learnt
     images: tuple[bytes, ...]  # SHA-256 of the image files, in the order of their visual tokens
+
+
+class StoredTiler:
+    """A processor's tiler by which image paths are found in a feature store, and the images are not read.
+
+    Args:
+        store: of features.
+        known: the SHA-256 of each path's file.
+        unusable: why, for the others.
+    """
+
+    def __init__(self, store: FeatureStore, known: dict[str, bytes], unusable: dict[str, str]):
+        self._store, self._known, self._unusable = store, known, unusable
+
+    def __call__(self, path: str) -> TiledImage:
+        if path not in self._known:
+            raise DataError(f"{path}: {self._unusable[path]}")
+        return TiledImage((), self._store.grid(self._known[path]), self._known[path])
 
 
 class Dialogues:
@@ -54,17 +73,14 @@ class Dialogues:
             raise DataError(f"{path}: no such file, or an empty one")
         with self.path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        find = _rows_of_lines if self.path.suffix == ".jsonl" else _rows_of_list
+        lines = self.path.suffix == ".jsonl"
         self.image_paths: set[str] = set()
         kept = []
-        try:
-            for number, (start, end) in enumerate(find(self._data), 1):
-                messages = self._try(number, self._parse, start, end)
-                if messages is not None:
-                    kept.append((number, start, end))
-                    self.image_paths.update(_images(messages))
-        except DataError as e:
-            raise DataError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
+        for number, (start, end) in enumerate(_rows_of_lines(self._data) if lines else self._rows_of_list(), 1):
+            messages = self._try(number, self._parse, start, end)
+            if messages is not None:
+                kept.append((number, start, end))
+                self.image_paths.update(_images(messages))
         self._rows = np.array(kept, np.int64).reshape(-1, 3)
         self.lengths = np.zeros(0, np.int32)
         self._check_some()
@@ -76,30 +92,26 @@ class Dialogues:
         """SHA-256 of the file, in hex."""
         return hashlib.sha256(self._data).hexdigest()
 
-    def measure(self, processor: Processor, max_seq_length: int, unusable: dict[str, str]) -> None:
+    def measure(self, processor: Processor, max_seq_length: int) -> None:
         """Encode every row once for its length, and reject those that are too long or show an unusable image.
 
         Args:
-            processor: its tiler knows the images by their paths.
+            processor: its tiler is a `StoredTiler`.
             max_seq_length: in tokens; a longer row is left out, never cut.
-            unusable: why, for each image path that cannot be used.
 
         Raises:
             DataError: if no row is left.
         """
         lengths = []
-        for i, (number, start, end) in enumerate(self._rows.tolist()):
 
-            def length(i: int = i, start: int = start, end: int = end) -> int:
-                for path in _images(self._parse(start, end)):
-                    if path in unusable:
-                        raise DataError(f"{path}: {unusable[path]}")
-                count = len(self.encode(i, processor).ids)
-                if count > max_seq_length:
-                    raise DataError(f"{count} tokens are more than --max-seq-length {max_seq_length}")
-                return count
+        def length(i: int) -> int:
+            count = len(self.encode(i, processor).ids)
+            if count > max_seq_length:
+                raise DataError(f"{count} tokens are more than --max-seq-length {max_seq_length}")
+            return count
 
-            lengths.append(self._try(number, length) or 0)
+        for i, number in enumerate(self._rows[:, 0].tolist()):
+            lengths.append(self._try(number, length, i) or 0)
         self.lengths = np.array(lengths, np.int32)
         self._rows, self.lengths = self._rows[self.lengths > 0], self.lengths[self.lengths > 0]
         self._check_some()
@@ -130,6 +142,20 @@ class Dialogues:
         except ValueError as e:
             raise DataError(f"not JSON: {e}") from e
         return messages_of(row, lambda path: str(self.folder / path))
+
+    def _rows_of_list(self) -> Iterator[tuple[int, int]]:
+        """Where the objects of a JSON list are, by its strings and brackets alone."""
+        depth, start = 0, 0
+        for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', self._data):
+            if token[0] in (b"[", b"{"):
+                start = token.start() if depth == 1 else start
+                depth += 1
+            elif token[0] in (b"]", b"}"):
+                depth -= 1
+                if depth == 1:
+                    yield start, token.end()
+        if depth:
+            raise DataError(f"{self.path}: is cut short: a bracket is never closed")
 
     def _try(self, number: int, function: Callable, *args):
         """What `function` returns; None if the row is rejected."""
@@ -169,9 +195,8 @@ def messages_of(row: object, locate: Callable[[str], str]) -> list[dict]:
         if turn["from"] == "gpt" and not turn["value"].strip():
             raise DataError("has an empty answer")
     first = turns[0]["from"] == "system"
-    if [turn["from"] for turn in turns[first:]] != ["human", "gpt"] * ((len(turns) - first) // 2) or len(
-        turns
-    ) == first:
+    rest = [turn["from"] for turn in turns[first:]]
+    if not rest or rest != ["human", "gpt"] * (len(rest) // 2):
         raise DataError("its turns are not human and gpt in alternation")
     marks = sum(turn["value"].count(MARK) for turn in turns if turn["from"] == "human")
     if marks != len(paths) and (marks or not paths):
@@ -207,18 +232,3 @@ def _rows_of_lines(data: mmap.mmap) -> Iterator[tuple[int, int]]:
         if data[start:end].strip():
             yield start, end
         start = end + 1
-
-
-def _rows_of_list(data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Where the objects of a JSON list are, by its strings and brackets alone."""
-    depth, start = 0, 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', data):
-        if token[0] in (b"[", b"{"):
-            start = token.start() if depth == 1 else start
-            depth += 1
-        elif token[0] in (b"]", b"}"):
-            depth -= 1
-            if depth == 1:
-                yield start, token.end()
-    if depth:
-        raise DataError("is cut short: a bracket is never closed")

@@ -28,6 +28,7 @@ from .checkpoint import (
 )
 from .feature_cache import FeatureCache
 from .image import ImageSource
+from .image_prefix import on_generated
 from .model import Model
 from .processor import Processor, Prompt
 
@@ -67,7 +68,7 @@ class Sampling:
         if self.repetition_penalty in (0, 1):
             return []
         penalize = make_repetition_penalty(self.repetition_penalty, context_size=2**31 - 1)
-        return [lambda tokens, logits: penalize(tokens[num_prompt_tokens:], logits)]
+        return [on_generated(penalize, num_prompt_tokens)]
 
 
 @dataclass

@@ -13,7 +13,6 @@ IMAGE_PROMPT = "What is this image?"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.generate", description="Ask Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image files or data: URIs")
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")
     parser.add_argument("--system-prompt", help="goes before the question (default: none)")

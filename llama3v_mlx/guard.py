@@ -8,7 +8,8 @@ import ssl
 import time
 import urllib.parse
 
-ROLES = ("system", "user", "assistant")
+from .processor import ROLES
+
 FETCH_SECONDS = 20.0  # for a remote image, in all
 
 

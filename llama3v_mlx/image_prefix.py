@@ -62,13 +62,13 @@ def read_images(model: Model, name: object, prefixes, prompt: list[int], key: li
     return cached
 
 
-def on_generated(process: Callable) -> Callable:
-    """A logits processor that sees generated tokens alone: mlx-lm first calls it when there are none."""
-    prompt: list[int] = []
+def on_generated(process: Callable, num_prompt_tokens: int | None = None) -> Callable:
+    """A logits processor that sees generated tokens alone; mlx-lm's batches first call it when there are none."""
 
     def processed(tokens: mx.array, logits: mx.array) -> mx.array:
-        if not prompt:
-            prompt.append(len(tokens))
-        return process(tokens[prompt[0] :], logits)
+        nonlocal num_prompt_tokens
+        if num_prompt_tokens is None:
+            num_prompt_tokens = len(tokens)
+        return process(tokens[num_prompt_tokens:], logits)
 
     return processed

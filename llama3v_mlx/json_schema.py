@@ -56,7 +56,7 @@ class Schemas:
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
             nonlocal consumed
-            new = np.array(tokens).tolist()[consumed:]
+            new = np.array(tokens[consumed:]).tolist()
             consumed += len(new)
             matcher.consume_tokens(new)
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .atomic import new_folder
 from .checkpoint import read_json
+from .shards import write_beside
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
@@ -51,7 +52,7 @@ class RunFolder:
             raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(options, indent=2) + "\n")
+            write_beside(path, (json.dumps(options, indent=2) + "\n").encode())
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from."""
@@ -65,13 +66,11 @@ class RunFolder:
         weights = dict(tree_flatten(model.trainable_parameters()))
         moments = dict(tree_flatten(optimizer.state))
         path = self.folder / "checkpoints" / f"step-{step:07}"
-        if not path.exists():
-            num_bytes = sum(x.nbytes for x in (*weights.values(), *moments.values()))
-            with new_folder(path, num_bytes) as partial:
-                mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})
-                mx.save_safetensors(str(partial / OPTIMIZER), moments)
-                (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
-                (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        with new_folder(path, sum(x.nbytes for x in (*weights.values(), *moments.values()))) as partial:
+            mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})
+            mx.save_safetensors(str(partial / OPTIMIZER), moments)
+            (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
+            (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         if state.get("best_step") == step:
             link = self.folder / f"{BEST}.partial"
             link.unlink(missing_ok=True)
@@ -104,7 +103,7 @@ class RunFolder:
         """Take figures of steps that will be taken again out of the metrics."""
         if self.writes and self.metrics.exists():
             lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            _write(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            write_beside(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
     @property
     def metrics(self) -> Path:
@@ -112,9 +111,3 @@ class RunFolder:
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -51,10 +51,14 @@ class Rejected(ValueError):
     """What a teacher wrote cannot be used."""
 
 
-def prompt_of(kind: str, row: Row) -> str:
+def captions_of(row: Row) -> list[str]:
     captions = row.get("captions", row.get("caption"))
-    captions = [captions] if isinstance(captions, str) else captions
-    return FORMAT.format(task=KINDS[kind], captions="\n".join(f"- {caption.strip()}" for caption in captions))
+    return [captions] if isinstance(captions, str) else captions
+
+
+def prompt_of(kind: str, row: Row) -> str:
+    captions = "\n".join(f"- {caption.strip()}" for caption in captions_of(row))
+    return FORMAT.format(task=KINDS[kind], captions=captions)
 
 
 def conversation_of(kind: str, text: str, finished: bool) -> list[dict]:
@@ -159,8 +163,7 @@ def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[T
         for number, line in enumerate(islice(filter(str.strip, file), count), 1):
             try:
                 row = json.loads(line)
-                captions = row.get("captions", row.get("caption"))
-                captions = [captions] if isinstance(captions, str) else captions
+                captions = captions_of(row)
                 good = isinstance(row["image"], str) and captions and all(isinstance(c, str) for c in captions)
             except (ValueError, KeyError, AttributeError, TypeError):
                 good = False
@@ -193,9 +196,9 @@ def synthesize(args: argparse.Namespace) -> None:
             for (name, kind, row), (text, finished) in zip(batch, teacher.write(batch), strict=True):
                 try:
                     new = {"id": name, "image": row["image"], "conversations": conversation_of(kind, text, finished)}
-                    if _digest(new) in known:
+                    if (digest := _digest(new)) in known:
                         raise Rejected("the same conversation again")
-                    known.add(_digest(new))
+                    known.add(digest)
                     good.write(json.dumps(new, ensure_ascii=False) + "\n")
                     written += 1
                 except Rejected as e:

@@ -40,7 +40,10 @@ def train(args: argparse.Namespace) -> None:
         note_slow_cpu()
     args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
     sets = [Dialogues(path, args.image_folder, args.strict) for path in (args.data, args.val) if path]
-    store, processor = _prepare(args, sets, group)
+    model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
+    store, tiler = _prepare(args, sets, group)
+    processor = dataclasses.replace(processor, tiler=tiler)
+    _measure(sets, processor, min(args.max_seq_length, model.language_model.args.max_position_embeddings), group)
     data = sets[0]
     if len(data) < args.batch_size:
         raise ValueError(f"{args.data}: its {len(data)} rows do not fill a batch of {args.batch_size}")
@@ -53,11 +56,10 @@ def train(args: argparse.Namespace) -> None:
     options |= {name: rows.digest() for name, rows in zip(("data", "val"), sets, strict=False)}
     run_folder = RunFolder(args.out, options, args.resume, writes=group.rank() == 0)
 
-    model, _ = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
     adapter = _choose_parameters(model, args, keep_projector=store.info.kind == "patch")
     optimizer = _optimizer(args, steps)
     optimizer.init(model.trainable_parameters())
-    state = {"best_loss": None, "best_step": None, "skipped": 0, "tokens": 0}
+    state = {"best_loss": None, "best_step": None, "skipped": 0}
     if newest := run_folder.newest():
         state = run_folder.load(newest, model, optimizer)
     step = state.pop("step", 0)
@@ -77,16 +79,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace, sets: list, group):
-    """The store with all images' features, a processor that finds images there, and the rows measured."""
+    """The store with all images' features, and a tiler that finds them there."""
     import mlx.core as mx
     from tqdm import tqdm
 
-    from .checkpoint import find_checkpoint, load_tokenizer, read_config
+    from .dialogues import StoredTiler
     from .encoder import load_encoder
     from .features import STORE, FeatureError, FeatureStore, FeatureWriter
-    from .image import TiledImage
     from .pipeline import Pipeline
-    from .processor import Processor
     from .sources import Source
 
     kind, stored, dtype = ("patch" if args.stage == "pretrain" else "visual-tokens"), None, None
@@ -118,21 +118,16 @@ def _prepare(args: argparse.Namespace, sets: list, group):
         mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))  # all ranks are done
         known = names()
         unusable |= {s.name: "could not be embedded" for s in sources if s.name not in known | unusable}
-    folder = find_checkpoint(args.model)
-    config = read_config(folder)
-    processor = Processor.from_config(config, load_tokenizer(folder, config["eos_token_id"]))
+    return store, StoredTiler(store, known, unusable)
 
-    def find(path: str) -> TiledImage:
-        return TiledImage((), store.grid(known[path]), known[path])
 
-    processor = dataclasses.replace(processor, tiler=find)
-    longest = min(args.max_seq_length, config["text_config"]["max_position_embeddings"])
+def _measure(sets: list, processor, max_seq_length: int, group) -> None:
+    """Measure all rows, and say which are left out."""
     for rows in sets:
-        rows.measure(processor, longest, unusable)
+        rows.measure(processor, max_seq_length)
         if group.rank() == 0 and rows.rejected:
             print(f"{rows.path}: {len(rows.rejected)} rows are left out:", file=sys.stderr)
             print("\n".join(f"  {reason}" for reason in rows.rejected[:10]), file=sys.stderr)
-    return store, processor
 
 
 def _choose_parameters(model, args: argparse.Namespace, keep_projector: bool) -> dict:

@@ -106,20 +106,35 @@ def _project(projector: nn.Module, features: mx.array, grid: tuple[int, int]) ->
     return tokens.reshape(-1, tokens.shape[-1])
 
 
+def answer_logits(llama: nn.Module, ids: mx.array, visual: list, source: mx.array | None, places: mx.array) -> mx.array:
+    """What Llama foretells of the answers.
+
+    Args:
+        llama: mlx-lm's model.
+        ids: int32 (B, L).
+        visual: visual tokens, (M, hidden_size) in all.
+        source: int32 (B·L,): a token's own embedding, or visual token `source - B·L`; None: no images.
+        places: int32 (n,): whose next tokens are to be foretold.
+
+    Returns:
+        Logits (n, vocab_size).
+    """
+    h = llama.model.embed_tokens(ids)
+    if source is not None:
+        B, L, D = h.shape
+        h = mx.concatenate([h.reshape(B * L, D), *(x.astype(h.dtype) for x in visual)])
+        h = h[source].reshape(B, L, D)
+    h = llama.model(ids, input_embeddings=h)
+    h = h.reshape(-1, h.shape[-1])[places]
+    return llama.model.embed_tokens.as_linear(h) if llama.args.tie_word_embeddings else llama.lm_head(h)
+
+
 def answer_loss(model: Model, batch: Batch) -> mx.array:
     """The cross-entropy of the answers' tokens, summed, in nats."""
-    llama = model.language_model
-    h = llama.model.embed_tokens(batch.ids)
-    if batch.source is not None:
-        B, L, D = h.shape
-        rows = batch.visual
-        if batch.grids:
-            rows = [_project(model.projector, x, grid) for x, grid in zip(rows, batch.grids, strict=True)]
-        h = mx.concatenate([h.reshape(B * L, D), *(x.astype(h.dtype) for x in rows)])
-        h = h[batch.source].reshape(B, L, D)
-    h = llama.model(batch.ids, input_embeddings=h)
-    h = h.reshape(-1, h.shape[-1])[batch.places]
-    logits = llama.model.embed_tokens.as_linear(h) if llama.args.tie_word_embeddings else llama.lm_head(h)
+    visual = batch.visual
+    if batch.grids:
+        visual = [_project(model.projector, x, grid) for x, grid in zip(visual, batch.grids, strict=True)]
+    logits = answer_logits(model.language_model, batch.ids, visual, batch.source, batch.places)
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch.targets)
     return (losses * batch.weights).sum()
 
@@ -247,9 +262,7 @@ class Loop:
         loss = self.trainer.step(batches, total)
         if loss is not None:
             self.loss, self.answers = self.loss + loss * total, self.answers + total
-        tokens = sum(len(d.ids) for batch in dialogues for d in batch)
-        self.tokens += tokens
-        self.state["tokens"] += tokens
+        self.tokens += sum(len(d.ids) for batch in dialogues for d in batch)
         self.padded += sum(batch.ids.size for batch in batches) * size
         self.images += sum(len(d.images) for batch in dialogues for d in batch)
         self.steps += 1

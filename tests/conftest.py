@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,27 +146,37 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
     return run
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """The port of a server with the demo, its key "secret"; it must end without having shown a traceback."""
+@contextlib.contextmanager
+def served(*args: str | Path, **options) -> Iterator[int]:
+    """The port on which `python -m ARGS…` takes connections; the server is stopped whatever happens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
-    args = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(number), "--max-body-mb", "2"]
-    env = {**os.environ, "KEY": "secret"}
-    process = subprocess.Popen([*args, "--api-key-env", "KEY"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", *map(str, args), "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, **options)
     try:
         for _ in range(300):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", number)) == 0:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             assert process.poll() is None
             time.sleep(0.2)
-        yield number
+        yield port
     finally:
         process.terminate()
-        _, errors = process.communicate(timeout=30)
-    assert "Traceback" not in errors, errors
+        process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """The port of a server with the demo, its key "secret"; it must end without having shown a traceback."""
+    command = ["llama3v_mlx.server", "--max-body-mb", "2", "--api-key-env", "KEY"]
+    with tempfile.TemporaryFile("w+") as errors:
+        with served(*command, env={**os.environ, "KEY": "secret"}, stderr=errors) as number:
+            yield number
+        errors.seek(0)
+        said = errors.read()
+    assert "Traceback" not in said, said
 
 
 @pytest.fixture

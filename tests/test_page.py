@@ -3,14 +3,11 @@
 import base64
 import json
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import ROOT
+from conftest import served
 
 from llama3v_mlx.demo import IMAGES
 
@@ -30,22 +27,8 @@ DROP = """([data, name]) => {
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(port), "--temp", "0"]
-    process = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
-            time.sleep(0.2)
+    with served("llama3v_mlx.server", "--temp", "0", stderr=subprocess.DEVNULL) as port:
         yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture

@@ -1,11 +1,7 @@
 """A teacher's conversations: what is taken of them, and the command with a small real teacher, here and served."""
 
 import json
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from conftest import served
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -171,29 +168,15 @@ def test_a_local_teacher(captions: Path, teacher: Path, tmp_path: Path, capsys: 
 
 
 def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(teacher), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with served("mlx_lm", "server", "--model", teacher, **silent) as port:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            time.sleep(0.2)
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None
         out = tmp_path / "rows.jsonl"
         ask(captions, out, f"{url}/v1", "--teacher-model", "default_model", "--batch-size", "3", "--max-tokens", "100")
         check(out)
         with pytest.raises(SystemExit):
             ask(captions, tmp_path / "other.jsonl", f"{url}/v2")
         assert "error: " in capsys.readouterr().err
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"captions": ["a"]}', '{"image": "a.png", "captions": []}'])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
 from llama3v_mlx.demo import CHECKPOINT, world
-from llama3v_mlx.dialogues import DataError, Dialogues, messages_of
+from llama3v_mlx.dialogues import DataError, Dialogues, StoredTiler, messages_of
 from llama3v_mlx.features import FeatureStore
 from llama3v_mlx.image import load_image
 from llama3v_mlx.trainer import Trainer, TrainingError, answer_loss, collate
@@ -144,7 +145,7 @@ def test_the_loss_is_that_of_the_whole_model(data: Path, demo, kind: str) -> Non
     names = {name: sha256 for sha256, name in store.names()}
     expected, dialogues = 0.0, []
     sets = Dialogues(data / "data.jsonl", data / "images")
-    known = processor_of(processor, store, names)
+    known = replace(processor, tiler=StoredTiler(store, names, {}))
     for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
         prompt, answers = processor.encode_answered(messages_of(row, lambda _, path=path: load_image(path)))
         embeddings = model.embed_inputs(mx.array(prompt.ids), prompt.images)
@@ -157,14 +158,6 @@ def test_the_loss_is_that_of_the_whole_model(data: Path, demo, kind: str) -> Non
     batch = collate(dialogues, store, processor.prompt_tokens.image, processor.num_queries)
     # The stores hold float16, of which features keep eleven bits.
     assert answer_loss(model, batch).item() == pytest.approx(expected, rel=2e-3)
-
-
-def processor_of(processor, store: FeatureStore, names: dict[str, bytes]):
-    from dataclasses import replace
-
-    from llama3v_mlx.image import TiledImage
-
-    return replace(processor, tiler=lambda path: TiledImage((), store.grid(names[path]), names[path]))
 
 
 def test_batches_are_of_like_lengths_and_their_own_every_epoch(data: Path) -> None:
@@ -290,7 +283,8 @@ def test_a_step_that_is_not_finite_changes_nothing(data: Path) -> None:
     store = FeatureStore(data / "patch")
     names = {name: sha256 for sha256, name in store.names()}
     rows = Dialogues(data / "data.jsonl", data / "images")
-    dialogues = [rows.encode(i, processor_of(processor, store, names)) for i in range(2)]
+    processor = replace(processor, tiler=StoredTiler(store, names, {}))
+    dialogues = [rows.encode(i, processor) for i in range(2)]
     batch = collate(dialogues, store, processor.prompt_tokens.image, processor.num_queries)
     optimizer = optim.AdamW(1e-3)
     optimizer.init(model.trainable_parameters())

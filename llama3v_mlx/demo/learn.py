@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..model import Model
+from ..trainer import answer_logits
 from . import world
 from .data import CELLS, NUM_FACTS, Batch, ImageBatch
 
@@ -122,20 +123,14 @@ def _weighted(losses: mx.array, weights: mx.array) -> mx.array:
     return (losses * weights).sum() / mx.maximum(weights.sum(), 1)
 
 
-def answer_logits(model: Model, batch: Batch, tokens: list[mx.array]) -> mx.array:
-    """Logits (n, vocab_size) at the batch's places."""
-    llama, ids = model.language_model, mx.array(batch.ids)
-    h = llama.model.embed_tokens(ids)
-    if tokens:
-        B, L, D = h.shape
-        rows = mx.concatenate(tokens, axis=1).reshape(-1, D)
-        h = mx.concatenate([h.reshape(B * L, D), rows])[mx.array(batch.source)].reshape(B, L, D)
-    h = llama.model(ids, input_embeddings=h)
-    return llama.lm_head(h.reshape(-1, h.shape[-1])[mx.array(batch.places)])
+def _answer_logits(model: Model, batch: Batch, tokens: list[mx.array]) -> mx.array:
+    visual = [mx.concatenate(tokens, axis=1).flatten(0, 1)] if tokens else []
+    source = mx.array(batch.source) if tokens else None
+    return answer_logits(model.language_model, mx.array(batch.ids), visual, source, mx.array(batch.places))
 
 
 def _answer_loss(model: Model, batch: Batch, tokens: list[mx.array]) -> mx.array:
-    losses = nn.losses.cross_entropy(answer_logits(model, batch, tokens), mx.array(batch.targets))
+    losses = nn.losses.cross_entropy(_answer_logits(model, batch, tokens), mx.array(batch.targets))
     return _weighted(losses, mx.array(batch.weights))
 
 
@@ -182,7 +177,7 @@ def answer_report(model: Model, tokenizer: Tokenizer, held_out: list[Batch]) -> 
         _, tokens = see(model, batch)
         count = int(batch.weights.sum())
         targets = batch.targets[:count]
-        hits = np.array(mx.argmax(answer_logits(model, batch, tokens), axis=-1))[:count] == targets
+        hits = np.array(mx.argmax(_answer_logits(model, batch, tokens), axis=-1))[:count] == targets
         starts = np.r_[0, np.flatnonzero(targets == tokenizer.token_to_id("<|eot_id|>")) + 1]
         for a, b in itertools.pairwise(starts):
             words = tokenizer.decode(targets[a:b].tolist()).split()
