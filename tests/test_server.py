@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx import stream_generate
+from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.embedder import Embedder
 from llama3v_mlx.encoder import load_encoder
@@ -62,9 +63,40 @@ def test_a_stream_says_the_same(port: int) -> None:
     status, said = ask(port, image(STARS), "What is this image?", stream=True, stream_options={"include_usage": True})
     assert status == 200
     events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
-    pieces = [event["choices"][0]["delta"].get("content", "") for event in events if event["choices"]]
-    assert "".join(pieces) == "Two red stars on a yellow background."
+    assert streamed(said) == "Two red stars on a yellow background."
     assert events[-1]["usage"]["completion_tokens"] == 9 and said.rstrip().endswith("data: [DONE]")
+
+
+def test_the_same_tokens_in_every_way(port: int, demo, run_main) -> None:
+    """A conversation about two images by Python, chat's own, both commands, and the server, at once and streamed."""
+    turns = (("What is this image?", [STARS]), ("What color is the background?", []), ("Which shape is it?", [CROSS]))
+    greedy = {"temperature": 0, "repetition_penalty": 1}
+    talk, messages, sent, said = Conversation(*demo, options=greedy), [], [], []
+    for question, images in turns:
+        messages.append({"role": "user", "content": [*images, question]})
+        sent.append({"role": "user", "content": [*map(image, images), {"type": "text", "text": question}]})
+        expected = list(stream_generate(*demo, messages, **greedy))
+        tokens, words = [r.token for r in expected], "".join(r.text for r in expected)
+        assert [r.token for r in talk.ask(question, images)] == tokens
+        body = {"messages": sent, "temperature": 0, "repetition_penalty": 1, "logprobs": True}
+        choice = json.loads(request(port, CHAT, body)[1])["choices"][0]
+        assert [part["id"] for part in choice["logprobs"]["content"]] == tokens
+        assert choice["message"]["content"] == words
+        assert streamed(request(port, CHAT, {**body, "stream": True})[1]) == words
+        messages.append({"role": "assistant", "content": words})
+        sent.append({"role": "assistant", "content": words})
+        said.append(words)
+    options = ["--temp", "0", "--repetition-penalty", "1"]
+    lines = [f"/image {CROSS}\n{question}" if images == [CROSS] else question for question, images in turns]
+    done = run_main("llama3v_mlx.chat", "--image", STARS, *options, input="\n".join(lines))
+    assert [line for line in done.stdout.splitlines() if line in said] == said
+    done = run_main("llama3v_mlx.generate", "--image", STARS, "-p", turns[0][0], "--no-verbose", *options)
+    assert done.stdout == f"{said[0]}\n"
+
+
+def streamed(said: str) -> str:
+    events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
 
 
 def test_turns_images_and_the_cache(port: int) -> None:
