@@ -126,4 +126,5 @@ def test_streams_share_a_batch(size: int) -> None:
     tower = VisionTower(TINY)
     pixels = np.random.default_rng(0).integers(0, 256, (size, 42, 42, 3), dtype=np.uint8)
     together = cpu.in_streams(mx.compile(lambda x: tower(x)), pixels, most=2)
-    np.testing.assert_allclose(np.array(together), np.array(tower(mx.array(pixels))), rtol=1e-5, atol=1e-6)
+    # Products of other sizes are rounded elsewhere: a few units in the last place of features around 2.
+    np.testing.assert_allclose(np.array(together), np.array(tower(mx.array(pixels))), rtol=1e-5, atol=5e-6)
