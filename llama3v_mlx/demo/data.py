@@ -169,8 +169,6 @@ def _draw_scenes(
     """Scenes on images of many sizes that share one tiling, so that their tiles make full batches."""
     max_side = 400 if rng.random() < 0.7 else world.MAX_SIDE
     width, height = world.draw_size(rng, max_side)
-    if split == "train" and width > height and rng.random() < 0.5:  # on narrow pictures numbers are smallest
-        width, height = height, width
     tiling = plan_tiles(width, height, config)
     sizes = [(width, height)]
     while len(sizes) < size:

@@ -305,7 +305,7 @@ def _draw_number(
     width, height = canvases[0].size
     length = int(rng.integers(1, 4))
     if split == "train":  # the middle one of three digits is learnt last
-        length = max(length, *rng.integers(1, 4, 2).tolist())
+        length = max(length, int(rng.integers(1, 4)))
     number = str(rng.integers(10 ** (length - 1) if length > 1 else 0, 10**length))
     pitch = rng.uniform(0.8, 1.0)  # from one digit to the next, as a share of their height
     most = min(0.88 * height, 0.94 * width / (1 + pitch * (length - 1)))
