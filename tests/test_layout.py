@@ -21,14 +21,14 @@ ORDER = (
     "encoder",
     "engine",
 )
-COMMANDS = ("generate", "chat", "server", "embed", "search", "train", "synthesize", "convert")
+COMMANDS = ("generate", "chat", "server", "embed", "search", "train", "synthesize", "evaluate", "convert")
 
 
 def imports_of(path: Path) -> set[str]:
     """The modules of the package that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
+        if isinstance(node, ast.ImportFrom) and node.level == (1 if path.parent == PACKAGE else 2):
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
     return found & {path.stem for path in PACKAGE.glob("*.py")}
 

@@ -1,0 +1,206 @@
+"""Score checkpoints on the original README's benchmarks: `python -m llama3v_mlx.evaluate --model DIR [DIR…] --tasks …`.
+
+lmms-eval does it, in an environment of its own; each checkpoint is served to it by `llama3v_mlx.server`.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from .cli import positive, run
+from .demo import CHECKPOINT
+from .scores import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
+
+INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3, then --lmms-eval lmms/bin/python"
+SCORING = Path(__file__).parent / "lmms_scoring.py"
+
+
+class EvaluationError(ValueError):
+    """The evaluation cannot be made, or was not finished."""
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Write the tasks, serve each checkpoint to lmms-eval, and print what came of it."""
+    harness = find_harness(args.lmms_eval)
+    out = Path(args.output).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    write_tasks(out / "tasks", args.tasks, args.data and Path(args.data), args.lmms_eval, harness)
+    results = []
+    for i, model in enumerate(args.model):
+        results.append(score(model, out / f"{i + 1}-{Path(model).name}", out / "tasks", args))
+    print(table(results, args.tasks))
+    for other in results[1:]:
+        for task in args.tasks:
+            print(comparison(results[0], other, task))
+    if args.plot:
+        plot(results, args.tasks, args.plot)
+    if failed := sum(scores.failed for scores in results):
+        raise EvaluationError(f"{failed} requests got no answer and count as wrong; {out} has the samples")
+
+
+def find_harness(python: str) -> Path:
+    """lmms-eval's folder of tasks, in the environment of an interpreter."""
+    script = "import importlib.util as u; print(u.find_spec('lmms_eval').submodule_search_locations[0])"
+    try:
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True)
+    except OSError as e:
+        raise EvaluationError(f"{python}: is no Python ({e.strerror}); {INSTALL}") from e
+    if done.returncode:
+        raise EvaluationError(f"{python} has no lmms-eval; install it by: {INSTALL}")
+    return Path(done.stdout.strip()) / "tasks"
+
+
+def write_tasks(folder: Path, tasks: list[str], data: Path | None, python: str, harness: Path) -> None:
+    """Task files for lmms-eval: its own, included, with our scores where it pays a judge, and on local data.
+
+    Raises:
+        EvaluationError: if a benchmark's data are not there, or not in the published schema.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copyfile(SCORING, folder / "scoring.py")
+    for task in tasks:
+        benchmark = BENCHMARKS[task]
+        lines = [f"include: {harness / benchmark.included}\n"] if benchmark.included else []
+        lines += [f"task: {PREFIX}{task}\n", benchmark.more]
+        if task == "demo_world":
+            lines.append(dataset("json", draw_demo_world(folder / "demo_world"), "test"))
+        elif data is not None:
+            files = sorted((data / task).glob("*.parquet"))
+            if not files:
+                raise EvaluationError(f"{data / task}: has no .parquet files of {task}")
+            check_columns(files[0], task, python)
+            lines.append(dataset("parquet", files, benchmark.split))
+        (folder / f"{task}.yaml").write_text("".join(lines), encoding="utf-8")
+
+
+def dataset(kind: str, files: list[Path], split: str) -> str:
+    named = json.dumps({"data_files": {split: [str(path) for path in files]}})
+    return f"dataset_path: {kind}\ndataset_name: null\ndataset_kwargs: {named}\n"
+
+
+def check_columns(path: Path, task: str, python: str) -> None:
+    script = "import json, sys, pyarrow.parquet as p; print(json.dumps(p.read_schema(sys.argv[1]).names))"
+    done = subprocess.run([python, "-c", script, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise EvaluationError(f"{path}: is no parquet file ({done.stderr.strip().splitlines()[-1]})")
+    if missing := [name for name in BENCHMARKS[task].columns if name not in json.loads(done.stdout)]:
+        raise EvaluationError(f"{path}: has no column {', '.join(missing)}, which {task}'s published data have")
+
+
+def draw_demo_world(folder: Path, count: int = 500) -> list[Path]:
+    """The demo's held-out pictures, and questions about them."""
+    from .demo.evaluate import held_out
+
+    folder.mkdir()
+    path = folder / "test.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i, (_, image, kind, question, answer) in enumerate(held_out(count)):
+            image.save(folder / f"{i:03}.png", compress_level=1)
+            row = {"image": str(folder / f"{i:03}.png"), "kind": kind, "question": question, "answer": answer}
+            file.write(json.dumps(row) + "\n")
+    return [path]
+
+
+@contextlib.contextmanager
+def served(model: str) -> Iterator[tuple[subprocess.Popen, int, deque[str]]]:
+    """A server of `model` on a free port of 127.0.0.1, and the last lines that it said; stopped whatever happens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama3v_mlx.server", "--model", model, "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said: deque[str] = deque(maxlen=20)
+    reader = threading.Thread(target=lambda: said.extend(iter(server.stderr.readline, "")), daemon=True)
+    reader.start()
+    try:
+        while server.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield server, port, said
+    finally:
+        server.terminate()
+        server.wait()
+        reader.join()
+
+
+def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Scores:
+    """Have lmms-eval ask a served checkpoint everything; answers that an earlier run got are not asked for again.
+
+    Raises:
+        EvaluationError: if the server or lmms-eval dies.
+    """
+    out.mkdir(exist_ok=True)
+    fresh = not (out / "cache").exists()
+    names = ",".join(PREFIX + task for task in args.tasks)
+    command = [args.lmms_eval, "-m", "lmms_eval", "--model", "openai", "--tasks", names]
+    command += ["--include_path", str(tasks), "--output_path", str(out / "results"), "--log_samples"]
+    command += ["--use_cache", str(out / "cache"), "--verbosity", "ERROR"]
+    command += ["--limit", str(args.limit)] if args.limit else []
+    shutil.rmtree(out / "results", ignore_errors=True)
+    with served(model) as (server, port, said), (out / "lmms-eval.log").open("w") as log:
+        options = {"model": Path(model).name, "base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none"}
+        options |= {"num_concurrent": args.concurrency, "timeout": 600, "httpx_trust_env": False}
+        command += ["--model_args", ",".join(f"{key}={value}" for key, value in options.items())]
+        # Its judges want a key, even those that are never asked; whoever asks gets this server, and no bill.
+        env = {**os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": options["base_url"]}
+        env |= {"HF_HUB_OFFLINE": "1"} if args.data or args.tasks == ["demo_world"] else {}
+        harness = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=env)
+        try:
+            while harness.poll() is None and server.poll() is None:
+                time.sleep(0.1)
+            if server.poll() is not None:
+                reason = "".join(said).strip().splitlines()[-1:] or [f"exit code {server.returncode}"]
+                raise EvaluationError(f"the server of {model} died: {reason[0]}; its answers so far are kept in {out}")
+        finally:
+            harness.terminate()
+            harness.wait()
+    if harness.returncode or not any((out / "results").rglob("*_results.json")):  # it may fail with 0
+        reason = re.findall(r"Error during evaluation: (.*?)\.* Please set", (out / "lmms-eval.log").read_text())
+        raise EvaluationError(f"lmms-eval failed on {model}: {' '.join(reason)} ({out / 'lmms-eval.log'})")
+    return read_results(model, out / "results", args.tasks, fresh)
+
+
+def task_names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in BENCHMARKS:
+            near = difflib.get_close_matches(name, BENCHMARKS, cutoff=0.4) or list(BENCHMARKS)
+            raise argparse.ArgumentTypeError(f"{name!r} is no task here; near to it: {', '.join(near)}")
+    return names
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama3v_mlx.evaluate",
+        description="Score checkpoints on benchmarks by lmms-eval, which runs in an environment of its own.",
+    )
+    parser.add_argument("--model", nargs="+", default=[str(CHECKPOINT)], help="checkpoints (default: the bundled demo)")
+    parser.add_argument("--tasks", type=task_names, default=["demo_world"], help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--data", metavar="DIR", help="local data, DIR/TASK/*.parquet as published, and no Hub")
+    parser.add_argument("--limit", type=positive, help="questions of each task (default: all)")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests at once (default: 8)")
+    parser.add_argument("--lmms-eval", default=sys.executable, metavar="PYTHON", help="the Python that has lmms-eval")
+    parser.add_argument("--output", default="evaluation", metavar="DIR", help="samples and logs (default: evaluation)")
+    parser.add_argument("--plot", metavar="PNG", help="draw the scores; needs matplotlib")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    args = parser.parse_args(argv)
+    run(lambda: evaluate(args), args.debug)
+
+
+if __name__ == "__main__":
+    main()
