@@ -12,23 +12,22 @@ import argparse
 import base64
 import contextlib
 import http.client
-import io
 import json
 import random
 import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from embed import machine, say  # isort: skip
 
-from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.demo import CHECKPOINT, IMAGES
+from llama3v_mlx.evaluate import served
 
 QUESTIONS = ("What is this image?", "What color is the background?", "How many shapes are there?")
 TEXTS = ("Hello", "Who are you?", "What can you do?")
@@ -124,33 +123,6 @@ KINDS: dict[str, tuple[int, Callable]] = {  # how often, in a hundred
 }
 
 
-@contextlib.contextmanager
-def served() -> Iterator[tuple[str, int, subprocess.Popen]]:
-    """A server with the demo on a free port; it is stopped whatever happens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama3v_mlx.server", "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines = io.StringIO()
-    reader = threading.Thread(target=lambda: [lines.write(line) for line in process.stderr], daemon=True)
-    reader.start()
-    process.said = lines
-    try:
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            if process.poll() is not None:
-                raise SystemExit(f"error: the server has ended: {lines.getvalue()}")
-            time.sleep(0.1)
-        yield "127.0.0.1", port, process
-    finally:
-        process.terminate()
-        process.wait()
-        reader.join()
-
-
 def resident(process: subprocess.Popen | None) -> float | None:
     """Megabytes of memory that a process has; None where that is not known."""
     if process is None:
@@ -159,7 +131,9 @@ def resident(process: subprocess.Popen | None) -> float | None:
     return int(said) / 1024 if said else None
 
 
-def soak(client: Client, process: subprocess.Popen | None, requests: int, clients: int, seed: int) -> dict:
+def soak(
+    client: Client, process: subprocess.Popen | None, said: Sequence[str], requests: int, clients: int, seed: int
+) -> dict:
     """Mixed requests of many clients: what was wrong, and what memory did."""
     rng = random.Random(seed)
     names = rng.choices(list(KINDS), [share for share, _ in KINDS.values()], k=requests)
@@ -181,7 +155,7 @@ def soak(client: Client, process: subprocess.Popen | None, requests: int, client
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(one, enumerate(names)))
     seconds = time.perf_counter() - start
-    traceback = "Traceback" in process.said.getvalue() if process else None
+    traceback = any("Traceback" in line for line in said) if process else None
     figures = {"requests": Counter(names), "wrong": {k: v for k, v in wrong.items() if v}, "seconds": seconds}
     figures |= {"traceback": traceback, "memory_mb": memory}
     say(f"{requests} requests of {clients} clients in {seconds:.0f} s: {wrong.total()} wrong, traceback: {traceback}")
@@ -225,16 +199,17 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if args.url:
             parts = urllib.parse.urlsplit(args.url)
-            host, port, process = parts.hostname, parts.port or 80, None
+            host, port, process, said = parts.hostname, parts.port or 80, None, []
         else:
-            host, port, process = stack.enter_context(served())
+            process, port, said = stack.enter_context(served(str(CHECKPOINT)))
+            host = "127.0.0.1"
         client = Client(host, port)
         client.learn()
         result = {"benchmark": "soak", "machine": machine()}
         if len(clients) > 1:
             result["throughput"] = throughput(client, clients, args.requests)
         else:
-            result["soak"] = soak(client, process, args.requests, clients[0], args.seed)
+            result["soak"] = soak(client, process, said, args.requests, clients[0], args.seed)
     print(json.dumps(result))
     if len(clients) == 1 and (result["soak"]["wrong"] or result["soak"]["traceback"]):
         sys.exit(1)

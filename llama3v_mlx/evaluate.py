@@ -122,7 +122,7 @@ def served(model: str) -> Iterator[tuple[subprocess.Popen, int, deque[str]]]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "llama3v_mlx.server", "--model", model, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    said: deque[str] = deque(maxlen=20)
+    said: deque[str] = deque(maxlen=1000)
     reader = threading.Thread(target=lambda: said.extend(iter(server.stderr.readline, "")), daemon=True)
     reader.start()
     try:
