@@ -16,10 +16,10 @@ def test_held_out_pictures_are_always_the_same() -> None:
 
 
 def test_sample(capsys) -> None:
-    """A sample of 100 scatters by 2.2 points around the README's 95 % of 500: this leaves it three times that."""
+    """A sample of 100 scatters by 1.7 points around the README's 97 % of 500: this leaves it three times that."""
     right, asked = evaluate(str(CHECKPOINT), 100)["all"]
     assert asked == 100
-    assert right >= 88
+    assert right >= 91
 
 
 def test_captions_find_their_pictures() -> None:
