@@ -12,7 +12,8 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # Commands that need no download and no other folder than the clone.
 ALL_COMMANDS = re.findall(r"^python -m llama3v_mlx.*$", README, re.MULTILINE)
 ELSEWHERE = ("4bit", "google/", "server", "--model new")
-COMMANDS = [line for line in ALL_COMMANDS if not any(name in line for name in ELSEWHERE)]
+RECIPE = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "demo.rows" in block)
+COMMANDS = [line for line in ALL_COMMANDS if not any(name in line for name in ELSEWHERE) and line not in RECIPE]
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -35,6 +36,22 @@ def test_commands_run(run_main, monkeypatch: pytest.MonkeyPatch, workplace: Path
     monkeypatch.chdir(workplace)
     done = run_main(*shlex.split(command)[2:])
     assert done.returncode == 0, done.stderr
+
+
+def test_the_recipe_on_a_small_scale(run_main, run_python, monkeypatch, workplace: Path) -> None:
+    """The commands of the recipe, with few rows and steps: what one writes is what the next one reads."""
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(workplace)
+    small = re.sub(r"--train \d+", "--train 24 --val 8", RECIPE.replace("\\\n", "").replace("--plot loss.png", ""))
+    small = re.sub(r"--iters \d+", "--iters 2", small).replace("--batch-size 32", "--batch-size 8")
+    rows, *others = small.splitlines()
+    run_python(*shlex.split(rows)[1:], cwd=workplace).check_returncode()  # it forks, which this process should not
+    for line in others:
+        args = shlex.split(line + (" --count 5" if "demo.evaluate" in line else ""))
+        module = "llama3v_mlx.convert" if args[1] == "convert.py" else args[2]
+        done = run_main(module, *args[2 + (args[1] == "-m") :])
+        assert done.returncode == 0, (line, done.stderr)
+    assert done.stdout.splitlines()[0].split()[:4] == ["all", done.stdout.split()[1], "of", "5"]
 
 
 def test_quick_start_output_is_the_real_one(run_python) -> None:
