@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from embed import machine, say  # isort: skip
 
-from llama3v_mlx.demo import CHECKPOINT, IMAGES
+from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.evaluate import served
 
 QUESTIONS = ("What is this image?", "What color is the background?", "How many shapes are there?")
@@ -201,7 +201,7 @@ def main() -> None:
             parts = urllib.parse.urlsplit(args.url)
             host, port, process, said = parts.hostname, parts.port or 80, None, []
         else:
-            process, port, said = stack.enter_context(served(str(CHECKPOINT)))
+            process, port, said = stack.enter_context(served("llama3v_mlx.server"))
             host = "127.0.0.1"
         client = Client(host, port)
         client.learn()

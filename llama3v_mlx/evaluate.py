@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def evaluate(args: argparse.Namespace) -> None:
     harness = find_harness(args.lmms_eval)
     out = Path(args.output).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    write_tasks(out / "tasks", args.tasks, args.data and Path(args.data), args.lmms_eval, harness)
+    write_tasks(out / "tasks", args, harness)
     results = []
     for i, model in enumerate(args.model):
         results.append(score(model, out / f"{i + 1}-{Path(model).name}", out / "tasks", args))
@@ -62,7 +61,7 @@ def find_harness(python: str) -> Path:
     return Path(done.stdout.strip()) / "tasks"
 
 
-def write_tasks(folder: Path, tasks: list[str], data: Path | None, python: str, harness: Path) -> None:
+def write_tasks(folder: Path, args: argparse.Namespace, harness: Path) -> None:
     """Task files for lmms-eval: its own, included, with our scores where it pays a judge, and on local data.
 
     Raises:
@@ -71,17 +70,17 @@ def write_tasks(folder: Path, tasks: list[str], data: Path | None, python: str, 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shutil.copyfile(SCORING, folder / "scoring.py")
-    for task in tasks:
+    for task in args.tasks:
         benchmark = BENCHMARKS[task]
         lines = [f"include: {harness / benchmark.included}\n"] if benchmark.included else []
         lines += [f"task: {PREFIX}{task}\n", benchmark.more]
         if task == "demo_world":
-            lines.append(dataset("json", draw_demo_world(folder / "demo_world"), "test"))
-        elif data is not None:
-            files = sorted((data / task).glob("*.parquet"))
+            lines.append(dataset("json", draw_demo_world(folder / "demo_world", args.limit or 500), "test"))
+        elif args.data is not None:
+            files = sorted(Path(args.data, task).glob("*.parquet"))
             if not files:
-                raise EvaluationError(f"{data / task}: has no .parquet files of {task}")
-            check_columns(files[0], task, python)
+                raise EvaluationError(f"{Path(args.data, task)}: has no .parquet files of {task}")
+            check_columns(files[0], task, args.lmms_eval)
             lines.append(dataset("parquet", files, benchmark.split))
         (folder / f"{task}.yaml").write_text("".join(lines), encoding="utf-8")
 
@@ -100,7 +99,7 @@ def check_columns(path: Path, task: str, python: str) -> None:
         raise EvaluationError(f"{path}: has no column {', '.join(missing)}, which {task}'s published data have")
 
 
-def draw_demo_world(folder: Path, count: int = 500) -> list[Path]:
+def draw_demo_world(folder: Path, count: int) -> list[Path]:
     """The demo's held-out pictures, and questions about them."""
     from .demo.evaluate import held_out
 
@@ -115,14 +114,14 @@ def draw_demo_world(folder: Path, count: int = 500) -> list[Path]:
 
 
 @contextlib.contextmanager
-def served(model: str) -> Iterator[tuple[subprocess.Popen, int, deque[str]]]:
-    """A server of `model` on a free port of 127.0.0.1, and the last lines that it said; stopped whatever happens."""
+def served(*command: str | Path, **options) -> Iterator[tuple[subprocess.Popen, int, list[str]]]:
+    """`python -m COMMAND…`, a server, on a free port of 127.0.0.1, and what it says; stopped whatever happens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama3v_mlx.server", "--model", model, "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    said: deque[str] = deque(maxlen=1000)
+    command = [sys.executable, "-m", *map(str, command), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+    said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(iter(server.stderr.readline, "")), daemon=True)
     reader.start()
     try:
@@ -152,7 +151,10 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
     command += ["--use_cache", str(out / "cache"), "--verbosity", "ERROR"]
     command += ["--limit", str(args.limit)] if args.limit else []
     shutil.rmtree(out / "results", ignore_errors=True)
-    with served(model) as (server, port, said), (out / "lmms-eval.log").open("w") as log:
+    with (
+        served("llama3v_mlx.server", "--model", model) as (server, port, said),
+        (out / "lmms-eval.log").open("w") as log,
+    ):
         options = {"model": Path(model).name, "base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none"}
         options |= {"num_concurrent": args.concurrency, "timeout": 600, "httpx_trust_env": False}
         command += ["--model_args", ",".join(f"{key}={value}" for key, value in options.items())]

@@ -16,8 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.encoder import published_tensors
+from llama3v_mlx.evaluate import served
 from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
 
 ROOT = Path(__file__).parents[1]
@@ -146,37 +145,14 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
     return run
 
 
-@contextlib.contextmanager
-def served(*args: str | Path, **options) -> Iterator[int]:
-    """The port on which `python -m ARGS…` takes connections; the server is stopped whatever happens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", *map(str, args), "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, **options)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
-            time.sleep(0.2)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """The port of a server with the demo, its key "secret"; it must end without having shown a traceback."""
     command = ["llama3v_mlx.server", "--max-body-mb", "2", "--api-key-env", "KEY"]
-    with tempfile.TemporaryFile("w+") as errors:
-        with served(*command, env={**os.environ, "KEY": "secret"}, stderr=errors) as number:
-            yield number
-        errors.seek(0)
-        said = errors.read()
-    assert "Traceback" not in said, said
+    with served(*command, cwd=ROOT, env={**os.environ, "KEY": "secret"}) as (server, number, said):
+        assert server.poll() is None, said
+        yield number
+    assert "Traceback" not in "".join(said), said
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def data(tmp_path_factory, circles) -> Path:
 
 
 @contextlib.contextmanager
-def scripted(_: str):
+def scripted(*_: str):
     """In the place of our server: one that says what `ROWS` has, so that scores are known."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -231,8 +231,8 @@ class TestWithLmmsEval:
         served, audit = evaluate.served, tmp_path / "out" / "1-checkpoint" / "cache"
 
         @contextlib.contextmanager
-        def mortal(model: str):
-            with served(model) as (server, port, said):
+        def mortal(*command: str):
+            with served(*command) as (server, port, said):
 
                 def kill() -> None:
                     while not any(path.stat().st_size for path in audit.rglob("*.jsonl")):

@@ -3,13 +3,13 @@
 import base64
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 
 import pytest
-from conftest import served
+from conftest import ROOT
 
 from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.evaluate import served
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -27,7 +27,8 @@ DROP = """([data, name]) => {
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with served("llama3v_mlx.server", "--temp", "0", stderr=subprocess.DEVNULL) as port:
+    with served("llama3v_mlx.server", "--temp", "0", cwd=ROOT) as (server, port, _):
+        assert server.poll() is None
         yield f"http://127.0.0.1:{port}/"
 
 

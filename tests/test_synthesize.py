@@ -1,7 +1,6 @@
 """A teacher's conversations: what is taken of them, and the command with a small real teacher, here and served."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,12 +8,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import served
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama3v_mlx import synthesize
+from llama3v_mlx.evaluate import served
 from llama3v_mlx.synthesize import KINDS, Rejected, conversation_of, prompt_of
 
 GOOD = "Question: What is it?\nAnswer: A red star.\nQuestion: How many?\nAnswer: One."
@@ -168,8 +167,8 @@ def test_a_local_teacher(captions: Path, teacher: Path, tmp_path: Path, capsys: 
 
 
 def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with served("mlx_lm", "server", "--model", teacher, **silent) as port:
+    with served("mlx_lm", "server", "--model", teacher) as (server, port, _):
+        assert server.poll() is None
         url = f"http://127.0.0.1:{port}"
         out = tmp_path / "rows.jsonl"
         ask(captions, out, f"{url}/v1", "--teacher-model", "default_model", "--batch-size", "3", "--max-tokens", "100")
