@@ -32,6 +32,9 @@ class EvaluationError(ValueError):
 
 def evaluate(args: argparse.Namespace) -> None:
     """Write the tasks, serve each checkpoint to lmms-eval, and print what came of it."""
+    # lmms-eval runs in --output, where relative paths would be others; a link to a Python is not to be followed.
+    args.lmms_eval = os.path.abspath(shutil.which(args.lmms_eval) or args.lmms_eval)
+    args.data = args.data and os.path.abspath(args.data)
     harness = find_harness(args.lmms_eval)
     out = Path(args.output).absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -201,8 +201,10 @@ class TestWithLmmsEval:
 
     def test_scores_are_those_of_the_published_rules(self, data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
         monkeypatch.setattr(evaluate, "served", scripted)
-        out = ["--output", str(tmp_path / "out"), "--lmms-eval", LMMS_EVAL, "--plot", str(tmp_path / "bars.png")]
-        evaluate.main(["--tasks", ",".join(ROWS), "--data", str(data), *out])
+        out = ["--output", str(tmp_path / "out"), "--lmms-eval", os.path.relpath(LMMS_EVAL, data.parent)]
+        out += ["--plot", str(tmp_path / "bars.png")]
+        monkeypatch.chdir(data.parent)  # as the README has it, paths start from here
+        evaluate.main(["--tasks", ",".join(ROWS), "--data", data.name, *out])
         lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
         for task, rows in ROWS.items():
             assert lines[task][1] == str(len(rows))
