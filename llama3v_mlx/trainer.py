@@ -45,9 +45,15 @@ def count_answers(dialogues: Sequence[Dialogue]) -> int:
     return sum(int(d.answers[1:].sum()) for d in dialogues)
 
 
-def collate(dialogues: Sequence[Dialogue], store: FeatureStore, image_token: int, num_queries: int) -> Batch:
-    """Dialogues as one batch, with their images' features from the store."""
-    B, L = len(dialogues), _round_up(max(len(d.ids) for d in dialogues), LENGTH_STEP)
+def collate(
+    dialogues: Sequence[Dialogue],
+    store: FeatureStore,
+    image_token: int,
+    num_queries: int,
+    length_step: int = LENGTH_STEP,
+) -> Batch:
+    """Dialogues as one batch, with their images' features from the store; lengths are rounded up to `length_step`."""
+    B, L = len(dialogues), _round_up(max(len(d.ids) for d in dialogues), length_step)
     ids, wanted = np.zeros((B, L), np.int32), np.zeros((B, L), bool)
     is_image = np.zeros((B, L), bool)
     for i, d in enumerate(dialogues):
@@ -67,7 +73,7 @@ def collate(dialogues: Sequence[Dialogue], store: FeatureStore, image_token: int
     targets = np.flatnonzero(wanted[:, 1:].reshape(-1))
     rows, columns = np.divmod(targets, L - 1)
     places = rows * L + columns
-    fill = _round_up(len(places), 2 * LENGTH_STEP) - len(places)
+    fill = _round_up(len(places), 2 * length_step) - len(places)
     weights = np.pad(np.ones(len(places), np.float32), (0, fill))
     places = np.pad(places, (0, fill)).astype(np.int32)
     targets = ids.reshape(-1)[places + 1]
