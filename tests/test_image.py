@@ -243,7 +243,7 @@ def test_every_kind_of_source(tmp_path):
     assert refusal(entry) == f"{path}: no such file"
 
 
-@pytest.mark.parametrize("source", [None, 3, ["a.png"], io.BytesIO()], ids=str)
+@pytest.mark.parametrize("source", [None, 3, ["a.png"], io.BytesIO()], ids=lambda source: type(source).__name__)
 def test_other_types_are_type_errors(source):
     with pytest.raises(TypeError):
         load_image(source)
