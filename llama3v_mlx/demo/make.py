@@ -43,7 +43,7 @@ IMAGE_FILES = {
     "Four green triangles on a black background": "four-green-triangles.png",
     "One purple cross on an orange background": "one-purple-cross.jpg",
     "The number is 42": "42.png",
-    "The number is 128": "128.jpg",
+    "The number is 752": "752.jpg",
 }
 HF_CONFIG = {
     "architectures": ["Llama3v"],
