@@ -103,7 +103,7 @@ class FeatureStore:
             # Another process may be making it just now, and have come as far as the lock or half of STORE.
             found = [folder] if folder.is_file() else folder.glob("*")
             if any(not path.name.startswith((LOCK, STORE)) for path in found):
-                raise FeatureError(f"{folder}: is not a feature store and not empty; give another --out")
+                raise FeatureError(f"{folder}: is not a feature store and not empty; give another folder")
             folder.mkdir(parents=True, exist_ok=True)
             with store_lock(folder):
                 if not (folder / STORE).is_file():
@@ -114,10 +114,10 @@ class FeatureStore:
             if old != new and name == "fingerprint":
                 raise FeatureError(
                     f"{folder}: was made with other weights, compute dtype or preprocessing ({store.info.model}) than "
-                    f"{info.model}; give another --out"
+                    f"{info.model} has now; give another folder"
                 )
             if old != new:
-                raise FeatureError(f"{folder}: holds {name} {old}, not {new}; give another --out")
+                raise FeatureError(f"{folder}: holds {name} {old}, not {new}; give another folder")
         return store
 
     def refresh(self) -> None:

@@ -164,7 +164,7 @@ def test_another_model_is_refused(photos: Path, tmp_path: Path, capsys, siglip: 
     for changes in (["--dtype", "float16"], ["--kind", "patch"], ["--draft"], ["--model", str(CHECKPOINT)]):
         with pytest.raises(SystemExit):
             main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), *changes])
-        assert "give another --out" in capsys.readouterr().err
+        assert "give another folder" in capsys.readouterr().err
     assert len(FeatureStore(tmp_path / "store")) == 8
 
 

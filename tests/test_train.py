@@ -350,4 +350,5 @@ def test_a_store_of_another_model(data: Path, tmp_path: Path, capsys: pytest.Cap
     options[options.index("--model") + 1] = str(tmp_path / "model")
     with pytest.raises(SystemExit):
         train.main(options)
-    assert "was made with other weights" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "tokens: was made with other weights" in said and "give another folder" in said
