@@ -142,13 +142,13 @@ def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
     assert not chat.line("q") and not chat.line("/exit")
 
 
-def test_the_command_in_a_pipe(run_python) -> None:
+def test_the_command_in_a_pipe(run_python, run_main) -> None:
     done = run_python(
         "-m", "llama3v_mlx.chat", "--temp", "0", "--image", CROSS, input="What color is the background?\n"
     )
     assert done.returncode == 0, done.stderr
     assert "The background is orange." in done.stdout and "\033" not in done.stdout
-    done = run_python("-m", "llama3v_mlx.chat", input="/nothing\n/exit\n")
+    done = run_main("llama3v_mlx.chat", input="/nothing\n/exit\n")
     assert done.returncode == 1 and "error: /nothing" in done.stderr
 
 

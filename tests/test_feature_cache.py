@@ -72,13 +72,13 @@ def test_stores_that_do_not_fit(demo, picture: Path, tmp_path: Path, siglip: Pat
         FeatureCache(tmp_path / "store", model, processor.image_config.with_max_tiles(2), NAME)
 
 
-def test_the_command(picture: Path, tmp_path: Path, run_python) -> None:
-    command = ["-m", "llama3v_mlx.generate", "--image", picture, "--temp", "0", "--features", tmp_path / "store"]
-    first, second = run_python(*command), run_python(*command)
+def test_the_command(picture: Path, tmp_path: Path, run_main) -> None:
+    command = ["llama3v_mlx.generate", "--image", picture, "--temp", "0", "--features", tmp_path / "store"]
+    first, second = run_main(*command), run_main(*command)
     assert first.returncode == second.returncode == 0, first.stderr
     assert first.stdout.split("=" * 10)[1] == second.stdout.split("=" * 10)[1]
     assert "from the feature store" not in first.stdout
     assert "1 from the feature store" in second.stdout
-    failed = run_python(*command[:-1], picture)
+    failed = run_main(*command[:-1], picture)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: ")
