@@ -57,16 +57,17 @@ def answer(args: argparse.Namespace) -> None:
         mx.random.seed(args.seed)
 
     quiet, text = args.no_verbose or args.json, ""
-    if not quiet:
-        print("=" * 10)
-    for response in stream_generate(
+    responses = stream_generate(
         model,
         processor,
         [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), prompt]}],
         system_prompt=args.system_prompt,
         **generation_options(args),
         features=features,
-    ):
+    )
+    for i, response in enumerate(responses):
+        if i == 0 and not quiet:
+            print("=" * 10)
         text += response.text
         if not args.json:
             print(response.text, end="", flush=True)

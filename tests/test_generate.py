@@ -95,7 +95,7 @@ def test_bad_model_and_long_prompt_are_one_line(run_main, tmp_path: Path) -> Non
     ):
         done = run_main(COMMAND[1], *arguments)
         errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
-        assert done.returncode == 1
+        assert (done.returncode, done.stdout) == (1, "")
         assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
 
 
