@@ -100,7 +100,7 @@ def verify(source: Path, result: Path, image: ImageSource | None = None, prompt:
     tokenizer = load_tokenizer(source, read_config(source)["eos_token_id"])
     return Report(
         tensors=tensors,
-        kl=max(0.0, (mx.exp(before) * (before - after)).sum().item()),  # rounding can take it below 0
+        kl=max((mx.exp(before) * (before - after)).sum().item(), 0.0),  # rounding goes below 0; a NaN stays one
         agrees=tokens[0] == tokens[1],
         source_token=tokenizer.decode(tokens[:1]),
         result_token=tokenizer.decode(tokens[1:]),
