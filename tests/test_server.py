@@ -232,6 +232,6 @@ def test_no_private_address_is_fetched(url: str) -> None:
 
 
 def test_soak(run_python) -> None:
-    done = run_python("benchmarks/soak.py", "--requests", "32")
+    done = run_python("benchmarks/soak.py", "--requests", "60")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "32 requests of 8 clients" in done.stdout and "0 wrong, traceback: False" in done.stdout
+    assert "60 requests of 8 clients" in done.stdout and "0 wrong, traceback: False" in done.stdout
