@@ -194,7 +194,7 @@ def qlora(steps: int) -> dict:
         trainer = Trainer(model.train(), optimizer)
         for i in range(steps):
             start = time.perf_counter()
-            # Unpadded: where there is no GPU, quantized weights are multiplied at about 1 GFLOP/s.
+            # Unpadded: on a CPU the quantized products are nearly all of a step, and padding costs what tokens do.
             batch = collate(dialogues, store, shape.vocabulary - 1, short.queries, length_step=1)
             losses.append(trainer.step([batch], count_answers(dialogues)))
             times.append(time.perf_counter() - start)
