@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,16 +228,27 @@ def generate(
     **kwargs: Any,
 ) -> str:
     """The whole answer; `verbose` prints it as it comes, and the statistics. For the rest see `stream_generate`."""
-    if verbose:
-        print("=" * 10)
-    text = ""
-    for response in stream_generate(model, processor, prompt, image, **kwargs):
-        text += response.text
-        if verbose:
-            print(response.text, end="", flush=True)
-    if verbose:
-        print(f"\n{'=' * 10}\n{statistics(response)}")
+    responses = stream_generate(model, processor, prompt, image, **kwargs)
+    text = print_answer(responses) if verbose else "".join(response.text for response in responses)
     return text.strip()
+
+
+def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) -> str:
+    """Print an answer as it comes, in mlx-lm's frame and with the statistics, or alone; and return it.
+
+    Nothing is printed before there is a first response: an error finds stdout empty.
+    """
+    text = ""
+    for i, response in enumerate(responses):
+        if frame and i == 0:
+            print("=" * 10)
+        print(response.text, end="", flush=True)
+        text += response.text
+    print()
+    if frame:
+        print("=" * 10)
+        print(statistics(response))
+    return text
 
 
 def statistics(response: GenerationResponse) -> str:

@@ -37,7 +37,7 @@ def answer(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from .encoder import name_of
-    from .engine import load, statistics, stream_generate
+    from .engine import load, print_answer, stream_generate
     from .feature_cache import FeatureCache
     from .image import load_image
 
@@ -56,7 +56,6 @@ def answer(args: argparse.Namespace) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
 
-    quiet, text = args.no_verbose or args.json, ""
     responses = stream_generate(
         model,
         processor,
@@ -65,21 +64,15 @@ def answer(args: argparse.Namespace) -> None:
         **generation_options(args),
         features=features,
     )
-    for i, response in enumerate(responses):
-        if i == 0 and not quiet:
-            print("=" * 10)
+    if not args.json:
+        print_answer(responses, frame=not args.no_verbose)
+        return
+    text = ""
+    for response in responses:
         text += response.text
-        if not args.json:
-            print(response.text, end="", flush=True)
-    if args.json:
-        figures = {key: value for key, value in vars(response).items() if key not in ("text", "token", "logprobs")}
-        asked = {"model": args.model or str(CHECKPOINT), "images": args.image, "prompt": prompt}
-        print(json.dumps({"text": text.strip(), **asked, **figures}))
-    else:
-        print()
-    if not quiet:
-        print("=" * 10)
-        print(statistics(response))
+    figures = {key: value for key, value in vars(response).items() if key not in ("text", "token", "logprobs")}
+    asked = {"model": args.model or str(CHECKPOINT), "images": args.image, "prompt": prompt}
+    print(json.dumps({"text": text.strip(), **asked, **figures}))
 
 
 if __name__ == "__main__":

@@ -83,11 +83,12 @@ def test_max_tokens_ends_an_answer(demo, circles: Image.Image) -> None:
     assert (last.generation_tokens, last.finish_reason) == (3, "length")
 
 
-def test_too_long_a_prompt_names_both_lengths(demo) -> None:
+def test_too_long_a_prompt_names_both_lengths(demo, capsys) -> None:
     model, processor = demo
     limit = model.language_model.args.max_position_embeddings
     with pytest.raises(ValueError, match=rf"prompt of \d+ tokens is too long for the context of {limit}"):
-        generate(model, processor, "red " * limit)
+        generate(model, processor, "red " * limit, verbose=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_sampling_comes_from_the_checkpoint(folder: Path) -> None:
