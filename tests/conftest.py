@@ -25,6 +25,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from llama3v_mlx.demo import CHECKPOINT
+from llama3v_mlx.demo.make import HF_CONFIG, build_model, save
+from llama3v_mlx.demo.tokenizer import make_tokenizer
 from llama3v_mlx.encoder import published_tensors
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
@@ -33,6 +35,10 @@ ROOT = Path(__file__).parents[1]
 # A job in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The demo's architecture at a hundredth of its cost, for tests that train, or that any weights will do for.
+TINY = HF_CONFIG | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "query_num": 4}
+TINY["vision_config"] = HF_CONFIG["vision_config"] | {"hidden_size": 32, "intermediate_size": 64}
+TINY["vision_config"] |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 SIGLIP_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIGLIP_VISION |= {"image_size": 56, "patch_size": 14}
 SIGLIP_TEXT = {
@@ -56,6 +62,15 @@ def demo():
 def folder(tmp_path: Path) -> Path:
     """A copy of the bundled checkpoint, to be damaged."""
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A small checkpoint of random weights in the released layout."""
+    folder = tmp_path_factory.mktemp("tiny")
+    mx.random.seed(0)
+    save(build_model(make_tokenizer(folder), TINY), folder, TINY)
+    return folder
 
 
 @pytest.fixture(scope="session")

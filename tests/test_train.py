@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,23 +15,22 @@ import pytest
 from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
-from llama3v_mlx.demo import CHECKPOINT, world
+from llama3v_mlx.demo import world
 from llama3v_mlx.dialogues import DataError, Dialogues, StoredTiler, messages_of
 from llama3v_mlx.features import FeatureStore
 from llama3v_mlx.image import load_image
 from llama3v_mlx.trainer import Trainer, TrainingError, answer_loss, collate
 
-ROOT = Path(__file__).parents[1]
 ROWS = 16
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A folder with a converted demo, pictures, `data.jsonl` with two turns about each, and both feature stores."""
+def data(tmp_path_factory, tiny: Path) -> Path:
+    """A folder with a converted model, pictures, `data.jsonl` with two turns about each, and both feature stores."""
     from llama3v_mlx.convert import convert
 
     folder = tmp_path_factory.mktemp("data")
-    convert(CHECKPOINT, folder / "model")
+    convert(tiny, folder / "model")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     with (folder / "data.jsonl").open("w") as file:
@@ -198,10 +194,10 @@ def assert_fused_is_equal_but_for(data: Path, tmp_path: Path, prefix: str) -> No
     assert all(before[name].dtype == after[name].dtype for name in before)
 
 
-def test_quantized_llama_takes_adapters(data: Path, tmp_path: Path) -> None:
+def test_quantized_llama_takes_adapters(data: Path, tiny: Path, tmp_path: Path) -> None:
     from llama3v_mlx.convert import convert
 
-    convert(CHECKPOINT, tmp_path / "q4", quantize=True)
+    convert(tiny, tmp_path / "q4", quantize=True)
     options = arguments(data, "finetune", "--features", tmp_path / "tokens", "--out", tmp_path / "run", "--iters", 2)
     options[options.index("--model") + 1] = str(tmp_path / "q4")
     train.main(options)
@@ -224,25 +220,37 @@ def nonsense(data: Path, path: Path) -> None:
 
 
 def test_sixteen_rows_are_learnt_by_heart(data: Path, tmp_path: Path) -> None:
+    """Over ten seeds of model and data, the first ten steps average 3.39 or more, the last ten 0.015 or less."""
     nonsense(data, tmp_path / "nonsense.jsonl")
     options = arguments(data, "finetune", "--features", data / "tokens", "--out", tmp_path / "run", "--full")
     options[options.index("--data") + 1] = str(tmp_path / "nonsense.jsonl")
-    train.main([*options, "--batch-size", "16", "--iters", "30", "--learning-rate", "3e-3"])
-    assert losses(tmp_path / "run")[0] > 2 and losses(tmp_path / "run")[-1] < 0.05
+    train.main([*options, "--batch-size", "16", "--iters", "60", "--learning-rate", "1e-2"])
+    assert losses(tmp_path / "run")[0] > 1 and losses(tmp_path / "run")[-1] < 0.05
 
 
-def test_killed_and_resumed_is_as_if_never_killed(data: Path, tmp_path: Path) -> None:
+KILLED_IN_A_CHECKPOINT = """
+import os, signal, sys
+from llama3v_mlx import train  # before mlx.core, for the same OpenBLAS as here
+import mlx.core as mx
+save = mx.save_safetensors
+def save_or_be_killed(path, *args, **kwargs):
+    if "step-0000006" in path and "optimizer" in path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, *args, **kwargs)
+mx.save_safetensors = save_or_be_killed
+train.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_is_as_if_never_killed(data: Path, tmp_path: Path, run_python) -> None:
     options = ["--features", data / "tokens", "--iters", 12, "--save-every", 2, "--lora-dropout", 0.1, "--epochs", 1]
     options += ["--report-every", 1, "--batch-size", 4, "--grad-accumulation-steps", 2]
     command(data, "finetune", "--out", tmp_path / "whole", *options)
     cut = arguments(data, "finetune", "--out", tmp_path / "cut", *options)
-    process = subprocess.Popen([sys.executable, "-m", "llama3v_mlx.train", *cut], cwd=ROOT, stderr=subprocess.PIPE)
-    while not (tmp_path / "cut" / "checkpoints" / "step-0000004").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    done = run_python("-c", KILLED_IN_A_CHECKPOINT, *cut)
     steps = os.listdir(tmp_path / "cut" / "checkpoints")
-    assert process.returncode == -signal.SIGKILL and "step-0000012" not in steps
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(steps) == ["step-0000002", "step-0000004", "step-0000006.partial"]
     with pytest.raises(SystemExit):
         train.main(cut)
     with pytest.raises(SystemExit):
@@ -255,16 +263,14 @@ def test_killed_and_resumed_is_as_if_never_killed(data: Path, tmp_path: Path) ->
     assert len(os.listdir(tmp_path / "cut" / "checkpoints")) == 2
 
 
-def test_best_is_kept(data: Path, tmp_path: Path) -> None:
-    nonsense(data, tmp_path / "nonsense.jsonl")  # whoever learns it forgets what is true
-    options = ["--features", data / "tokens", "--iters", 6, "--save-every", 1, "--eval-every", 1, "--full"]
-    options = arguments(data, "finetune", "--out", tmp_path / "run", *options, "--val", data / "data.jsonl")
-    options[options.index("--data") + 1] = str(tmp_path / "nonsense.jsonl")
-    train.main([*options, "--learning-rate", "1e-3"])
-    best = 1 + int(np.argmin(losses(tmp_path / "run", "validation_loss")))
-    assert best < 5
-    assert (tmp_path / "run" / "best").resolve().name == f"step-{best:07}"
-    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"step-{i:07}" for i in (best, 5, 6)]
+def test_best_is_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = iter([5.0, 3.0, 2.0, 2.0, 4.0, 3.0])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, batches: (10 * next(scripted), 10))
+    options = ["--features", data / "tokens", "--iters", 6, "--save-every", 1, "--eval-every", 1]
+    command(data, "finetune", "--out", tmp_path / "run", *options, "--val", data / "data.jsonl")
+    assert losses(tmp_path / "run", "validation_loss") == [5, 3, 2, 2, 4, 3]
+    assert (tmp_path / "run" / "best").resolve().name == "step-0000003"
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"step-{i:07}" for i in (3, 5, 6)]
 
 
 def test_two_ranks_learn_as_one(data: Path, tmp_path: Path, run_ranks) -> None:

@@ -130,7 +130,7 @@ def train(
             keep()
 
 
-def save(model: Model, folder: Path) -> None:
+def save(model: Model, folder: Path, config: dict = HF_CONFIG) -> None:
     """Write the checkpoint in float16, with the names and layouts of the released llama3v weights."""
     weights = {}
     packed: dict[str, list[mx.array]] = {}
@@ -165,26 +165,26 @@ def save(model: Model, folder: Path) -> None:
         "weight_map": dict.fromkeys(weights, shard),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     # No penalty on repetition: a number may well have a digit twice.
-    generation = {key: HF_CONFIG[key] for key in ("bos_token_id", "eos_token_id")} | {"repetition_penalty": 1.0}
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")} | {"repetition_penalty": 1.0}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def build_model(tokenizer: Tokenizer) -> Model:
-    vision = HF_CONFIG["vision_config"]
-    width = HF_CONFIG["hidden_size"]
+def build_model(tokenizer: Tokenizer, config: dict = HF_CONFIG) -> Model:
+    vision = config["vision_config"]
+    width = config["hidden_size"]
     names = {"image": "<unk>", "image_start": "<image>", "image_end": "</image>"}
     names |= {"slice_start": "<slice>", "slice_end": "</slice>", "newline": "Ċ"}
     args = ModelArgs(
         model_type="llama3v",
-        text_config=HF_CONFIG,
+        text_config=config,
         vision_config=vision,
         projector_config={
             "hidden_size": width,
             "vision_hidden_size": vision["hidden_size"],
-            "num_queries": HF_CONFIG["query_num"],
-            "num_attention_heads": width // 128,
+            "num_queries": config["query_num"],
+            "num_attention_heads": max(1, width // 128),
         },
         prompt_tokens={key: tokenizer.token_to_id(token) for key, token in names.items()},
     )
