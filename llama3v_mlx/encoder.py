@@ -1,5 +1,6 @@
 """From image files and texts to features with any SigLIP: Google's checkpoints, and the tower of a llama3v one."""
 
+import functools
 import hashlib
 import json
 import string
@@ -321,8 +322,9 @@ def published_tensors(model: SigLIP) -> dict[str, mx.array]:
     return tensors
 
 
+@functools.cache
 def matmul_peak(dtype: mx.Dtype) -> float:
-    """The most floating-point operations per second that large square matrix products reach here, measured."""
+    """The most floating-point operations per second of large square matrix products here, measured once a process."""
     n = 1024 if mx.default_device() == mx.cpu else 8192
     if mx.default_device() == mx.cpu and dtype != mx.float32:
         n = 256
