@@ -116,7 +116,8 @@ class ImageEncoder:
         image = vars(self.image_config) if self.image_config else {"size": self.config.image_size}
         settings = {"kind": self.kind, "dtype": str(self.dtype), "image": image, "resample": int(self.resample)}
         settings["draft"] = self.draft
-        settings |= {"vision": vars(self.config), "version": 1}
+        version = 1 if self.config.model_type == "siglip_vision_model" else 2  # 2: ids with torch's rounding at ties
+        settings |= {"vision": vars(self.config), "version": version}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         parts = {"vision_tower": self.model.vision_tower.parameters()}
         if self.kind == "visual-tokens":

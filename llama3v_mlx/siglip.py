@@ -1,14 +1,16 @@
 """SigLIP's vision transformer, in both forms that Llama3-V meets.
 
-`idefics2`: the tower of the released weights. It takes tiles of any size; patch i of N gets row i·side//N of a table of
-side² position rows, counted along the tile's patches as one strip. `siglip_vision_model`: Google's own tower, with one
-image size, one row per patch, and a pooling head. The transformer blocks are the same.
+`idefics2`: the tower of the released weights. It takes tiles of any size, whose patches are numbered as one strip, see
+`strip_ids`. `siglip_vision_model`: Google's own tower, with one image size, one position row per patch, and a pooling
+head. The transformer blocks are the same.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import BaseModelArgs
 
 from . import cpu
@@ -44,6 +46,26 @@ class VisionConfig(BaseModelArgs):
         return self.image_size // self.patch_size
 
 
+@lru_cache(maxsize=256)
+def strip_ids(num_patches: int, side: int) -> mx.array:
+    """The position rows (num_patches,) of a strip of patches: i·side // num_patches, with float32's rounding at ties.
+
+    The released tower's `bucketize(arange(0, 1 - 1e-6, 1/N), arange(1/side, 1, 1/side), right=True)`, as torch computes
+    it on an x86 CPU. Where i·side is divisible by N, rounding decides between two rows.
+    """
+    bounds = _torch_arange(1 / side, 1 / side, side - 1)
+    fractions = _torch_arange(0.0, 1 / num_patches, num_patches)
+    return mx.array(np.searchsorted(bounds, fractions, side="right").astype(np.int32))
+
+
+def _torch_arange(start: float, step: float, count: int) -> np.ndarray:
+    """The float32 values of torch.arange: pairs of vectors of 8 from their rounded first value on, and single ones."""
+    i = np.arange(count)
+    lane = i % 8
+    in_vector = (start + (i - lane) * step).astype(np.float32) + lane * step
+    return np.where(i < count - count % 16, in_vector, start + i * step).astype(np.float32)
+
+
 class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -55,7 +77,7 @@ class Embeddings(nn.Module):
     def position_ids(self, num_patches: int) -> mx.array:
         if self.config.model_type == "siglip_vision_model":
             return mx.arange(num_patches)
-        return mx.arange(num_patches) * self.config.side // num_patches
+        return strip_ids(num_patches, self.config.side)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         B, H, W, C = pixels.shape

@@ -1,17 +1,25 @@
 """The vision tower at full width against transformers: Idefics2's fed as the released model feeds it, and SigLIP's."""
 
+import hashlib
+import json
+import platform
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
+from llama3v_mlx.image import ImageConfig, tile_image
 from llama3v_mlx.model import Model
-from llama3v_mlx.siglip import VisionConfig, VisionTower
+from llama3v_mlx.siglip import VisionConfig, VisionTower, strip_ids
 
 from .parity import below, randomize, relative_error, released
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 idefics2 = pytest.importorskip("transformers.models.idefics2.modeling_idefics2")
+
+from .make_position_ids import SIDE, STORED, torch_ids  # noqa: E402  (needs torch)
 
 pytestmark = pytest.mark.reference
 
@@ -59,44 +67,62 @@ def tower(idefics2_tower: torch.nn.Module) -> VisionTower:
     return load_tower(VisionConfig(**SO400M, image_size=980), released(idefics2_tower, "vison"))
 
 
-# Patch counts of 1032, 999 and 117: float32 rounds none of their ties away.
+def stored_ids(num_patches: int) -> np.ndarray:
+    """torch's position ids as it computes them on an x86 CPU, wherever this runs."""
+    ids = SIDE * np.arange(num_patches) // num_patches
+    ids[json.loads(STORED.read_text())["lower"].get(str(num_patches), [])] -= 1
+    return ids
+
+
+def idefics2_features(reference: torch.nn.Module, tiles: np.ndarray) -> torch.Tensor:
+    """The reference on tiles of one size, fed as the released model feeds it.
+
+    The ids are transformers 4.40's: those of 5 are products in the place of aranges, and differ at ties.
+    """
+    with torch.no_grad():
+        x = reference.embeddings.patch_embedding(strips(tiles)).flatten(2).transpose(1, 2)
+        x = x + reference.embeddings.position_embedding(torch.from_numpy(stored_ids(x.shape[1])))
+        x = reference.encoder(inputs_embeds=x, attention_mask=None).last_hidden_state
+        return reference.post_layernorm(x)
+
+
+# Patch counts of 1032, 999 and 117: float32 rounds none of their ties away, and every transformers has the same ids.
 @pytest.mark.parametrize("batch, h, w", [(1, 24, 43), (1, 37, 27), (3, 9, 13)])
 def test_idefics2(tower: VisionTower, idefics2_tower: torch.nn.Module, batch: int, h: int, w: int) -> None:
     tiles = random_tiles(batch, h * 14, w * 14)
     with torch.no_grad():
         expected = idefics2_tower(strips(tiles)).last_hidden_state
     assert relative_error(tower(mx.array(tiles)), expected) <= TOLERANCE
+    torch.testing.assert_close(idefics2_features(idefics2_tower, tiles), expected)
 
 
-# 23·45 patches have four ties; at 7·20 every other patch is one.
-@pytest.mark.parametrize("h, w", [(23, 45), (7, 20)])
-def test_idefics2_with_exact_ids_where_float32_ties(
-    tower: VisionTower, idefics2_tower: torch.nn.Module, h: int, w: int
-) -> None:
+# 50, 980, 1001 and 1035 patches, of which rounding moves 2, 16, 2 and 4 to the row before.
+@pytest.mark.parametrize("h, w", [(5, 10), (28, 35), (13, 77), (23, 45)])
+def test_idefics2_where_float32_ties(tower: VisionTower, idefics2_tower: torch.nn.Module, h: int, w: int) -> None:
     tiles = random_tiles(1, h * 14, w * 14)
-    ids = torch.tensor([70 * i // (h * w) for i in range(h * w)])
-    with torch.no_grad():
-        x = idefics2_tower.embeddings.patch_embedding(strips(tiles)).flatten(2).transpose(1, 2)
-        x = x + idefics2_tower.embeddings.position_embedding(ids)
-        x = idefics2_tower.encoder(inputs_embeds=x, attention_mask=None).last_hidden_state
-        expected = idefics2_tower.post_layernorm(x)
-    assert relative_error(tower(mx.array(tiles)), expected) <= TOLERANCE
+    assert relative_error(tower(mx.array(tiles)), idefics2_features(idefics2_tower, tiles)) <= TOLERANCE
 
 
-def test_position_ids_of_every_practical_tile() -> None:
-    config = transformers.Idefics2VisionConfig(hidden_size=8, num_attention_heads=1, image_size=980, patch_size=14)
-    reference = idefics2.Idefics2VisionEmbeddings(config)
-    seen = []
-    reference.position_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()))
-    ours = VisionTower(VisionConfig(**SO400M | {"num_hidden_layers": 0})).embeddings
-    for n in range(960, 1081):
-        with torch.no_grad():
-            reference(torch.zeros(1, 3, 14, 14 * n), torch.ones(1, 1, n, dtype=torch.bool))
-        expected, ids = seen.pop(), np.array(ours.position_ids(n))
-        tie = 70 * np.arange(n) % n == 0
-        assert (ids[~tie] == expected[~tie]).all()
-        # On a tie float32 rounds to either side of a bucket's edge.
-        assert np.isin(ids[tie] - expected[tie], (0, 1)).all()
+def test_idefics2_on_a_photograph(tower: VisionTower, idefics2_tower: torch.nn.Module) -> None:
+    """640x427: an overview of 1014 patches and two slices of 1036."""
+    photograph = Image.fromarray(random_tiles(427, 640))
+    overview, *slices = tile_image(photograph, ImageConfig()).tiles
+    assert [tile.shape[:2] for tile in (overview, *slices)] == [(364, 546), (518, 392), (518, 392)]
+    for tiles in (overview[None].copy(), np.stack(slices)):
+        assert relative_error(tower(mx.array(tiles)), idefics2_features(idefics2_tower, tiles)) <= TOLERANCE
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch rounds otherwise on other CPUs")
+@pytest.mark.parametrize("side", [SIDE, 5, 27, 32])
+def test_position_ids_of_every_length(side: int) -> None:
+    """Recomputed by the torch that is installed; for the released side they are the stored ones, too."""
+    digest = hashlib.sha256()
+    for n in range(1, side**2 + 1):
+        expected = torch_ids(n, side)
+        assert np.array_equal(strip_ids.__wrapped__(n, side), expected), f"{n} patches"
+        digest.update(expected.astype(np.uint8).tobytes())
+    if side == SIDE:
+        assert digest.hexdigest() == json.loads(STORED.read_text())["sha256"]
 
 
 def test_google_siglip() -> None:
