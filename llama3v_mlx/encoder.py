@@ -297,7 +297,8 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
         if not name.endswith("position_ids"):
             tensors.update(lay_out(name, tensor))
     check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
-    model.load_weights([(name, tensor.astype(dtype)) for name, tensor in tensors.items()])
+    model.load_weights(list(tensors.items()))
+    model.set_dtype(dtype)
     model.eval()
     mx.eval(model.parameters())
 

@@ -261,7 +261,10 @@ class TextTower(nn.Module):
 
 
 class SigLIP(nn.Module):
-    """Google's two towers, which put images and texts in one space."""
+    """Google's two towers, which put images and texts in one space.
+
+    The logits' scale and bias are float32 in every dtype: rounded to half precision they move a probability by 1 %.
+    """
 
     def __init__(self, vision: VisionConfig, text: TextConfig | None):
         super().__init__()
@@ -271,10 +274,17 @@ class SigLIP(nn.Module):
             self.logit_scale = mx.zeros((1,))
             self.logit_bias = mx.zeros((1,))
 
+    def set_dtype(self, dtype: mx.Dtype, *args, **kwargs) -> None:
+        """Cast the towers, see `nn.Module.set_dtype`."""
+        logits = {name: self[name].astype(mx.float32) for name in ("logit_scale", "logit_bias") if name in self}
+        super().set_dtype(dtype, *args, **kwargs)
+        self.update(logits)
+
     def logits(self, image_embeddings: mx.array, text_embeddings: mx.array) -> mx.array:
-        """(images, texts): how well they fit; the sigmoid is the probability that they belong together."""
-        images = image_embeddings / mx.linalg.norm(image_embeddings, axis=-1, keepdims=True)
-        texts = text_embeddings / mx.linalg.norm(text_embeddings, axis=-1, keepdims=True)
+        """(images, texts), float32: how well they fit; the sigmoid is the probability that they belong together."""
+        images, texts = image_embeddings.astype(mx.float32), text_embeddings.astype(mx.float32)
+        images = images / mx.linalg.norm(images, axis=-1, keepdims=True)
+        texts = texts / mx.linalg.norm(texts, axis=-1, keepdims=True)
         return images @ texts.T * mx.exp(self.logit_scale) + self.logit_bias
 
 

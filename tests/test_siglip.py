@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from llama3v_mlx import cpu, siglip
+from llama3v_mlx.encoder import load_encoder
 from llama3v_mlx.siglip import Embeddings, SigLIP, TextConfig, VisionConfig, VisionTower, siglip_loss
 
 TINY = VisionConfig(
@@ -84,15 +86,34 @@ def test_nothing_leaves_the_dtype_of_the_weights(
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_texts_and_logits_stay_in_the_dtype_of_the_weights(dtype: mx.Dtype) -> None:
+def test_logits_are_float32_of_embeddings_in_any_dtype(dtype: mx.Dtype) -> None:
+    """With Google's scale and bias, against float64 from the same embeddings."""
     text = {"vocab_size": 50, "hidden_size": TINY.hidden_size, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = SigLIP(VisionConfig(**{**vars(TINY), "model_type": "siglip_vision_model"}), TextConfig(**text))
+    scale, bias = 4.7135, -16.5472
+    model.logit_scale, model.logit_bias = mx.array([scale]), mx.array([bias])
     model.set_dtype(dtype)
-    texts = model.text_tower(mx.zeros((3, 64), mx.int32))
-    images = model.vision_tower.pool(model.vision_tower(mx.zeros((2, 70, 70, 3), dtype=mx.uint8)))
-    assert (texts.shape, texts.dtype) == ((3, TINY.hidden_size), dtype)
+    texts = model.text_tower(mx.arange(3 * 64).reshape(3, 64) % 50)
+    images = model.vision_tower.pool(model.vision_tower(mx.arange(2 * 70 * 70 * 3).reshape(2, 70, 70, 3) % 256))
+    assert (texts.shape, texts.dtype, images.dtype) == ((3, TINY.hidden_size), dtype, dtype)
     logits = model.logits(images, texts)
-    assert (logits.shape, logits.dtype) == ((2, 3), dtype)
+    assert (logits.shape, logits.dtype) == ((2, 3), mx.float32)
+    unit = [np.array(x.astype(mx.float32), np.float64) for x in (images, texts)]
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in unit]
+    np.testing.assert_allclose(logits, unit[0] @ unit[1].T * np.exp(scale) + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16])
+def test_a_checkpoints_scale_and_bias_are_loaded_in_float32(siglip: Path, tmp_path: Path, stored: mx.Dtype) -> None:
+    folder = Path(shutil.copytree(siglip, tmp_path / "siglip"))
+    tensors = mx.load(str(folder / "model.safetensors"))
+    tensors |= {"logit_scale": mx.array([4.7135], stored), "logit_bias": mx.array([-16.5472], stored)}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    model = load_encoder(folder, dtype=mx.float16).model
+    assert model.text_tower.head.weight.dtype == mx.float16
+    for name in ("logit_scale", "logit_bias"):
+        assert model[name].dtype == mx.float32
+        assert mx.array_equal(model[name], tensors[name].astype(mx.float32))
 
 
 def test_siglip_loss_is_the_papers() -> None:

@@ -177,7 +177,8 @@ def _waves(side: int, width: int) -> mx.array:
 
 def save(model: SigLIP, folder: Path, vocab_size: int) -> None:
     """Write the checkpoint in float16 with the names, layouts and configs of google/siglip-*."""
-    tensors = {name: tensor.astype(mx.float16) for name, tensor in published_tensors(model).items()}
+    model.set_dtype(mx.float16)
+    tensors = published_tensors(model)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     config = {
         "architectures": ["SiglipModel"],
