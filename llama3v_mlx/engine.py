@@ -1,9 +1,13 @@
 """Load a checkpoint and ask it: the Python interface, in the words of mlx-lm and mlx-vlm users."""
 
+import contextlib
 import dataclasses
+import functools
+import importlib
+import io
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import mlx_lm.processors
 from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse as MLXResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
+from mlx_lm.generate import wired_limit
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_repetition_penalty
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -249,6 +254,25 @@ def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) ->
         print("=" * 10)
         print(statistics(response))
     return text
+
+
+@contextlib.contextmanager
+def _wired_limit(model: Model, streams: list[mx.Stream] | None = None) -> Iterator[None]:
+    """mlx-lm's, which warns of a model close to the size of the memory by a print into the answer: here on stderr."""
+    warning = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(warning):
+            stack.enter_context(wired_limit(model, streams))
+        _print_once(warning.getvalue())
+        yield
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+    print(text, end="", file=sys.stderr)
+
+
+importlib.import_module("mlx_lm.generate").wired_limit = _wired_limit  # `mlx_lm.generate` itself is the function
 
 
 def statistics(response: GenerationResponse) -> str:

@@ -42,6 +42,26 @@ def test_json_is_one_object(run_main, picture: Path) -> None:
     assert {"text", "model", "images", "prompt_tokens", "generation_tps", "vision_seconds"} <= figures.keys()
 
 
+def test_mlx_lms_warning_is_no_part_of_an_answer(run_python, picture: Path) -> None:
+    """As on a Mac whose memory the model nearly fills: JSON and a chat stay clean, and stderr has the warning once."""
+    code = """
+import sys, mlx.core as mx
+from llama3v_mlx.chat import main as chat
+from llama3v_mlx.generate import main as generate
+info = mx.device_info()
+mx.device_info = lambda *args: {**info, "max_recommended_working_set_size": 10_000_000}
+mx.set_wired_limit = lambda size: 0
+generate(["--image", sys.argv[1], "--temp", "0", "--json"])
+chat(["--image", sys.argv[1], "--temp", "0"])
+"""
+    done = run_python("-c", code, picture, input="What is this image?\nWhat color is the background?\n")
+    answer, *lines = done.stdout.splitlines()
+    assert json.loads(answer)["text"] == lines[1] == "Three blue circles on a white background."
+    assert lines[3] == "The background is white."
+    assert "[WARNING]" not in done.stdout
+    assert done.stderr.count("[WARNING] Generating with a model that requires") == 1
+
+
 def test_all_flags(run_main, picture: Path) -> None:
     flags = shlex.split(
         "--max-tokens 5 --temp 0.5 --top-p 0.9 --top-k 20 --min-p 0.1 --seed 1 --repetition-penalty 1.1 --no-verbose "
