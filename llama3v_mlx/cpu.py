@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
@@ -20,6 +21,8 @@ from . import HAS_OPENBLAS
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 HEADS_AT_ONCE = 4  # their scores stay in a core's cache
+_BLAS_LOCK = threading.RLock()
+_THREAD = threading.local()
 
 
 def applies(x: mx.array) -> bool:
@@ -52,46 +55,66 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.arra
 def in_streams(encode: Callable[[mx.array], mx.array], batch: np.ndarray, most: int) -> mx.array:
     """`encode` of a batch in parts of at most `most`, as many side by side as there are cores; evaluated.
 
-    OpenBLAS keeps to one thread per product from then on in this process.
+    Each product keeps to one thread meanwhile: the streams are the parallelism.
     """
     streams = _streams()
     count = -(-len(batch) // len(streams))  # what each core has to do at least
     parts = np.array_split(batch, -(-len(batch) // min(most, count)))
     results = []
-    for i in range(0, len(parts), len(streams)):
-        abreast = []
-        for stream, part in zip(streams, parts[i : i + len(streams)], strict=False):
-            with mx.stream(stream):
-                abreast.append(encode(mx.array(part)))
-        mx.eval(abreast)  # more at once, and MLX would work through one stream after the other
-        results += abreast
+    with _blas_threads(1):
+        for i in range(0, len(parts), len(streams)):
+            abreast = []
+            for stream, part in zip(streams, parts[i : i + len(streams)], strict=False):
+                with mx.stream(stream):
+                    abreast.append(encode(mx.array(part)))
+            mx.eval(abreast)  # more at once, and MLX would work through one stream after the other
+            results += abreast
     return mx.concatenate(results)
 
 
+def all_threads() -> contextlib.AbstractContextManager[None]:
+    """Use every core for one matrix product, whatever number of threads OpenBLAS was started with."""
+    return _blas_threads(None)
+
+
 @contextlib.contextmanager
-def all_threads() -> Iterator[None]:
-    """Every core for one matrix product, also after `in_streams`."""
+def _blas_threads(count: int | None) -> Iterator[None]:
+    """Set OpenBLAS's number of threads (None: one per core), and restore it at the end.
+
+    The number belongs to the process, so Python threads that change it take turns: else the second would restore
+    what the first had set. Without OpenBLAS this does nothing.
+    """
     if not HAS_OPENBLAS:
         yield
         return
     blas = ctypes.CDLL("libopenblas.so.0")
-    threads = blas.openblas_get_num_threads()
-    blas.openblas_set_num_threads(blas.openblas_get_num_procs())
-    try:
-        yield
-    finally:
-        blas.openblas_set_num_threads(threads)
+    with _BLAS_LOCK:
+        before = blas.openblas_get_num_threads()
+        try:
+            blas.openblas_set_num_threads(count or blas.openblas_get_num_procs())
+            yield
+        finally:
+            blas.openblas_set_num_threads(before)
+
+
+def _streams() -> list[mx.Stream]:
+    """A stream per core of the calling thread, to which MLX binds them."""
+    if not hasattr(_THREAD, "streams"):
+        _keep_memory()
+        _THREAD.streams = [mx.new_stream(mx.cpu) for _ in os.sched_getaffinity(0)]
+    return _THREAD.streams
 
 
 @functools.cache
-def _streams() -> list[mx.Stream]:
-    """A stream per core, in a process that keeps the memory it has once had."""
-    if HAS_OPENBLAS:
-        ctypes.CDLL("libopenblas.so.0").openblas_set_num_threads(1)
-    # Else glibc gives every large array back, and half of the time goes into the kernel's clearing of new pages.
+def _keep_memory() -> None:
+    """Keep freed memory in the process: clearing pages that glibc returned to the kernel would take half of the time.
+
+    This cannot be undone. glibc has no call that reads these settings, two of them switch its adaptive thresholds off
+    for good, and the number of arenas is fixed at first use. They change no result; `malloc_trim(0)` returns what is
+    free.
+    """
     for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
         ctypes.CDLL(None).mallopt(option, value)
-    return [mx.new_stream(mx.cpu) for _ in os.sched_getaffinity(0)]
 
 
 def _exp(x: mx.array) -> mx.array:
