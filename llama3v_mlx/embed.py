@@ -152,7 +152,7 @@ def export(store_folder: str, folder: Path) -> None:
     with partial[1].open("w", encoding="utf-8") as file:
         row = 0
         for sha256, count in store.sizes():
-            paths = names.get(sha256, [])
+            paths = list(dict.fromkeys(names.get(sha256, [])))
             entry = {"path": paths[0] if paths else None, "sha256": sha256.hex(), "row": row}
             if count > 1:
                 entry["rows"] = count

@@ -36,6 +36,7 @@ from .shards import (
     to_stored,
     write_beside,
 )
+from .sources import FileStat
 
 STORE = "store.json"
 SHARD_BYTES = 1 << 30
@@ -185,28 +186,28 @@ class FeatureStore:
             yield from_stored(*stored, self.info.dtype, exact=False)
 
     def names(self) -> Iterator[tuple[bytes, str]]:
-        """(SHA-256, file name) as they were added; an image may have several names."""
+        """(SHA-256, file name) as they were added; an image may have several names, and the same one repeatedly."""
+        return ((sha256, path) for sha256, path, _ in self.files())
+
+    def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
+        """(SHA-256, file name, what the file was when it was read, if that was noted), as they were added."""
         for path in sorted(self.folder.glob("names-*.jsonl")):
             with path.open(encoding="utf-8") as file:
                 for line in file:
                     if line.endswith("\n"):  # else cut short by a kill
                         entry = json.loads(line)
-                        yield bytes.fromhex(entry["sha256"]), entry["path"]
+                        stat = tuple(entry["stat"]) if "stat" in entry else None
+                        yield bytes.fromhex(entry["sha256"]), entry["path"], stat
 
     def _in_order(self) -> Iterator[tuple[bytes, int]]:
         return ((sha256, i) for sha256, i in sorted(self._places.items(), key=lambda item: item[1]))
 
     def _features(self, i: int) -> Features:
-        record = self._table()[0][i]
-        rows = self._rows(i, exact=True)
-        grid, cell = tuple(record["grid"].tolist()), tuple(record["cell"].tolist())
-        return Features(rows, tuple(record["overview"].tolist()), grid if grid[0] else None, cell if grid[0] else None)
-
-    def _rows(self, i: int, exact: bool = False) -> np.ndarray | mx.array:
-        """The rows of an entry: numpy float32, or with `exact` an mx.array as stored (int8: float16)."""
         record, writer = (column[i] for column in self._table())
         stored = self._shard(int(writer), int(record["shard"])).read(int(record["start"]), int(record["rows"]))
-        return from_stored(*stored, self.info.dtype, exact)
+        rows = from_stored(*stored, self.info.dtype, exact=True)
+        grid, cell = tuple(record["grid"].tolist()), tuple(record["cell"].tolist())
+        return Features(rows, tuple(record["overview"].tolist()), grid if grid[0] else None, cell if grid[0] else None)
 
     def _shard(self, writer: int, number: int) -> Shard:
         key = (writer, number)
@@ -286,13 +287,14 @@ class FeatureWriter:
             self._seal()
         return len(prepared)
 
-    def name(self, sha256: bytes, path: str) -> None:
-        """Note that the image with this SHA-256 is called `path`."""
+    def name(self, sha256: bytes, path: str, stat: FileStat | None = None) -> None:
+        """Note that the image with this SHA-256 is called `path`; with `stat`, of the file at that resolved path."""
         if self._known_names is None:
-            self._known_names = set(map(hash, self.store.names()))
-        if hash((sha256, path)) not in self._known_names:
-            self._known_names.add(hash((sha256, path)))
-            self._names.write(json.dumps({"sha256": sha256.hex(), "path": path}) + "\n")
+            self._known_names = set(map(hash, self.store.files()))
+        if hash((sha256, path, stat)) not in self._known_names:
+            self._known_names.add(hash((sha256, path, stat)))
+            line = {"sha256": sha256.hex(), "path": path} | ({"stat": stat} if stat else {})
+            self._names.write(json.dumps(line) + "\n")
             self._names.flush()
 
     def close(self) -> None:

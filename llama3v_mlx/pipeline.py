@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from .encoder import ImageEncoder
 from .features import FeatureWriter
-from .sources import Source
+from .sources import FileStat, Source
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Pipeline:
         # Decoded images waiting for the tower: enough to never let it wait, and no more whatever the number of files.
         self._ahead = 2 * batch_size + 2 * workers
         self._claimed: set[bytes] = set()  # images on their way to the store
-        self._twins: list[tuple[bytes, str]] = []  # other names of those
+        self._twins: list[tuple[bytes, tuple]] = []  # other names of those
         self._batch, self._flying = [], None
 
     def run(self, sources: Iterator[Source]) -> Report:
@@ -55,7 +55,7 @@ class Pipeline:
         start, waiting = time.perf_counter(), deque()
         try:
             for source in sources:
-                waiting.append((source.name, self._pool.submit(self._prepare, source)))
+                waiting.append(((source.name, source.stat), self._pool.submit(self._prepare, source)))
                 if len(waiting) >= self._ahead:
                     self._take(*waiting.popleft())
         except KeyboardInterrupt:
@@ -69,7 +69,7 @@ class Pipeline:
             self._write()
             for sha256, name in self._twins:
                 self.report.known += 1
-                self.writer.name(sha256, name)
+                self.writer.name(sha256, *name)
             self.report.wall = time.perf_counter() - start
         return self.report
 
@@ -82,12 +82,12 @@ class Pipeline:
         tiled = None if sha256 in self.writer.store else self.encoder.prepare(data)
         return sha256, tiled, middle - start, time.perf_counter() - middle
 
-    def _take(self, name: str, future: Future) -> None:
+    def _take(self, name: tuple[str, FileStat | None], future: Future) -> None:
         try:
             sha256, tiled, read, decode = future.result()
         except (OSError, ValueError) as e:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).removeprefix("image data: ")
-            self.report.failed.append((name, reason))
+            self.report.failed.append((name[0], reason))
             self.progress(self.report)
             return
         self.report.seconds["read"] += read
@@ -97,7 +97,7 @@ class Pipeline:
             return
         if tiled is None or sha256 in self.writer.store:
             self.report.known += 1
-            self.writer.name(sha256, name)
+            self.writer.name(sha256, *name)
             self.progress(self.report)
             return
         self._claimed.add(sha256)
@@ -129,7 +129,7 @@ class Pipeline:
         middle = time.perf_counter()
         new = self.writer.add([(sha256, f) for sha256, _, f in flying])
         for sha256, name, _ in flying:
-            self.writer.name(sha256, name)
+            self.writer.name(sha256, *name)
             self._claimed.discard(sha256)
         self.report.new += new
         self.report.known += len(flying) - new  # another process was faster

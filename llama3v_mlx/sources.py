@@ -9,6 +9,7 @@ from pathlib import Path
 
 # What is taken from folders and archives; a file that is named is always tried.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga"}
+FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode: another one for a file that was touched
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Source:
 
     name: str
     read: Callable[[], bytes]
+    stat: FileStat | None = None  # of the file at `name`, a resolved path, before it is read
 
 
 def find_sources(paths: list[str]) -> Iterator[Source]:

@@ -86,6 +86,7 @@ def _prepare(args: argparse.Namespace, sets: list, group):
     from .dialogues import StoredTiler
     from .encoder import load_encoder
     from .features import STORE, FeatureError, FeatureStore, FeatureWriter
+    from .image_files import known_images, look_up
     from .pipeline import Pipeline
     from .sources import Source
 
@@ -98,26 +99,25 @@ def _prepare(args: argparse.Namespace, sets: list, group):
     encoder = load_encoder(args.model, kind, dtype)
     store = FeatureStore.create(args.features, encoder.store_info(stored))
 
-    def names() -> dict[str, bytes]:
-        store.refresh()
-        return {name: sha256 for sha256, name in store.names() if sha256 in store}
-
-    wanted = set().union(*(rows.image_paths for rows in sets))
-    known = names()
-    missing = sorted(wanted - known.keys())
-    unusable = {path: "no such file" for path in missing if not Path(path).is_file()}
-    sources = [Source(path, Path(path).read_bytes) for path in missing if path not in unusable]
+    files = look_up(set().union(*(rows.image_paths for rows in sets)))
+    known = known_images(store, files)
+    unusable = {path: file.problem for path, file in files.items() if path not in known}
+    unread = {file.path: file for path, file in sorted(files.items()) if path not in known and file.stat}
+    sources = [Source(path, Path(path).read_bytes, file.stat) for path, file in unread.items()]
     if sources:
         encoder.all_cores = True
         mine = sources[group.rank() :: group.size()]
         bar = tqdm(total=len(mine), unit="image", disable=True if group.rank() else None)
         with bar, FeatureWriter(store) as writer:
             pipeline = Pipeline(encoder, writer, 8, args.workers, lambda report: bar.update(report.seen - bar.n))
-            report = pipeline.run(iter(mine))
-        unusable.update(report.failed)
+            failed = dict(pipeline.run(iter(mine)).failed)
         mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))  # all ranks are done
-        known = names()
-        unusable |= {s.name: "could not be embedded" for s in sources if s.name not in known | unusable}
+        store.refresh()
+        known = known_images(store, files)
+        unusable |= {path: failed.get(file.path, "could not be embedded") for path, file in files.items() if file.stat}
+    gone = sum(files[path].is_gone for path in known)
+    if gone and group.rank() == 0:
+        print(f"note: {gone} images are no longer there; {args.features} has their features", file=sys.stderr)
     return store, StoredTiler(store, known, unusable)
 
 
