@@ -82,7 +82,7 @@ class Dialogues:
                 kept.append((number, start, end))
                 self.image_paths.update(_images(messages))
         self._rows = np.array(kept, np.int64).reshape(-1, 3)
-        self.lengths = np.zeros(0, np.int32)
+        self.lengths, self.digests = np.zeros(0, np.int32), np.zeros(0, np.uint64)
         self._check_some()
 
     def __len__(self) -> int:
@@ -92,8 +92,17 @@ class Dialogues:
         """SHA-256 of the file, in hex."""
         return hashlib.sha256(self._data).hexdigest()
 
+    def examples_digest(self) -> str:
+        """SHA-256, in hex, of the rows that can be used, as `measure` has encoded them: tokens and images."""
+        return hashlib.sha256(self.numbers.tobytes() + self.digests.tobytes()).hexdigest()
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The numbers of the rows in the file, from 1 on."""
+        return self._rows[:, 0]
+
     def measure(self, processor: Processor, max_seq_length: int) -> None:
-        """Encode every row once for its length, and reject those that are too long or show an unusable image.
+        """Encode every row once for its length and digest; reject those too long, or that show an unusable image.
 
         Args:
             processor: its tiler is a `StoredTiler`.
@@ -102,18 +111,19 @@ class Dialogues:
         Raises:
             DataError: if no row is left.
         """
-        lengths = []
 
-        def length(i: int) -> int:
-            count = len(self.encode(i, processor).ids)
-            if count > max_seq_length:
-                raise DataError(f"{count} tokens are more than --max-seq-length {max_seq_length}")
-            return count
+        def measure_row(i: int) -> tuple[int, int]:
+            row = self.encode(i, processor)
+            if len(row.ids) > max_seq_length:
+                raise DataError(f"{len(row.ids)} tokens are more than --max-seq-length {max_seq_length}")
+            digest = hashlib.sha256(b"".join((row.ids.tobytes(), row.answers.tobytes(), *row.images)))
+            return len(row.ids), int.from_bytes(digest.digest()[:8], "little")
 
-        for i, number in enumerate(self._rows[:, 0].tolist()):
-            lengths.append(self._try(number, length, i) or 0)
-        self.lengths = np.array(lengths, np.int32)
-        self._rows, self.lengths = self._rows[self.lengths > 0], self.lengths[self.lengths > 0]
+        found = [self._try(number, measure_row, i) or (0, 0) for i, number in enumerate(self.numbers.tolist())]
+        self.lengths = np.array([length for length, _ in found], np.int32)
+        self.digests = np.array([digest for _, digest in found], np.uint64)
+        used = self.lengths > 0
+        self._rows, self.lengths, self.digests = self._rows[used], self.lengths[used], self.digests[used]
         self._check_some()
 
     def encode(self, i: int, processor: Processor) -> Dialogue:

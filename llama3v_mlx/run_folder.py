@@ -4,9 +4,12 @@
 `best` leads. Those, and in the end the folder itself, are adapters in mlx-lm's form.
 """
 
+import hashlib
 import json
+import mmap
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .atomic import new_folder
-from .checkpoint import read_json
+from .checkpoint import CONFIG, find_checkpoint, read_json
 from .shards import write_beside
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -31,12 +34,13 @@ class RunFolder:
         options: what the run is asked to do, in JSON.
         resume: go on with the run that is there.
         writes: whether this process writes.
+        notes: what is kept with the options, for people; a run that is resumed may have others.
 
     Raises:
         ValueError: if the folder has a run and `resume` is not set, or one of other options.
     """
 
-    def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool):
+    def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool, notes: dict | None = None):
         self.folder, self.writes = Path(folder), writes
         if not writes:
             return  # the rank that writes may have begun already
@@ -52,12 +56,12 @@ class RunFolder:
             raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_beside(path, (json.dumps(options, indent=2) + "\n").encode())
+            write_beside(path, (json.dumps({**(notes or {}), **options}, indent=2) + "\n").encode())
 
-    def newest(self) -> Path | None:
-        """The checkpoint to go on from."""
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint; 0 if there is none."""
         steps = self._steps()
-        return steps[-1] if steps else None
+        return int(steps[-1].name[5:]) if steps else 0
 
     def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict, adapter: dict) -> None:
         """Keep all that the next steps depend on; checkpoints that are no longer needed go."""
@@ -81,17 +85,25 @@ class RunFolder:
             if old.resolve() != best:
                 shutil.rmtree(old)
 
-    def load(self, path: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict:
-        """Put a checkpoint's weights and moments in their places, and return its state."""
-        model.load_weights(str(path / ADAPTERS), strict=False)
-        optimizer.state = tree_unflatten(list(mx.load(str(path / OPTIMIZER)).items()))
-        return read_json(path / STATE)
+    def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> dict:
+        """Load the newest checkpoint into model and optimizer, and drop the figures of steps that come again.
+
+        Returns:
+            The state that was saved with it, its "step" included; empty if there is no checkpoint.
+        """
+        state = {}
+        if steps := self._steps():
+            model.load_weights(str(steps[-1] / ADAPTERS), strict=False)
+            optimizer.state = tree_unflatten(list(mx.load(str(steps[-1] / OPTIMIZER)).items()))
+            state = read_json(steps[-1] / STATE)
+        self._forget_after(state.get("step", 0))
+        return state
 
     def finish(self) -> None:
         """Make the newest checkpoint's adapters the folder's own."""
         if self.writes:
             for name in (ADAPTERS, ADAPTER_CONFIG):
-                shutil.copyfile(self.newest() / name, self.folder / f"{name}.partial")
+                shutil.copyfile(self._steps()[-1] / name, self.folder / f"{name}.partial")
                 os.replace(self.folder / f"{name}.partial", self.folder / name)
 
     def log(self, figures: dict) -> None:
@@ -99,9 +111,8 @@ class RunFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Take figures of steps that will be taken again out of the metrics."""
-        if self.writes and self.metrics.exists():
+    def _forget_after(self, step: int) -> None:
+        if self.metrics.exists():
             lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
             write_beside(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
@@ -111,3 +122,16 @@ class RunFolder:
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def weights_digest(path_or_hf_repo: str | Path) -> str:
+    """SHA-256, in hex, of a checkpoint's config and weights, wherever it lies."""
+    folder = find_checkpoint(path_or_hf_repo)
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        digests = pool.map(_sha256, [folder / CONFIG, *sorted(folder.glob("*.safetensors"))])
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).digest()

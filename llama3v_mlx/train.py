@@ -28,106 +28,79 @@ def train(args: argparse.Namespace) -> None:
     from .dialogues import Dialogues
     from .encoder import name_of
     from .engine import load
+    from .prepare import agree, check_resume, prepare_features, say_rejected
+    from .ranks import Ranks
     from .run_folder import RunFolder
     from .trainer import Loop, Trainer
 
-    group = mx.distributed.init()
-    if args.batch_size % group.size():
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {group.size()} ranks")
-    if args.plot:
-        import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
-    if group.rank() == 0:
-        note_slow_cpu()
-    args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
-    sets = [Dialogues(path, args.image_folder, args.strict) for path in (args.data, args.val) if path]
-    model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
-    store, tiler = _prepare(args, sets, group)
+    ranks = Ranks()
+    with ranks.together():
+        if args.batch_size % ranks.size:
+            raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {ranks.size} ranks")
+        if args.plot:
+            import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
+        if ranks.rank == 0:
+            note_slow_cpu()
+        args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+        sets = [Dialogues(path, args.image_folder, args.strict) for path in (args.data, args.val) if path]
+        model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
+    store, tiler = prepare_features(args.features, args.model, args.stage, sets, args.workers, ranks)
     processor = dataclasses.replace(processor, tiler=tiler)
-    _measure(sets, processor, min(args.max_seq_length, model.language_model.args.max_position_embeddings), group)
-    data = sets[0]
-    if len(data) < args.batch_size:
-        raise ValueError(f"{args.data}: its {len(data)} rows do not fill a batch of {args.batch_size}")
-    per_epoch = max(1, len(data) // args.batch_size // args.grad_accumulation_steps)
-    steps = args.iters or per_epoch * args.epochs
-    args.warmup = round(0.03 * steps) if args.warmup is None else args.warmup
+    with ranks.together():
+        for rows in sets:
+            rows.measure(processor, min(args.max_seq_length, model.language_model.args.max_position_embeddings))
+        if ranks.rank == 0:
+            say_rejected(sets)
+        per_epoch = max(1, len(sets[0]) // args.batch_size // args.grad_accumulation_steps)
+        steps = args.iters or per_epoch * args.epochs
+        args.warmup = round(0.03 * steps) if args.warmup is None else args.warmup
+        options = _options(args, steps, sets, store)
+    # In the order of causes: the number of steps follows from the rows, and the default of --warmup from that.
+    facts = {key: getattr(args, key) for key in ("iters", "epochs", "eval_every")}
+    facts |= {key: value for key, value in options.items() if key not in ("warmup", "steps")}
+    agree(ranks, facts | {"warmup": args.warmup}, sets)
+    if len(sets[0]) < args.batch_size:
+        raise ValueError(f"{args.data}: its {len(sets[0])} rows do not fill a batch of {args.batch_size}")
 
-    options = {key: getattr(args, key) for key in OPTIONS} | {"steps": steps, "model": name_of(args.model)}
-    options |= {"features": store.info.fingerprint, "rows": len(data)}
-    options |= {name: rows.digest() for name, rows in zip(("data", "val"), sets, strict=False)}
-    run_folder = RunFolder(args.out, options, args.resume, writes=group.rank() == 0)
-
-    adapter = _choose_parameters(model, args, keep_projector=store.info.kind == "patch")
-    optimizer = _optimizer(args, steps)
-    optimizer.init(model.trainable_parameters())
-    state = {"best_loss": None, "best_step": None, "skipped": 0}
-    if newest := run_folder.newest():
-        state = run_folder.load(newest, model, optimizer)
-    step = state.pop("step", 0)
-    run_folder.forget_after(step)
+    with ranks.together():
+        notes = {"model": name_of(args.model)}
+        run_folder = RunFolder(args.out, options, args.resume, ranks.rank == 0, notes)
+        newest = run_folder.newest_step() if args.resume else 0
+    check_resume(ranks, args.out, newest)
+    with ranks.together():
+        adapter = _choose_parameters(model, args, keep_projector=store.info.kind == "patch")
+        optimizer = _optimizer(args, steps)
+        optimizer.init(model.trainable_parameters())
+        state = {"step": 0, "best_loss": None, "best_step": None, "skipped": 0}
+        if ranks.rank == 0:
+            state |= run_folder.restore(model, optimizer)
+    state = ranks.gather(state)[0]
+    step = state.pop("step")
+    model.update(ranks.take_first(model.trainable_parameters()))
+    if step:
+        optimizer.state = ranks.take_first(optimizer.state)
     if args.grad_checkpoint:
         from mlx_lm.tuner.trainer import grad_checkpoint
 
         grad_checkpoint(model.layers[0])
     trainer = Trainer(model.train(), optimizer)
     trainer.skipped = state["skipped"]
-    if group.rank() == 0:
+    if ranks.rank == 0:
         _say_start(model, sets, step, steps)
-    loop = Loop(args, trainer, sets, store, processor, run_folder, adapter, state)
-    loop.run(step, steps, per_epoch)
-    if group.rank() == 0 and args.plot:
+    with ranks.connected():
+        Loop(args, trainer, sets, store, processor, run_folder, adapter, state).run(step, steps, per_epoch)
+    if ranks.rank == 0 and args.plot:
         plot(run_folder.metrics, args.plot)
 
 
-def _prepare(args: argparse.Namespace, sets: list, group):
-    """The store with all images' features, and a tiler that finds them there."""
-    import mlx.core as mx
-    from tqdm import tqdm
+def _options(args: argparse.Namespace, steps: int, sets: list, store) -> dict:
+    """What the steps depend on: what ranks must agree about, and a run that is resumed with its beginning."""
+    from .run_folder import weights_digest
 
-    from .dialogues import StoredTiler
-    from .encoder import load_encoder
-    from .features import STORE, FeatureError, FeatureStore, FeatureWriter
-    from .image_files import known_images, look_up
-    from .pipeline import Pipeline
-    from .sources import Source
-
-    kind, stored, dtype = ("patch" if args.stage == "pretrain" else "visual-tokens"), None, None
-    if (Path(args.features) / STORE).is_file():
-        info = FeatureStore(args.features).info
-        if info.kind != kind and (info.kind, args.stage) != ("patch", "finetune"):
-            raise FeatureError(f"{args.features}: holds {info.kind} features; --stage {args.stage} needs {kind}")
-        kind, stored, dtype = info.kind, info.dtype, getattr(mx, info.compute_dtype)
-    encoder = load_encoder(args.model, kind, dtype)
-    store = FeatureStore.create(args.features, encoder.store_info(stored))
-
-    files = look_up(set().union(*(rows.image_paths for rows in sets)))
-    known = known_images(store, files)
-    unusable = {path: file.problem for path, file in files.items() if path not in known}
-    unread = {file.path: file for path, file in sorted(files.items()) if path not in known and file.stat}
-    sources = [Source(path, Path(path).read_bytes, file.stat) for path, file in unread.items()]
-    if sources:
-        encoder.all_cores = True
-        mine = sources[group.rank() :: group.size()]
-        bar = tqdm(total=len(mine), unit="image", disable=True if group.rank() else None)
-        with bar, FeatureWriter(store) as writer:
-            pipeline = Pipeline(encoder, writer, 8, args.workers, lambda report: bar.update(report.seen - bar.n))
-            failed = dict(pipeline.run(iter(mine)).failed)
-        mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))  # all ranks are done
-        store.refresh()
-        known = known_images(store, files)
-        unusable |= {path: failed.get(file.path, "could not be embedded") for path, file in files.items() if file.stat}
-    gone = sum(files[path].is_gone for path in known)
-    if gone and group.rank() == 0:
-        print(f"note: {gone} images are no longer there; {args.features} has their features", file=sys.stderr)
-    return store, StoredTiler(store, known, unusable)
-
-
-def _measure(sets: list, processor, max_seq_length: int, group) -> None:
-    """Measure all rows, and say which are left out."""
-    for rows in sets:
-        rows.measure(processor, max_seq_length)
-        if group.rank() == 0 and rows.rejected:
-            print(f"{rows.path}: {len(rows.rejected)} rows are left out:", file=sys.stderr)
-            print("\n".join(f"  {reason}" for reason in rows.rejected[:10]), file=sys.stderr)
+    options = {key: getattr(args, key) for key in OPTIONS} | {"steps": steps}
+    options |= {"data": sets[0].digest(), "val": sets[1].digest() if args.val else None}
+    options |= {"weights": weights_digest(args.model), "features": store.info.fingerprint}
+    return options | {"store_dtype": store.info.dtype, "examples": [rows.examples_digest() for rows in sets]}
 
 
 def _choose_parameters(model, args: argparse.Namespace, keep_projector: bool) -> dict:

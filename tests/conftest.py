@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -137,25 +137,42 @@ def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
     return run
 
 
-@pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
-    """Run `python ARGS…` as two ranks of `mlx.distributed` on 127.0.0.1, and return what each printed."""
+@pytest.fixture(scope="session")
+def start_ranks(tmp_path_factory) -> Callable[..., list[subprocess.CompletedProcess]]:
+    """Run `python ARGS…` for each list of arguments, as ranks of `mlx.distributed` on 127.0.0.1."""
 
-    def run(*args: str | Path) -> list[str]:
+    def start(*each: Sequence[str | Path]) -> list[subprocess.CompletedProcess]:
         with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+            sockets = [stack.enter_context(socket.socket()) for _ in each]
             for s in sockets:
                 s.bind(("127.0.0.1", 0))
             hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
-        (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+        hostfile = tmp_path_factory.mktemp("ranks") / "hosts.json"
+        hostfile.write_text(json.dumps(hosts))
         ranks = []
-        for i in range(2):
-            env = {**os.environ, "MLX_RANK": str(i), "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+        for i, args in enumerate(each):
+            env = {**os.environ, "MLX_RANK": str(i), "MLX_HOSTFILE": str(hostfile)}
             options = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             ranks.append(subprocess.Popen([sys.executable, *map(str, args)], **options))
-        output = [rank.communicate(timeout=200) for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], output
-        return [stdout for stdout, _ in output]
+        try:
+            output = [rank.communicate(timeout=200) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        ended = zip(ranks, output, strict=True)
+        return [subprocess.CompletedProcess(rank.args, rank.returncode, *printed) for rank, printed in ended]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks) -> Callable[..., list[str]]:
+    """Run `python ARGS…` as two ranks, which must succeed, and return what each printed."""
+
+    def run(*args: str | Path) -> list[str]:
+        ranks = start_ranks(args, args)
+        assert [rank.returncode for rank in ranks] == [0, 0], ranks
+        return [rank.stdout for rank in ranks]
 
     return run
 

@@ -263,6 +263,34 @@ def test_killed_and_resumed_is_as_if_never_killed(data: Path, tmp_path: Path, ru
     assert len(os.listdir(tmp_path / "cut" / "checkpoints")) == 2
 
 
+def test_resume_takes_the_same_weights_and_images_wherever_they_are(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("model", "images"):
+        shutil.copytree(data / name, tmp_path / name)
+    shutil.copy(data / "data.jsonl", tmp_path)
+    options = arguments(
+        tmp_path, "finetune", "--features", tmp_path / "tokens", "--out", tmp_path / "run", "--iters", 1
+    )
+    train.main(options)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    options[options.index("--model") + 1] = str(tmp_path / "moved")
+    train.main([*options, "--resume"])
+
+    shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "0.png")
+    with pytest.raises(SystemExit):
+        train.main([*options, "--resume"])
+    assert "same data and options only; examples was" in capsys.readouterr().err
+    shutil.copy(data / "images" / "0.png", tmp_path / "images")
+    path = next((tmp_path / "moved").glob("*.safetensors"))
+    tensors = mx.load(str(path))
+    name = next(name for name in tensors if name.endswith("layers.0.input_layernorm.weight"))
+    mx.save_safetensors(str(path), tensors | {name: tensors[name] * 2}, {"format": "mlx"})
+    with pytest.raises(SystemExit):
+        train.main([*options, "--resume"])
+    assert "same data and options only; weights was" in capsys.readouterr().err
+
+
 def test_best_is_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = iter([5.0, 3.0, 2.0, 2.0, 4.0, 3.0])
     monkeypatch.setattr(Trainer, "evaluate", lambda self, batches: (10 * next(scripted), 10))
