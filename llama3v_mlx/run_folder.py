@@ -4,8 +4,10 @@
 `best` leads. Those, and in the end the folder itself, are adapters in mlx-lm's form.
 """
 
+import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -75,15 +77,21 @@ class RunFolder:
             mx.save_safetensors(str(partial / OPTIMIZER), moments)
             (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
             (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        if state.get("best_step") == step:
-            link = self.folder / f"{BEST}.partial"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.relative_to(self.folder))
-            os.replace(link, self.folder / BEST)
-        best = (self.folder / BEST).resolve()
+        best = self._point_to_best(state)
         for old in self._steps()[:-NEWEST]:
-            if old.resolve() != best:
+            if old != best:
                 shutil.rmtree(old)
+
+    def _point_to_best(self, state: dict) -> Path:
+        """Let the link `best` lead to the best checkpoint, also after an interruption between the two; return it."""
+        best = self.folder / "checkpoints" / f"step-{state.get('best_step') or 0:07}"
+        link = self.folder / BEST
+        if best.exists() and link.resolve() != best.resolve():
+            partial = self.folder / f"{BEST}.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(best.relative_to(self.folder))
+            os.replace(partial, link)
+        return best
 
     def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> dict:
         """Load the newest checkpoint into model and optimizer, and drop the figures of steps that come again.
@@ -96,6 +104,7 @@ class RunFolder:
             model.load_weights(str(steps[-1] / ADAPTERS), strict=False)
             optimizer.state = tree_unflatten(list(mx.load(str(steps[-1] / OPTIMIZER)).items()))
             state = read_json(steps[-1] / STATE)
+            self._point_to_best(state)
         self._forget_after(state.get("step", 0))
         return state
 
@@ -107,14 +116,23 @@ class RunFolder:
                 os.replace(self.folder / f"{name}.partial", self.folder / name)
 
     def log(self, figures: dict) -> None:
-        if self.writes:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+        """Append a line to the metrics; on a full disk, nothing of it."""
+        if not self.writes:
+            return
+        line = (json.dumps(figures) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as e:
+                file.truncate(end)
+                raise OSError(f"{self.metrics}: {e.strerror}; make room, and go on by --resume") from e
 
     def _forget_after(self, step: int) -> None:
         if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            write_beside(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+            write_beside(self.metrics, b"".join(line for line in lines if _step_of(line) <= step))
 
     @property
     def metrics(self) -> Path:
@@ -122,6 +140,14 @@ class RunFolder:
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of the metrics; infinity if a kill or a loss of power has damaged it."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def weights_digest(path_or_hf_repo: str | Path) -> str:
