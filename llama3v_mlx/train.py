@@ -37,10 +37,10 @@ def train(args: argparse.Namespace) -> None:
     with ranks.together():
         if args.batch_size % ranks.size:
             raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {ranks.size} ranks")
-        if args.plot:
-            import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
         if ranks.rank == 0:
             note_slow_cpu()
+            if args.plot:
+                import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
         args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
         sets = [Dialogues(path, args.image_folder, args.strict) for path in (args.data, args.val) if path]
         model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
