@@ -50,6 +50,14 @@ SIGLIP_TEXT = {
 }
 
 
+def tolerance(dtype: mx.Dtype, scale: float) -> float:
+    """How far apart two computations in `dtype` of the same numbers, up to `scale` in size, may end.
+
+    At least three times what the tests' models need; on a GPU they compute in half precision unless told otherwise.
+    """
+    return scale * {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}[dtype]
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The bundled model and its processor, for tests that do not change them."""
