@@ -158,7 +158,7 @@ def write_tokenizer(folder: Path) -> None:
     """A tokenizer of the released size, with the released special tokens at their ids."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from llama3v_mlx.demo.tokenizer import SPECIAL_TOKENS
+    from tools.demo.tokenizer import SPECIAL_TOKENS
 
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     words += [f"word{i}" for i in range(len(words), 128000)]

@@ -29,10 +29,10 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from llama3v_mlx.encoder import ImageEncoder, load_encoder, matmul_peak, published_tensors
-from llama3v_mlx.features import Features, FeatureStore, FeatureWriter, StoreInfo
+from llama3v_mlx.features.encoder import ImageEncoder, load_encoder, matmul_peak, published_tensors
+from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
 from llama3v_mlx.image import TiledImage
-from llama3v_mlx.siglip import SigLIP, VisionConfig
+from llama3v_mlx.models.siglip import SigLIP, VisionConfig
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -23,7 +23,7 @@ from train import LLAMA_8B
 
 from llama3v_mlx import load, stream_generate
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
-from llama3v_mlx.model import Model, ModelArgs
+from llama3v_mlx.models.llama3v import Model, ModelArgs
 
 IMAGE = IMAGES / "two-red-stars.jpg"
 QUESTION = "What is this image? " + "Describe the image in one sentence. " * 8

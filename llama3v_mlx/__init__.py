@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 
 # Where the public names live: nothing heavy is imported before one is used, so that `--help` stays instant.
 _PUBLIC = {
-    "load": "engine",
-    "generate": "engine",
-    "stream_generate": "engine",
-    "register": "engine",
-    "Llama3V": "engine",
-    "Model": "model",
-    "ModelArgs": "model",
-    "Processor": "processor",
+    "load": "generation",
+    "generate": "generation",
+    "stream_generate": "generation",
+    "register": "generation",
+    "Llama3V": "generation",
+    "Model": "models.llama3v",
+    "ModelArgs": "models.llama3v",
+    "Processor": "prompt",
     "load_image": "image",
 }
 __all__ = [*_PUBLIC, "__version__"]

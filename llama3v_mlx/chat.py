@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .cli import CACHE, DEMO_NOTE, add_generation_options, error_line, generation_options, note_slow_cpu, run
 from .demo import CHECKPOINT
-from .sources import EXTENSIONS
+from .features.sources import EXTENSIONS
 
 HELP = """\
 Ask a question; paste, type or drag the path of an image anywhere into the line to add it.
@@ -208,9 +208,9 @@ def chat(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from .conversation import Conversation
-    from .encoder import name_of
-    from .engine import load
-    from .feature_cache import FeatureCache
+    from .features.encoder import name_of
+    from .features.lookup import FeatureCache
+    from .generation import load
 
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .model import Model, ModelArgs, rename
-from .processor import EOT, PromptTokens, chat_template
+from .models.llama3v import Model, ModelArgs, rename
+from .prompt import EOT, PromptTokens, chat_template
 
 MODEL_TYPE = "llama3v"
 RELEASED_TYPES = ("llama3v", "minicpmv")

@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 
-from .engine import GenerationResponse, stream_generate
-from .feature_cache import FeatureCache
+from .features.lookup import FeatureCache
+from .generation import GenerationResponse, stream_generate
 from .image import ImageSource
-from .model import Model
-from .processor import EOT, Processor, Prompt
+from .models.llama3v import Model
+from .prompt import EOT, Processor, Prompt
 
 # The caches of mlx-lm that a saved conversation may hold: its loader would take any name.
 CACHES = {"KVCache", "QuantizedKVCache"}

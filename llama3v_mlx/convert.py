@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .atomic import flush, new_folder
 from .cli import run
+from .files import flush, new_folder
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from .streaming import Plan
+    from .conversion.shard_writer import Plan
 
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
@@ -132,7 +132,7 @@ def convert(
     if upload_repo:
         _check_upload(upload_repo)
 
-    from .streaming import make_plan
+    from .conversion.shard_writer import make_plan
 
     with _source(hf_path, revision, new) as (folder, tensors, origin):
         config = _new_config(folder, dtype)
@@ -196,7 +196,7 @@ def check_sources(hf_path: str | Path | None, new: dict, verify: bool) -> None:
 def _source(hf_path: str | Path | None, revision: str | None, new: dict) -> Iterator[tuple[Path, dict, str]]:
     """The folder of config and tokenizer, the tensors, and what to call them."""
     if hf_path is None:
-        from .join import join
+        from .conversion.assemble import join
 
         with join(**{key: value for key, value in new.items() if value is not None}) as (folder, tensors):
             yield folder, tensors, f"{new['vision']} and {new['llm']}, joined by a projector that is not trained yet"
@@ -240,7 +240,7 @@ def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan
     from tqdm import tqdm
 
     from .checkpoint import TOKENIZER
-    from .streaming import ShardWriter, write_tensors
+    from .conversion.shard_writer import ShardWriter, write_tensors
 
     writer = ShardWriter(partial)
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -302,7 +302,7 @@ The weights keep the licence of the checkpoint they were converted from.
 def _verify(source: str | Path, revision: str | None, result: Path) -> None:
     from .checkpoint import find_checkpoint
     from .cli import note_slow_cpu
-    from .verify import verify
+    from .conversion.verify import verify
 
     note_slow_cpu()
     tic = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .cli import CACHE, note_slow_cpu, run
 from .demo import SIGLIP
-from .sources import count_sources, find_sources
+from .features.sources import count_sources, find_sources
 
 DEMO_NOTE = (
     "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
@@ -60,10 +60,10 @@ def embed(args: argparse.Namespace) -> None:
     import mlx.core as mx
     from tqdm import tqdm
 
-    from . import cpu
-    from .encoder import load_encoder, matmul_peak
-    from .features import FeatureStore, FeatureWriter
-    from .pipeline import Pipeline, Report
+    from .features.encoder import load_encoder, matmul_peak
+    from .features.pipeline import Pipeline, Report
+    from .features.store import FeatureStore, FeatureWriter
+    from .models import linux_cpu
 
     group = mx.distributed.init()
     if group.rank() == 0:
@@ -99,7 +99,7 @@ def embed(args: argparse.Namespace) -> None:
     if new + known + failed == 0:
         raise ValueError(f"{', '.join(args.paths)}: no images there")
     if group.rank() == 0:
-        with cpu.all_threads():
+        with linux_cpu.all_threads():
             peak = matmul_peak(encoder.dtype) * group.size()
         store.refresh()  # the other ranks are done: the sum has waited for them
         figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
@@ -130,7 +130,7 @@ def export(store_folder: str, folder: Path) -> None:
     """Write a store as `embeddings.npy` (rows × width, float32) and `index.jsonl` (path, sha256, row)."""
     import numpy as np
 
-    from .features import FeatureStore
+    from .features.store import FeatureStore
 
     store = FeatureStore(store_folder)
     names: dict[bytes, list[str]] = {}
@@ -167,7 +167,7 @@ def export(store_folder: str, folder: Path) -> None:
 
 def check(folder: str) -> None:
     """Verify a store, repair it, and say what was found."""
-    from .features import verify
+    from .features.store import verify
 
     verdict = verify(folder)
     print(f"{folder}: {verdict.good} entries are good, {verdict.restored} put back into a manifest")

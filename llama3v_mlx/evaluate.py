@@ -20,10 +20,10 @@ from pathlib import Path
 
 from .cli import positive, run
 from .demo import CHECKPOINT
-from .scores import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
+from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3, then --lmms-eval lmms/bin/python"
-SCORING = Path(__file__).parent / "lmms_scoring.py"
+SCORING = Path(__file__).parent / "evaluation" / "tasks.py"
 
 
 class EvaluationError(ValueError):
@@ -104,7 +104,7 @@ def check_columns(path: Path, task: str, python: str) -> None:
 
 def draw_demo_world(folder: Path, count: int) -> list[Path]:
     """The demo's held-out pictures, and questions about them."""
-    from .demo.evaluate import held_out
+    from tools.demo.evaluate import held_out
 
     folder.mkdir()
     path = folder / "test.jsonl"

@@ -36,9 +36,9 @@ def answer(args: argparse.Namespace) -> None:
     """Load, generate, print."""
     import mlx.core as mx
 
-    from .encoder import name_of
-    from .engine import load, print_answer, stream_generate
-    from .feature_cache import FeatureCache
+    from .features.encoder import name_of
+    from .features.lookup import FeatureCache
+    from .generation import load, print_answer, stream_generate
     from .image import load_image
 
     prompt = IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt

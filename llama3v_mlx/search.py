@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cli import note_slow_cpu, run
-from .sources import read_named
+from .features.sources import read_named
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def search(folder: str, text: str | None, image: str | None, top: int) -> list[H
     import mlx.core as mx
     import numpy as np
 
-    from .encoder import TextEncoder, load_encoder_of
-    from .features import FeatureStore
+    from .features.encoder import TextEncoder, load_encoder_of
+    from .features.store import FeatureStore
 
     store = FeatureStore(folder)
     if store.info.kind != "pooled":

@@ -19,7 +19,7 @@ from pathlib import Path
 from .cli import DEMO_NOTE, note_slow_cpu, run
 from .demo import CHECKPOINT, SIGLIP
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).parent / "serving" / "page.html"
 
 
 def make_classes(options: argparse.Namespace):
@@ -27,12 +27,12 @@ def make_classes(options: argparse.Namespace):
     import numpy as np
     from mlx_lm import server
 
-    from .embedder import Embedder
-    from .engine import load
-    from .guard import RequestError, check_inputs, check_messages
+    from .generation import load, on_generated
     from .image import ImageError, load_image, plan_tiles
-    from .image_prefix import cache_key, on_generated, read_images
-    from .json_schema import SchemaError, Schemas
+    from .serving.embeddings import Embedder
+    from .serving.image_prefix import cache_key, read_images
+    from .serving.json_schema import SchemaError, Schemas
+    from .serving.validate import RequestError, check_inputs, check_messages
 
     embedder = Embedder(options.embedding_model or SIGLIP)
 

@@ -25,13 +25,13 @@ def train(args: argparse.Namespace) -> None:
     """Prepare, train, save."""
     import mlx.core as mx
 
-    from .dialogues import Dialogues
-    from .encoder import name_of
-    from .engine import load
-    from .prepare import agree, check_resume, prepare_features, say_rejected
-    from .ranks import Ranks
-    from .run_folder import RunFolder
-    from .trainer import Loop, Trainer
+    from .features.encoder import name_of
+    from .generation import load
+    from .training.data import Dialogues
+    from .training.prepare import agree, check_resume, prepare_features, say_rejected
+    from .training.ranks import Ranks
+    from .training.run import RunFolder
+    from .training.trainer import Loop, Trainer
 
     ranks = Ranks()
     with ranks.together():
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace, steps: int, sets: list, store) -> dict:
     """What the steps depend on: what ranks must agree about, and a run that is resumed with its beginning."""
-    from .run_folder import weights_digest
+    from .training.run import weights_digest
 
     options = {key: getattr(args, key) for key in OPTIONS} | {"steps": steps}
     options |= {"data": sets[0].digest(), "val": sets[1].digest() if args.val else None}
@@ -178,9 +178,9 @@ def fuse(args: argparse.Namespace) -> None:
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import save_model
 
-    from .atomic import new_folder
     from .checkpoint import CONFIG, find_checkpoint, load_model, read_config, read_json
-    from .engine import load_adapters
+    from .files import new_folder
+    from .generation import load_adapters
 
     folder, out = find_checkpoint(args.model), Path(args.out)
     if "text_config" not in read_json(folder / CONFIG):

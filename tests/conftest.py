@@ -25,11 +25,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from llama3v_mlx.demo import CHECKPOINT
-from llama3v_mlx.demo.make import HF_CONFIG, build_model, save
-from llama3v_mlx.demo.tokenizer import make_tokenizer
-from llama3v_mlx.encoder import published_tensors
+from tools.demo.make import HF_CONFIG, build_model, save
+from tools.demo.tokenizer import make_tokenizer
+from llama3v_mlx.features.encoder import published_tensors
 from llama3v_mlx.evaluate import served
-from llama3v_mlx.siglip import SigLIP, TextConfig, VisionConfig
+from llama3v_mlx.models.siglip import SigLIP, TextConfig, VisionConfig
 
 ROOT = Path(__file__).parents[1]
 # A job in the background ignores Ctrl-C, and so would all that the tests start.

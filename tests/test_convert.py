@@ -21,13 +21,14 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import llama3v_mlx
-from llama3v_mlx import load, streaming
+from llama3v_mlx import load
 from llama3v_mlx.checkpoint import CheckpointError, load_model, read_config
+from llama3v_mlx.conversion import shard_writer as streaming
+from llama3v_mlx.conversion.verify import first_token_logprobs, verify
 from llama3v_mlx.convert import check_quantization, convert, main
-from llama3v_mlx.demo.make import build_model, save
-from llama3v_mlx.demo.tokenizer import make_tokenizer
-from llama3v_mlx.model import Model
-from llama3v_mlx.verify import first_token_logprobs, verify
+from llama3v_mlx.models.llama3v import Model
+from tools.demo.make import build_model, save
+from tools.demo.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is this image?"
@@ -486,7 +487,7 @@ def test_help_loads_nothing(run_python) -> None:
 def slow_run(source: Path, tmp_path: Path) -> subprocess.Popen:
     """A conversion in another process that has written a shard and will take long over the rest."""
     code = """
-import sys, time, llama3v_mlx.streaming as streaming
+import sys, time, llama3v_mlx.conversion.shard_writer as streaming
 from llama3v_mlx.convert import main
 streaming.SHARD_BYTES, convert = 300_000, streaming._convert
 streaming._convert = lambda *args: time.sleep(0.1) or convert(*args)
@@ -618,7 +619,7 @@ def test_verify_on_the_command_line(
     source: Path, converted: dict[str, Path], picture: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """After a conversion, or of one that exists; on the first of the bundled images."""
-    monkeypatch.setattr("llama3v_mlx.verify.IMAGES", picture.parent)
+    monkeypatch.setattr("llama3v_mlx.conversion.verify.IMAGES", picture.parent)
     flags = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--verify"]
     main([*flags, "-q"])
     first = capsys.readouterr().out.splitlines()

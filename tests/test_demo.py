@@ -1,11 +1,11 @@
-"""The bundled model on a sample of what `python -m llama3v_mlx.demo.evaluate` asks: pictures it has never seen."""
+"""The bundled model on a sample of what `python -m tools.demo.evaluate` asks: pictures it has never seen."""
 
 import pytest
 
 pytest.importorskip("sklearn", reason="the handwriting comes from the demo extra")
 
 from llama3v_mlx.demo import CHECKPOINT, SIGLIP
-from llama3v_mlx.demo.evaluate import evaluate, held_out, retrieval
+from tools.demo.evaluate import evaluate, held_out, retrieval
 
 
 def test_held_out_pictures_are_always_the_same() -> None:

@@ -17,10 +17,10 @@ from PIL import Image
 
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.embed import main
-from llama3v_mlx.encoder import load_encoder
-from llama3v_mlx.features import FeatureStore
+from llama3v_mlx.features.encoder import load_encoder
+from llama3v_mlx.features.sources import count_sources
+from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.image import tile_image
-from llama3v_mlx.sources import count_sources
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import pytest
 
 from llama3v_mlx import evaluate
 from llama3v_mlx.demo import CHECKPOINT
-from llama3v_mlx.lmms_scoring import extract
-from llama3v_mlx.scores import Scores, comparison, mcnemar, table
+from llama3v_mlx.evaluation.report import Scores, comparison, mcnemar, table
+from llama3v_mlx.evaluation.tasks import extract
 
 LMMS_EVAL = os.environ.get("LMMS_EVAL_PYTHON", sys.executable)
 
@@ -216,7 +216,7 @@ class TestWithLmmsEval:
     def test_the_demo_world(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         pytest.importorskip("sklearn")
         from llama3v_mlx.convert import convert
-        from llama3v_mlx.demo.evaluate import evaluate as directly
+        from tools.demo.evaluate import evaluate as directly
 
         convert(CHECKPOINT, tmp_path / "q4", quantize=True)
         models = ["--model", str(CHECKPOINT), str(tmp_path / "q4")]

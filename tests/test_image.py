@@ -85,7 +85,7 @@ def test_published_examples(sizes, overview, grid, cell, tiles, tokens):
 
 def test_prompt_block_is_as_long_as_published():
     """The grid is all that the prompt learns about an image, so the two must agree on it."""
-    from llama3v_mlx.model import PromptTokens
+    from llama3v_mlx.models.llama3v import PromptTokens
 
     ids = PromptTokens(image=0, image_start=1, image_end=2, slice_start=3, slice_end=4, newline=5)
     for *_, grid, _, tiles, tokens in EXAMPLES:

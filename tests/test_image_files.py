@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llama3v_mlx import embed, train, trainer
+from llama3v_mlx import embed, train
 from llama3v_mlx.demo import CHECKPOINT
-from llama3v_mlx.features import FeatureStore, FeatureWriter
-from llama3v_mlx.image_files import known_images, look_up
+from llama3v_mlx.features.image_files import known_images, look_up
+from llama3v_mlx.features.store import FeatureStore, FeatureWriter
+from llama3v_mlx.training import trainer
 
 COUNT = 4
 

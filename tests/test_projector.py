@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from llama3v_mlx.projector import ProjectorConfig, Resampler, build_projector, sincos_2d
+from llama3v_mlx.models.projector import ProjectorConfig, Resampler, build_projector, sincos_2d
 
 TINY = ProjectorConfig(hidden_size=32, vision_hidden_size=16, num_queries=3, num_attention_heads=2)
 

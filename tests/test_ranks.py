@@ -13,13 +13,14 @@ from PIL import Image
 
 from llama3v_mlx import train
 from llama3v_mlx.demo import CHECKPOINT
-from llama3v_mlx.features import FeatureStore
+from llama3v_mlx.features.store import FeatureStore
 
 COUNT = 8
 # A rank works through many commands, so that all of them cost the start of two processes.
 RANK = """
 import contextlib, io, json, os, shutil, signal, sys
-from llama3v_mlx import train, trainer
+from llama3v_mlx import train
+from llama3v_mlx.training import trainer
 
 def die(loop, plan):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.embed import main as embed
-from llama3v_mlx.encoder import TextEncoder, load_encoder
+from llama3v_mlx.features.encoder import TextEncoder, load_encoder
+from llama3v_mlx.models.siglip import SigLIP
 from llama3v_mlx.search import main, nearest
-from llama3v_mlx.siglip import SigLIP
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_image_finds_itself(store: Path, capsys) -> None:
 
 
 def test_nearest_is_the_order_of_all_cosines(store: Path, rng: np.random.Generator) -> None:
-    from llama3v_mlx.features import Features, FeatureStore, FeatureWriter, StoreInfo
+    from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
 
     matrix = rng.normal(size=(500, 8)).astype(np.float32)
     made = FeatureStore.create(store.parent / "random", StoreInfo("m", "pooled", "0", 8, "float32"))

@@ -17,9 +17,9 @@ from PIL import Image
 from llama3v_mlx import stream_generate
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
-from llama3v_mlx.embedder import Embedder
-from llama3v_mlx.encoder import load_encoder
-from llama3v_mlx.guard import RequestError, fetch
+from llama3v_mlx.features.encoder import load_encoder
+from llama3v_mlx.serving.embeddings import Embedder
+from llama3v_mlx.serving.validate import RequestError, fetch
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
 CHAT = "/v1/chat/completions"

@@ -11,9 +11,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from llama3v_mlx import cpu, siglip
-from llama3v_mlx.encoder import load_encoder
-from llama3v_mlx.siglip import Embeddings, SigLIP, TextConfig, VisionConfig, VisionTower, siglip_loss
+from llama3v_mlx.features.encoder import load_encoder
+from llama3v_mlx.models import linux_cpu as cpu
+from llama3v_mlx.models import siglip
+from llama3v_mlx.models.siglip import Embeddings, SigLIP, TextConfig, VisionConfig, VisionTower, siglip_loss
 
 TINY = VisionConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=70, patch_size=14

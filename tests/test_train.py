@@ -15,11 +15,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
-from llama3v_mlx.demo import world
-from llama3v_mlx.dialogues import DataError, Dialogues, StoredTiler, messages_of
-from llama3v_mlx.features import FeatureStore
+from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.image import load_image
-from llama3v_mlx.trainer import Trainer, TrainingError, answer_loss, collate
+from llama3v_mlx.training.data import DataError, Dialogues, StoredTiler, messages_of
+from llama3v_mlx.training.trainer import Trainer, TrainingError, answer_loss, collate
+from tools.demo import world
 
 ROWS = 16
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 
-from llama3v_mlx.model import Model, ModelArgs
+from llama3v_mlx.models.llama3v import Model, ModelArgs
 
 from .parity import below, relative_error, released
 

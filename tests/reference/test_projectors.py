@@ -3,8 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from llama3v_mlx.model import Model
-from llama3v_mlx.projector import ProjectorConfig, Resampler, build_projector
+from llama3v_mlx.models.llama3v import Model
+from llama3v_mlx.models.projector import ProjectorConfig, Resampler, build_projector
 
 from .parity import below, randomize, relative_error
 

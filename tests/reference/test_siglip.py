@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx.demo import IMAGES, SIGLIP
-from llama3v_mlx.encoder import TextEncoder, load_encoder
+from llama3v_mlx.features.encoder import TextEncoder, load_encoder
 
 from .parity import randomize, relative_error
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx.image import ImageConfig, tile_image
-from llama3v_mlx.model import Model
-from llama3v_mlx.siglip import VisionConfig, VisionTower, strip_ids
+from llama3v_mlx.models.llama3v import Model
+from llama3v_mlx.models.siglip import VisionConfig, VisionTower, strip_ids
 
 from .parity import below, randomize, relative_error, released
 

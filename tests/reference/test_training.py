@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from llama3v_mlx.dialogues import Dialogue
-from llama3v_mlx.features import Features, FeatureStore, FeatureWriter, StoreInfo
-from llama3v_mlx.model import Model, ModelArgs
-from llama3v_mlx.trainer import answer_loss, collate
+from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
+from llama3v_mlx.models.llama3v import Model, ModelArgs
+from llama3v_mlx.training.data import Dialogue
+from llama3v_mlx.training.trainer import answer_loss, collate
 
 from .parity import below, relative_error, released
 from .test_projectors import LAYOUT, draw, named_as_ours, resample, sanitized, self_attention

@@ -1,0 +1,195 @@
+"""From one checkpoint's tensors to another's shards, one tensor at a time, so that memory never holds the weights."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.convert import mixed_quant_predicate_builder
+
+from ..checkpoint import INDEX, CheckpointError, build_model, check_tensors, lay_out
+from ..models.llama3v import Model
+
+# A shard is held in memory until it is written; beside it, a tensor as read and as converted, up to WORKING_BYTES.
+SHARD_BYTES = 10**9
+WORKING_BYTES = 2_500_000_000
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write, known before a tensor is read."""
+
+    dtype: mx.Dtype  # of floating tensors
+    quantized: dict[str, dict]  # path of a module → its group_size, bits and mode
+    sizes: dict[str, int]  # name of a tensor to be written → its bytes
+    num_parameters: int  # before they are packed
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def size(self, name: str) -> int:
+        """Bytes of one of our model's tensors as it is written, its scales and biases included."""
+        path = name.removesuffix(".weight")
+        packed = (f"{path}.scales", f"{path}.biases") if path in self.quantized else ()
+        return sum(self.sizes.get(part, 0) for part in (name, *packed))
+
+
+def make_plan(
+    folder: Path,
+    config: dict,
+    tensors: dict[str, mx.array],
+    quantization: dict | None = None,
+    recipe: str | None = None,
+) -> Plan:
+    """Check a checkpoint's tensors against its config, and say what will be written.
+
+    Args:
+        folder: the checkpoint, for messages.
+        config: in our layout; its `dtype` is that of the floating tensors to be written.
+        tensors: from `read_tensors`.
+        quantization: group_size, bits and mode of quantized modules; None: nothing is quantized.
+        recipe: one of mlx-lm's recipes of mixed bits, over `quantization`.
+
+    Raises:
+        CheckpointError: if tensors are missing, unknown, of the wrong shape, or there twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        for ours, part in lay_out(name, tensor).items():
+            if ours in shapes:
+                raise CheckpointError(f"{folder}: {ours} is there twice, once as {name}; is it two checkpoints in one?")
+            shapes[ours] = part.shape
+    model = build_model(config)  # of lazy arrays, which are never evaluated
+    check_tensors(folder, model, shapes)
+    dtype = getattr(mx, config["dtype"])
+    quantized = _quantize_skeleton(model, quantization, recipe) if quantization else {}
+    sizes = {name: p.size * _cast(p.dtype, dtype).size for name, p in tree_flatten(model.parameters())}
+    return Plan(dtype, quantized, sizes, sum(math.prod(shape) for shape in shapes.values()))
+
+
+def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> dict[str, dict]:
+    """Quantize a model in name only, as mlx-lm would: which modules, and how each."""
+    group_size = quantization["group_size"]
+    choose = mixed_quant_predicate_builder(recipe, model, group_size) if recipe else lambda path, module: quantization
+    chosen = {}
+
+    def predicate(path: str, module: nn.Module) -> bool | dict:
+        if not (hasattr(module, "to_quantized") and model.quant_predicate(path, module)):
+            return False
+        if module.weight.shape[-1] % group_size:
+            return False
+        chosen[path] = choose(path, module)
+        return chosen[path]
+
+    nn.quantize(model, class_predicate=predicate)
+    return chosen
+
+
+class ShardWriter:
+    """Writes tensors to `model-0000i-of-0000N.safetensors` in the order they come, and their index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shards: list[list[str]] = []
+        self._waiting: dict[str, mx.array] = {}
+        self._waiting_bytes = 0
+        self._total_bytes = 0
+
+    def make_room(self, out_bytes: int, working_bytes: int) -> None:
+        """Write what waits, if a tensor of `out_bytes` no longer fits its shard or its making no longer fits memory."""
+        over = self._waiting_bytes + out_bytes > SHARD_BYTES or self._waiting_bytes + working_bytes > WORKING_BYTES
+        if self._waiting and over:
+            self._write()
+
+    def add(self, tensors: dict[str, mx.array]) -> None:
+        self._waiting |= tensors
+        self._waiting_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def finish(self, num_parameters: int) -> None:
+        """Write the last shard, give all their final names, write the index."""
+        self._write()
+        weight_map = {}
+        for i, names in enumerate(self.shards, 1):
+            final = f"model-{i:05d}-of-{len(self.shards):05d}.safetensors"
+            os.rename(self._path(i), self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        metadata = {"total_size": self._total_bytes, "total_parameters": num_parameters}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"model-{i:05d}.safetensors"
+
+    def _write(self) -> None:
+        self.shards.append(list(self._waiting))
+        mx.save_safetensors(str(self._path(len(self.shards))), self._waiting, metadata={"format": "mlx"})
+        self._total_bytes += self._waiting_bytes
+        self._waiting, self._waiting_bytes = {}, 0
+        mx.clear_cache()
+
+
+def write_tensors(
+    tensors: dict[str, mx.array], plan: Plan, writer: ShardWriter, progress: Callable[[int], object]
+) -> None:
+    """Read, cast, quantize and write tensors, in their order. `tensors` is emptied on the way.
+
+    Args:
+        tensors: from `read_tensors`.
+        plan: from `make_plan` for the same tensors.
+        writer: where they go.
+        progress: called with the number of bytes after each tensor read.
+
+    Raises:
+        CheckpointError: if a value does not fit the plan's dtype.
+    """
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        laid_out = lay_out(name, tensor)
+        source_bytes = tensor.nbytes
+        del tensor
+        out_bytes = sum(map(plan.size, laid_out))
+        writer.make_room(out_bytes, source_bytes + out_bytes)
+        for part in list(laid_out):
+            converted = _convert(part, laid_out.pop(part), plan)
+            mx.eval(converted)
+            writer.add(converted)
+        progress(source_bytes)
+        mx.clear_cache()
+    writer.finish(plan.num_parameters)
+
+
+def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
+    """One of our model's tensors as it is written: itself, or packed weight, scales and perhaps biases."""
+    dtype = _cast(tensor.dtype, plan.dtype)
+    if dtype == mx.float16 and tensor.dtype != dtype:
+        largest = mx.maximum(tensor.max(), -tensor.min()).item()
+        if not largest <= mx.finfo(mx.float16).max:
+            raise CheckpointError(
+                f"{name} has values up to {largest:.3g}, which float16 cannot hold; give another dtype"
+            )
+    path = name.removesuffix(".weight")
+    if path not in plan.quantized:
+        return {name: tensor.astype(dtype)}
+    packed = []
+    for rows in row_slices(tensor.shape, dtype.size):
+        packed.append(mx.quantize(tensor[rows].astype(dtype), **plan.quantized[path]))
+        mx.eval(packed[-1])
+    arrays = [mx.concatenate(parts) for parts in zip(*packed, strict=True)]
+    return dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
+
+
+def row_slices(shape: tuple[int, ...], item_bytes: int) -> list[slice]:
+    """The rows of a tensor in pieces of about CHUNK_BYTES."""
+    rows = max(1, CHUNK_BYTES // (item_bytes * math.prod(shape[1:])))
+    return [slice(start, start + rows) for start in range(0, shape[0], rows)]
+
+
+def _cast(dtype: mx.Dtype, floating: mx.Dtype) -> mx.Dtype:
+    return floating if mx.issubdtype(dtype, mx.floating) else dtype

@@ -1,0 +1,1 @@
+"""Image features: computed in batches, kept on disk, looked up."""

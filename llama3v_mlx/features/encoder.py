@@ -1,0 +1,340 @@
+"""From image files and texts to features with any SigLIP: Google's checkpoints, and the tower of a llama3v one."""
+
+import functools
+import hashlib
+import json
+import string
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from ..checkpoint import (
+    CONFIG,
+    CheckpointError,
+    check_tensors,
+    find_checkpoint,
+    lay_out,
+    load_model,
+    read_config,
+    read_json,
+    read_tensors,
+)
+from ..demo import CHECKPOINT, SIGLIP
+from ..image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
+from ..models import linux_cpu
+from ..models.llama3v import Model, encode_by_size
+from ..models.siglip import SigLIP, TextConfig, VisionConfig
+from .store import FeatureError, Features, FeatureStore, StoreInfo
+
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")
+PREPROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "spiece.model"
+# What Google's configs leave out is Hugging Face's default: the base model.
+_BASE_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_BASE_VISION |= {"image_size": 224, "patch_size": 16}
+
+
+class ImageEncoder:
+    """A checkpoint's way from images to features. `prepare` may run on any thread, `encode` on one.
+
+    Args:
+        name: the checkpoint's name, for people.
+        model: a SigLIP, or a Llama3-V whose tower is used.
+        kind: "pooled" (one row per image), "patch" (a row per patch) or "visual-tokens" (the projector's output).
+        image_config: the slicing of a Llama3-V; None: the image is resized to the tower's square.
+        resample: how it is resized there.
+        draft: decode large JPEGs at a smaller scale: faster, not exact.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: SigLIP | Model,
+        kind: str,
+        image_config: ImageConfig | None,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+        draft: bool = False,
+    ):
+        self.draft = draft
+        self.all_cores = False  # on a Linux CPU: share batches among the cores, where nothing else is to be computed
+        self.name, self.model, self.kind = name, model, kind
+        self.image_config, self.resample = image_config, resample
+        self.config = model.vision_tower.config
+        self.width = model.args.projector_config["hidden_size"] if kind == "visual-tokens" else self.config.hidden_size
+        self._encode = mx.compile(self._rows) if image_config is None else self._rows
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.model.vision_tower.post_layernorm.weight.dtype
+
+    def prepare(self, source: ImageSource) -> TiledImage:
+        """The tiles of an image, uint8.
+
+        Raises:
+            ImageError: see `load_image`.
+        """
+        if self.image_config is not None:
+            return tile_image(source, self.image_config)
+        size = (self.config.image_size, self.config.image_size)
+        image = load_image(source, draft=size if self.draft else None)
+        return TiledImage((np.asarray(image.resize(size, self.resample)),), None)
+
+    def encode(self, images: Sequence[TiledImage]) -> list[Features]:
+        """The features of images, unevaluated; tiles of equal size share one batch, whichever image they are of."""
+        patch = self.config.patch_size
+        num_tiles = sum(len(image.tiles) for image in images)
+        features = []
+        encoded = encode_by_size(images, self._encode_batch, num_tiles)
+        for image, rows in zip(images, encoded, strict=True):
+            sizes = [(tile.shape[1] // patch, tile.shape[0] // patch) for tile in image.tiles]
+            features.append(Features(rows, sizes[0], image.grid, sizes[1] if image.grid else None))
+        return features
+
+    def _encode_batch(self, tiles: np.ndarray) -> mx.array:
+        if self.all_cores and linux_cpu.applies(self.model.vision_tower.post_layernorm.weight):
+            patches = (tiles.shape[1] // self.config.patch_size) * (tiles.shape[2] // self.config.patch_size)
+            return linux_cpu.in_streams(self._encode, tiles, most=max(1, 1024 // patches))
+        return self._encode(mx.array(tiles))
+
+    def _rows(self, tiles: mx.array) -> mx.array:
+        """uint8 (B, height, width, 3) to (B, rows, width)."""
+        tower = self.model.vision_tower
+        x = tower(tiles)
+        if self.kind == "pooled":
+            return tower.pool(x)[:, None]
+        if self.kind == "visual-tokens":
+            patch = self.config.patch_size
+            return self.model.projector(x, (tiles.shape[1] // patch, tiles.shape[2] // patch))
+        return x
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that features depend on: weights, compute dtype, preprocessing, kind."""
+        image = vars(self.image_config) if self.image_config else {"size": self.config.image_size}
+        settings = {"kind": self.kind, "dtype": str(self.dtype), "image": image, "resample": int(self.resample)}
+        settings["draft"] = self.draft
+        version = 1 if self.config.model_type == "siglip_vision_model" else 2  # 2: ids with torch's rounding at ties
+        settings |= {"vision": vars(self.config), "version": version}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        parts = {"vision_tower": self.model.vision_tower.parameters()}
+        if self.kind == "visual-tokens":
+            parts["projector"] = self.model.projector.parameters()
+        for name, tensor in sorted(tree_flatten(parts)):
+            digest.update(name.encode())
+            digest.update(memoryview(np.array(tensor.reshape(-1).view(mx.uint8))))
+        return digest.hexdigest()
+
+    def store_info(self, stored: str | None = None) -> StoreInfo:
+        """What a store of these features says of itself; `stored` is the dtype of its rows, by default a half one."""
+        if stored is None:
+            stored = "bfloat16" if self.dtype == mx.bfloat16 else "float16"
+        dtype = str(self.dtype).removeprefix("mlx.core.")
+        return StoreInfo(self.name, self.kind, self.fingerprint(), self.width, stored, dtype, self.draft)
+
+    def flops(self, tile: tuple[int, int]) -> float:
+        """Floating-point operations for a tile of (width, height) pixels; a multiplication and an addition are two.
+
+        With N patches of width D, an MLP of F and L layers: L·(2N·(4D² + 2DF) + 4N²D), and 2N·3p²·D for the patches
+        of p² pixels. The pooling head, and the projector's few rows, are counted likewise.
+        """
+        c = self.config
+        D, F, N = c.hidden_size, c.intermediate_size, (tile[0] // c.patch_size) * (tile[1] // c.patch_size)
+        total = c.num_hidden_layers * (2 * N * (4 * D * D + 2 * D * F) + 4 * N * N * D)
+        total += 2 * N * c.num_channels * c.patch_size**2 * D
+        if self.kind == "pooled":
+            total += 4 * N * D * D + 4 * D * D + 4 * N * D + 4 * D * F
+        if self.kind == "visual-tokens":
+            q, W = self.model.projector.config.num_queries, self.width
+            total += 2 * N * D * W + 4 * N * W * W + 4 * q * N * W + 6 * q * W * W
+        return float(total)
+
+
+class TextEncoder:
+    """A SigLIP's way from texts to embeddings in the space of its images.
+
+    Args:
+        folder: the checkpoint, for its tokenizer.
+        model: what was loaded from it.
+
+    Raises:
+        CheckpointError: if there is no text tower, or no tokenizer.
+    """
+
+    EOS = 1  # what a text ends with, and what fills it up
+
+    def __init__(self, folder: str | Path, model: SigLIP):
+        import sentencepiece  # mlx-lm brings it
+
+        if "text_tower" not in model:
+            raise CheckpointError(f"{folder}: has no text tower; take a checkpoint of a whole SigLIP")
+        path = Path(folder) / SENTENCEPIECE
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: has no {SENTENCEPIECE}; copy it from the repository of the weights")
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as e:
+            raise CheckpointError(f"{path}: damaged ({e}); download it again") from e
+        self.model = model
+
+    @staticmethod
+    def canonicalize(text: str) -> str:
+        """Lower case, without punctuation and needless spaces, as SigLIP was trained."""
+        return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids int32 (n, max_position_embeddings): cut to that length or filled up to it, as in training."""
+        length = self.model.text_tower.config.max_position_embeddings
+        ids = np.full((len(texts), length), self.EOS, np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            found = self._pieces.encode(self.canonicalize(text))[: length - 1]
+            row[: len(found)] = found
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> mx.array:
+        """Text embeddings (n, projection_size), not normalised."""
+        return self.model.text_tower(mx.array(self.tokenize(texts)))
+
+
+def load_encoder(
+    path_or_hf_repo: str | Path,
+    kind: str | None = None,
+    dtype: mx.Dtype | None = None,
+    draft: bool = False,
+    revision: str | None = None,
+) -> ImageEncoder:
+    """The encoder of a checkpoint, downloaded if need be; of a llama3v one, only tower and projector are read.
+
+    Args:
+        path_or_hf_repo: a folder, or a Hub repository such as google/siglip-so400m-patch14-384.
+        kind: see `ImageEncoder`; by default "pooled" if the tower has a pooling head, else "patch".
+        dtype: of the computation; by default float32 on a CPU, else float16.
+        draft: see `ImageEncoder`; Google's checkpoints only.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is damaged or of another model.
+        ValueError: if the checkpoint has no features of this kind.
+    """
+    folder = find_checkpoint(path_or_hf_repo, revision)
+    name = name_of(path_or_hf_repo)
+    if dtype is None:
+        dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+    if read_json(folder / CONFIG).get("model_type") in SIGLIP_TYPES:
+        model, resample = load_siglip(folder, dtype)
+        kind = kind or ("pooled" if model.vision_tower.config.vision_use_head else "patch")
+        if kind == "visual-tokens":
+            raise ValueError(f"{path_or_hf_repo}: has no projector, so no visual tokens; take pooled or patch")
+        if kind == "pooled" and not model.vision_tower.config.vision_use_head:
+            raise ValueError(f"{path_or_hf_repo}: has no pooling head; take --kind patch")
+        return ImageEncoder(name, model, kind, None, resample, draft)
+    config = read_config(folder)
+    if draft:
+        raise ValueError(f"{path_or_hf_repo}: slices are cut from the whole image, so --draft cannot be used")
+    model = load_model(folder, config, dtype, lazy=True)
+    mx.eval(model.vision_tower.parameters(), model.projector.parameters())
+    kind = kind or "patch"
+    if kind == "pooled":
+        raise ValueError(f"{path_or_hf_repo}: a llama3v tower has no pooling head; take --kind patch or visual-tokens")
+    return ImageEncoder(name, model, kind, ImageConfig(**config["image_config"]))
+
+
+def name_of(path_or_hf_repo: str | Path) -> str:
+    """What a store calls a checkpoint: a folder's full path, a repository's name, and the bundled models "demo:…"."""
+    path = Path(path_or_hf_repo).expanduser()
+    if not path.is_dir():
+        return str(path_or_hf_repo)
+    return f"demo:{path.name}" if path in (CHECKPOINT, SIGLIP) else str(path.resolve())
+
+
+def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
+    """The encoder that a store was made with, and the folder of its checkpoint.
+
+    Raises:
+        FeatureError: if the checkpoint is another by now.
+        CheckpointError: if it is gone.
+    """
+    info = store.info
+    bundled = {name_of(path): path for path in (CHECKPOINT, SIGLIP)}
+    path = bundled.get(info.model, info.model)
+    encoder = load_encoder(path, info.kind, getattr(mx, info.compute_dtype), info.draft)
+    if encoder.fingerprint() != info.fingerprint:
+        raise FeatureError(f"{store.folder}: {info.model} is no longer what the store was made with; embed again")
+    return encoder, find_checkpoint(path)
+
+
+def vision_config(folder: Path) -> VisionConfig:
+    """The vision tower of one of Google's checkpoints.
+
+    Raises:
+        CheckpointError: if it is another model.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") not in SIGLIP_TYPES:
+        raise CheckpointError(f"{folder / CONFIG}: model_type is {config.get('model_type')!r}, not SigLIP's")
+    try:
+        return VisionConfig.from_dict(
+            {**_BASE_VISION, **config.get("vision_config", config), "model_type": "siglip_vision_model"}
+        )
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder / CONFIG}: {e}") from e
+
+
+def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling]:
+    """Google's two towers (or its vision tower alone), and how its images are resized.
+
+    Raises:
+        CheckpointError: if tensors are missing, unknown or of the wrong shape, or images are prepared otherwise.
+    """
+    text = read_json(folder / CONFIG).get("text_config")
+    try:
+        model = SigLIP(vision_config(folder), None if text is None else TextConfig.from_dict(text))
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder / CONFIG}: {e}") from e
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        if not name.endswith("position_ids"):
+            tensors.update(lay_out(name, tensor))
+    check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
+    model.load_weights(list(tensors.items()))
+    model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+
+    path = folder / PREPROCESSOR
+    images = read_json(path) if path.exists() else {}
+    half = [0.5] * 3
+    side = model.vision_tower.config.image_size
+    size = images.get("size", {"height": side, "width": side})
+    if images.get("image_mean", half) != half or images.get("image_std", half) != half:
+        raise CheckpointError(f"{path}: image_mean and image_std are not SigLIP's 0.5")
+    if size != {"height": side, "width": side}:
+        raise CheckpointError(f"{path}: size {size} is not the tower's {side} pixels")
+    return model, Image.Resampling(images.get("resample", Image.Resampling.BICUBIC))
+
+
+def published_tensors(model: SigLIP) -> dict[str, mx.array]:
+    """A SigLIP's weights under the names and in the layouts that Google publishes, as `load_siglip` reads them."""
+    tensors = {}
+    for name, tensor in tree_flatten(model.parameters()):
+        name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")
+        tensor = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+        tensors[name.replace(".in_proj.", ".in_proj_")] = mx.contiguous(tensor)
+    return tensors
+
+
+@functools.cache
+def matmul_peak(dtype: mx.Dtype) -> float:
+    """The most floating-point operations per second of large square matrix products here, measured once a process."""
+    n = 1024 if mx.default_device() == mx.cpu else 8192
+    if mx.default_device() == mx.cpu and dtype != mx.float32:
+        n = 256
+    a, b = mx.random.normal((n, n)).astype(dtype), mx.random.normal((n, n)).astype(dtype)
+    mx.eval(a @ b)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval([a @ (b + i) for i in range(2)])
+        best = min(best, (time.perf_counter() - start) / 2)
+    return 2 * n**3 / best

@@ -1,0 +1,70 @@
+"""Visual tokens by way of a feature store, for generate, chat and server: an image seen before is not encoded again."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..image import ImageConfig, ImageSource, TiledImage, read_bytes
+from ..models.llama3v import Model
+from .encoder import ImageEncoder
+from .store import STORE, FeatureError, Features, FeatureStore, FeatureWriter
+
+
+class FeatureCache:
+    """A Llama3-V's visual tokens by way of a store: what it holds is not computed again, what it lacks is added.
+
+    Args:
+        folder: a store of visual tokens or patch features of this model; it is made if it is not there.
+        model: what encodes.
+        image_config: the slicing that is asked for.
+        name: the checkpoint's name, for people.
+
+    Raises:
+        FeatureError: if the folder is something else, or a store of another model, kind or preprocessing.
+    """
+
+    def __init__(self, folder: str | Path, model: Model, image_config: ImageConfig, name: str):
+        kind, stored = "visual-tokens", None
+        if (Path(folder) / STORE).is_file():
+            info = FeatureStore(folder).info
+            kind, stored = info.kind, info.dtype
+            if kind == "pooled":
+                raise FeatureError(f"{folder}: holds pooled embeddings; Llama3-V needs visual-tokens or patch features")
+        self.encoder = ImageEncoder(name, model, kind, image_config)
+        self.store = FeatureStore.create(folder, self.encoder.store_info(stored))
+
+    def tile(self, source: ImageSource) -> TiledImage:
+        """The tiles of an image; of one that the store has, only how it is tiled: it is not even decoded."""
+        data = read_bytes(source)
+        if data is None:
+            return self.encoder.prepare(source)
+        sha256 = hashlib.sha256(data).digest()
+        stored = self.store.get(sha256)
+        if stored is None:
+            return replace(self.encoder.prepare(source), sha256=sha256)
+        return TiledImage((), stored.grid, sha256)
+
+    def encode(self, images: Sequence[TiledImage]) -> list[mx.array]:
+        """Visual tokens of images from `tile`: one (tiles·num_queries, hidden_size) array each."""
+        new = [image for image in images if image.tiles]
+        computed = dict(zip(map(id, new), self.encoder.encode(new), strict=True))
+        keep = {image.sha256: computed[id(image)] for image in new if image.sha256}
+        if keep:
+            with FeatureWriter(self.store) as writer:
+                writer.add(list(keep.items()))
+        found = [computed[id(image)] if image.tiles else self.store.get(image.sha256) for image in images]
+        return [self._project(features) for features in found]
+
+    def _project(self, features: Features) -> mx.array:
+        rows = features.rows.astype(self.encoder.dtype)
+        if self.encoder.kind == "visual-tokens":
+            return rows
+        (w, h), end = features.overview, features.overview[0] * features.overview[1]
+        tokens = [self.encoder.model.projector(rows[None, :end], (h, w))]
+        if features.grid:
+            w, h = features.cell
+            tokens.append(self.encoder.model.projector(rows[end:].reshape(-1, w * h, rows.shape[1]), (h, w)))
+        return mx.concatenate([y.reshape(-1, y.shape[-1]) for y in tokens])

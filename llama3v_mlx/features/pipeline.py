@@ -1,0 +1,138 @@
+"""From image files to a feature store: decode in threads, encode in batches, write the last batch meanwhile."""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .encoder import ImageEncoder
+from .sources import FileStat, Source
+from .store import FeatureWriter
+
+
+@dataclass
+class Report:
+    """What became of the images, and where the time went (read and decode: in all threads together)."""
+
+    new: int = 0
+    known: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "tower", "write"), 0.0))
+    wall: float = 0.0
+    flops: float = 0.0
+
+    @property
+    def seen(self) -> int:
+        return self.new + self.known + len(self.failed)
+
+
+class Pipeline:
+    """Images in, features stored: decoding in threads, the tower in batches, the last batch written meanwhile."""
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        writer: FeatureWriter,
+        batch_size: int,
+        workers: int,
+        progress: Callable[[Report], None],
+    ):
+        self.encoder, self.writer, self.batch_size = encoder, writer, batch_size
+        self.progress, self.report = progress, Report()
+        self._pool = ThreadPoolExecutor(workers)
+        # Decoded images waiting for the tower: enough to never let it wait, and no more whatever the number of files.
+        self._ahead = 2 * batch_size + 2 * workers
+        self._claimed: set[bytes] = set()  # images on their way to the store
+        self._twins: list[tuple[bytes, tuple]] = []  # other names of those
+        self._batch, self._flying = [], None
+
+    def run(self, sources: Iterator[Source]) -> Report:
+        """Embed all of `sources`. On Ctrl-C, or any other end, what is in hand is finished and stored."""
+        start, waiting = time.perf_counter(), deque()
+        try:
+            for source in sources:
+                waiting.append(((source.name, source.stat), self._pool.submit(self._prepare, source)))
+                if len(waiting) >= self._ahead:
+                    self._take(*waiting.popleft())
+        except KeyboardInterrupt:
+            waiting.clear()  # what is in hand is finished, and no more
+            raise
+        finally:
+            while waiting:
+                self._take(*waiting.popleft())
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._send()
+            self._write()
+            for sha256, name in self._twins:
+                self.report.known += 1
+                self.writer.name(sha256, *name)
+            self.report.wall = time.perf_counter() - start
+        return self.report
+
+    def _prepare(self, source: Source):
+        """(SHA-256, tiles or None if the store has them, seconds of reading and of decoding)."""
+        start = time.perf_counter()
+        data = source.read()
+        sha256 = hashlib.sha256(data).digest()
+        middle = time.perf_counter()
+        tiled = None if sha256 in self.writer.store else self.encoder.prepare(data)
+        return sha256, tiled, middle - start, time.perf_counter() - middle
+
+    def _take(self, name: tuple[str, FileStat | None], future: Future) -> None:
+        try:
+            sha256, tiled, read, decode = future.result()
+        except (OSError, ValueError) as e:
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).removeprefix("image data: ")
+            self.report.failed.append((name[0], reason))
+            self.progress(self.report)
+            return
+        self.report.seconds["read"] += read
+        self.report.seconds["decode"] += decode
+        if sha256 in self._claimed:
+            self._twins.append((sha256, name))
+            return
+        if tiled is None or sha256 in self.writer.store:
+            self.report.known += 1
+            self.writer.name(sha256, *name)
+            self.progress(self.report)
+            return
+        self._claimed.add(sha256)
+        self._batch.append((sha256, name, tiled))
+        if sum(len(tiled.tiles) for *_, tiled in self._batch) >= self.batch_size:
+            self._send()
+
+    def _send(self) -> None:
+        """Start the tower on the batch in hand, and write the one before."""
+        batch, self._batch = self._batch, []
+        if not batch:
+            return
+        start = time.perf_counter()
+        features = self.encoder.encode([tiled for *_, tiled in batch])
+        mx.async_eval([f.rows for f in features])
+        self.report.seconds["tower"] += time.perf_counter() - start
+        self._write()
+        self._flying = [(sha256, name, f) for (sha256, name, _), f in zip(batch, features, strict=True)]
+        patch = self.encoder.config.patch_size
+        for tile in (tile for *_, tiled in batch for tile in tiled.tiles):
+            self.report.flops += self.encoder.flops((tile.shape[1] // patch * patch, tile.shape[0] // patch * patch))
+
+    def _write(self) -> None:
+        flying, self._flying = self._flying, None
+        if not flying:
+            return
+        start = time.perf_counter()
+        mx.eval([f.rows for *_, f in flying])
+        middle = time.perf_counter()
+        new = self.writer.add([(sha256, f) for sha256, _, f in flying])
+        for sha256, name, _ in flying:
+            self.writer.name(sha256, *name)
+            self._claimed.discard(sha256)
+        self.report.new += new
+        self.report.known += len(flying) - new  # another process was faster
+        self.report.seconds["tower"] += middle - start
+        self.report.seconds["write"] += time.perf_counter() - middle
+        self.progress(self.report)

@@ -1,0 +1,356 @@
+"""Load a checkpoint and ask it: the Python interface, in the words of mlx-lm and mlx-vlm users."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.processors
+from mlx.utils import tree_flatten
+from mlx_lm.generate import GenerationResponse as MLXResponse
+from mlx_lm.generate import stream_generate as mlx_stream_generate
+from mlx_lm.generate import wired_limit
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_repetition_penalty
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .checkpoint import (
+    MODEL_TYPE,
+    CheckpointError,
+    find_checkpoint,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_generation_config,
+)
+from .features.lookup import FeatureCache
+from .image import ImageSource
+from .models import llama3v as model_module
+from .models.llama3v import Model
+from .prompt import Processor, Prompt
+
+Images = ImageSource | Sequence[ImageSource] | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults are the reference's, which the checkpoint's generation config holds."""
+
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_p: float = 0.8  # of the likeliest tokens, those that make up this probability; 1: all
+    top_k: int = 100  # only this many of the likeliest; 0: all
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    repetition_penalty: float = 1.05  # on tokens already generated, never on the prompt's
+
+    def sampler(self) -> Callable[[mx.array], mx.array]:
+        """Log-probabilities (1, vocab_size) to a token, in Hugging Face's order: temperature, top-k, top-p, min-p."""
+        if self.temperature == 0:
+            return greedy_sampler
+
+        def sample(logprobs: mx.array) -> mx.array:
+            logits = logprobs.astype(mx.float32) / self.temperature
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            if 0 < self.top_k < logprobs.shape[-1]:
+                logprobs = apply_top_k(logprobs, self.top_k)
+            if 0 < self.top_p < 1:
+                logprobs = apply_top_p(logprobs, self.top_p)
+            if self.min_p > 0:
+                logprobs = apply_min_p(logprobs, self.min_p)
+            return mx.random.categorical(logprobs)
+
+        return sample
+
+    def logits_processors(self, num_prompt_tokens: int) -> list[Callable[[mx.array, mx.array], mx.array]]:
+        """mlx-lm's repetition penalty, on the generated tokens alone: the reference never sees the prompt's ids."""
+        if self.repetition_penalty in (0, 1):
+            return []
+        penalize = make_repetition_penalty(self.repetition_penalty, context_size=2**31 - 1)
+        return [on_generated(penalize, num_prompt_tokens)]
+
+
+def on_generated(process: Callable, num_prompt_tokens: int | None = None) -> Callable:
+    """A logits processor that sees generated tokens alone; mlx-lm's batches first call it when there are none."""
+
+    def processed(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal num_prompt_tokens
+        if num_prompt_tokens is None:
+            num_prompt_tokens = len(tokens)
+        return process(tokens[num_prompt_tokens:], logits)
+
+    return processed
+
+
+@dataclass
+class GenerationResponse(MLXResponse):
+    """mlx-lm's response, and what the images took."""
+
+    num_tiles: int = 0
+    visual_tokens: int = 0
+    preprocess_seconds: float = 0.0  # decoding, resizing, tokenizing
+    vision_seconds: float = 0.0  # tower and projector
+    prefill_seconds: float = 0.0  # Llama, to the first token
+    stored_images: int = 0  # found in the feature store, so neither decoded nor encoded
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    max_image_tiles: int | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+) -> tuple[Model, Processor]:
+    """Load a converted or an unconverted checkpoint.
+
+    Args:
+        path_or_hf_repo: a folder, or a Hub repository.
+        revision: a branch, tag or commit of the repository.
+        dtype: of the floating tensors; by default float32 on a CPU, where half precision is slow, else as they are.
+        max_image_tiles: at most this many tiles per image, the overview included.
+        adapter_path: a folder of adapters, from `llama3v_mlx.train` or mlx-lm's own training.
+        lazy: leave the weights to be read when first used.
+
+    Returns:
+        The model and its processor, which has the tokenizer and the checkpoint's sampling.
+
+    Raises:
+        CheckpointError: if there is no usable checkpoint.
+    """
+    folder = find_checkpoint(path_or_hf_repo, revision)
+    config = read_config(folder)
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = mx.float32
+    model = load_model(folder, config, dtype, lazy)
+    if adapter_path is not None:
+        load_adapters(model, adapter_path)
+    tokenizer = load_tokenizer(folder, config["eos_token_id"])
+    processor = Processor.from_config(config, tokenizer).with_max_tiles(max_image_tiles)
+    generation = read_generation_config(folder, config)
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    model.sampling = Sampling(**{key: value for key, value in generation.items() if key in fields})
+    return model, processor
+
+
+def load_adapters(model: Model, folder: str | Path) -> None:
+    """Put adapters into a model: LoRA layers, or whole parameters, which take the model's dtypes.
+
+    Raises:
+        CheckpointError: if the folder has no adapters, or another model's.
+    """
+    from mlx_lm.tuner import utils  # which takes its time to import
+
+    try:
+        dtypes = {name: tensor.dtype for name, tensor in tree_flatten(model.parameters())}
+        utils.load_adapters(model, str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder}: no adapters for this model: {e}") from e
+    cast = [(n, t.astype(dtypes[n])) for n, t in tree_flatten(model.parameters()) if t.dtype != dtypes.get(n, t.dtype)]
+    model.load_weights(cast, strict=False)
+    model.eval()
+
+
+def stream_generate(
+    model: Model,
+    processor: Processor,
+    prompt: str | Sequence[dict] | Sequence[int] | Prompt,
+    image: Images = None,
+    *,
+    system_prompt: str | None = None,
+    max_tokens: int = 1024,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    features: FeatureCache | None = None,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Answer a question about images, text piece by text piece.
+
+    Args:
+        model: from `load`.
+        processor: from `load`.
+        prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or what that has made of them.
+        image: one image or several; none for text alone.
+        system_prompt: goes before the question.
+        max_tokens: at most so many, and no more than the context has room for.
+        temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
+        features: a store in which images are looked up, and to which new ones are added.
+        kwargs: go to mlx-lm's `generate_step` (`kv_bits`, `prompt_cache`, `sampler`, `logits_processors`, …).
+
+    Raises:
+        ValueError: if the prompt is malformed or longer than the context.
+        ImageError: if an image cannot be used.
+    """
+    tic = time.perf_counter()
+    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    tiler = features.tile if features else None
+    encoded = _encode(dataclasses.replace(processor, tiler=tiler), prompt, images, system_prompt)
+    length, context = len(encoded.ids), model.language_model.args.max_position_embeddings
+    cached = kwargs["prompt_cache"][0].offset if kwargs.get("prompt_cache") else 0
+    if context and cached + length >= context:
+        raise ValueError(
+            f"the prompt of {cached + length} tokens is too long for the context of {context}; use fewer or smaller "
+            "images, fewer tiles per image, or less text"
+        )
+    ids = mx.array(encoded.ids)
+    preprocess_seconds = time.perf_counter() - tic
+
+    tic = time.perf_counter()
+    if encoded.images:
+        encode = features.encode if features else model.encode_image
+        kwargs["input_embeddings"] = model.splice(ids, [image.grid for image in encoded.images], encode(encoded.images))
+        # The prefill runs on another stream, which must find the rows ready.
+        mx.eval(kwargs["input_embeddings"])
+    vision_seconds = time.perf_counter() - tic
+
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    given |= {"repetition_penalty": repetition_penalty}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    sampling = dataclasses.replace(getattr(model, "sampling", Sampling()), **chosen)
+    kwargs.setdefault("sampler", sampling.sampler())
+    kwargs.setdefault("logits_processors", sampling.logits_processors(length))
+    tiles = sum(image.num_tiles for image in encoded.images)
+    if context:
+        room = context - cached - length
+        max_tokens = room if max_tokens < 0 else min(max_tokens, room)
+    for response in mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs):
+        yield GenerationResponse(
+            **vars(response),
+            num_tiles=tiles,
+            visual_tokens=tiles * processor.num_queries,
+            preprocess_seconds=preprocess_seconds,
+            vision_seconds=vision_seconds,
+            prefill_seconds=length / response.prompt_tps,
+            stored_images=sum(not image.tiles for image in encoded.images),
+        )
+
+
+def generate(
+    model: Model,
+    processor: Processor,
+    prompt: str | Sequence[dict] | Sequence[int],
+    image: Images = None,
+    *,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """The whole answer; `verbose` prints it as it comes, and the statistics. For the rest see `stream_generate`."""
+    responses = stream_generate(model, processor, prompt, image, **kwargs)
+    text = print_answer(responses) if verbose else "".join(response.text for response in responses)
+    return text.strip()
+
+
+def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) -> str:
+    """Print an answer as it comes, in mlx-lm's frame and with the statistics, or alone; and return it.
+
+    Nothing is printed before there is a first response: an error finds stdout empty.
+    """
+    text = ""
+    for i, response in enumerate(responses):
+        if frame and i == 0:
+            print("=" * 10)
+        print(response.text, end="", flush=True)
+        text += response.text
+    print()
+    if frame:
+        print("=" * 10)
+        print(statistics(response))
+    return text
+
+
+@contextlib.contextmanager
+def _wired_limit(model: Model, streams: list[mx.Stream] | None = None) -> Iterator[None]:
+    """mlx-lm's, which warns of a model close to the size of the memory by a print into the answer: here on stderr."""
+    warning = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(warning):
+            stack.enter_context(wired_limit(model, streams))
+        _print_once(warning.getvalue())
+        yield
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+    print(text, end="", file=sys.stderr)
+
+
+importlib.import_module("mlx_lm.generate").wired_limit = _wired_limit  # `mlx_lm.generate` itself is the function
+
+
+def statistics(response: GenerationResponse) -> str:
+    """mlx-lm's statistics of an answer, from its last response, and one line for the images."""
+    lines = [
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {response.peak_memory:.3f} GB",
+    ]
+    if response.num_tiles:
+        lines.append(
+            f"Image: {response.num_tiles} tiles, {response.visual_tokens} visual tokens, preprocess "
+            f"{response.preprocess_seconds:.3f} s, vision {response.vision_seconds:.3f} s, prefill "
+            f"{response.prefill_seconds:.3f} s"
+            + (f"; {response.stored_images} from the feature store" if response.stored_images else "")
+        )
+    return "\n".join(lines)
+
+
+def register() -> None:
+    """Make Llama3-V known to mlx-lm: its `load`, `stream_generate`, `generate` and server then take our checkpoints."""
+    sys.modules[f"mlx_lm.models.{MODEL_TYPE}"] = model_module
+    mlx_lm.processors.PROCESSORS[MODEL_TYPE] = Processor
+
+
+class Llama3V:
+    """The interface of the original README: `Llama3V.from_pretrained(path).generate(image=…, message=…)`."""
+
+    def __init__(self, model: Model, processor: Processor):
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(cls, path_or_hf_repo: str | Path, **kwargs: Any) -> "Llama3V":
+        """Load a checkpoint; the arguments are those of `load`."""
+        return cls(*load(path_or_hf_repo, **kwargs))
+
+    @property
+    def tokenizer(self) -> TokenizerWrapper:
+        return self.processor.tokenizer
+
+    def generate(self, image: Images = None, message: str = "", tokenizer: Any = None, **kwargs: Any) -> str:
+        """The answer to a message about images.
+
+        Args:
+            image: one image, several, or none.
+            message: the question.
+            tokenizer: a Hugging Face tokenizer to use in the place of the checkpoint's own.
+            kwargs: see `stream_generate`.
+        """
+        processor = self.processor
+        if tokenizer is not None and tokenizer is not processor.tokenizer:
+            wrapped = TokenizerWrapper(tokenizer, eos_token_ids=list(processor.tokenizer.eos_token_ids))
+            processor = dataclasses.replace(processor, tokenizer=wrapped)
+        return generate(self.model, processor, message, image, **kwargs)
+
+
+def _encode(
+    processor: Processor,
+    prompt: str | Sequence[dict] | Sequence[int] | Prompt,
+    images: Sequence[ImageSource],
+    system_prompt: str | None,
+) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    if system_prompt is None:
+        return processor.encode(prompt, images)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": [*({"type": "image"} for _ in images), prompt]}]
+    return processor.encode([{"role": "system", "content": system_prompt}, *prompt], images)

@@ -1,0 +1,1 @@
+"""The networks: SigLIP tower, projector, and the whole model around mlx-lm's Llama."""

@@ -1,0 +1,142 @@
+"""What makes the tower fast on a Linux CPU in float32; every other backend has kernels of its own for all of this.
+
+There MLX runs all but matrix products on one thread and computes exp one number at a time. So exp is made of what a
+compiler vectorises, a softmax is divided after its product with the values, where there is less to divide, and a batch
+is shared among as many streams as there are cores. The tower's results are the same within 1e-6.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import HAS_OPENBLAS
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+HEADS_AT_ONCE = 4  # their scores stay in a core's cache
+_BLAS_LOCK = threading.RLock()
+_THREAD = threading.local()
+
+
+def applies(x: mx.array) -> bool:
+    """Whether this is the backend, and `x` of the type, that the rest of this file is for."""
+    return sys.platform == "linux" and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The tanh approximation of GELU, elementwise."""
+    return _gelu(x) if applies(x) else nn.gelu_approx(x)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+    """softmax(q·kᵀ·scale)·v of (B, H, L, D) arrays, without a mask."""
+    if not applies(q):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q * scale, k, v))
+    v = mx.concatenate([v, mx.ones((*v.shape[:2], 1))], axis=-1)  # the last column sums the weights
+    parts = []
+    for i in range(0, len(q), HEADS_AT_ONCE):
+        chunk = slice(i, i + HEADS_AT_ONCE)
+        scores = q[chunk] @ k[chunk].swapaxes(1, 2)
+        weights = _exp_of_minus(scores.max(axis=-1, keepdims=True) - scores)
+        parts.append(weights @ v[chunk])
+    y = mx.concatenate(parts)
+    return (y[..., :-1] / y[..., -1:]).reshape(shape)
+
+
+def in_streams(encode: Callable[[mx.array], mx.array], batch: np.ndarray, most: int) -> mx.array:
+    """`encode` of a batch in parts of at most `most`, as many side by side as there are cores; evaluated.
+
+    Each product keeps to one thread meanwhile: the streams are the parallelism.
+    """
+    streams = _streams()
+    count = -(-len(batch) // len(streams))  # what each core has to do at least
+    parts = np.array_split(batch, -(-len(batch) // min(most, count)))
+    results = []
+    with _blas_threads(1):
+        for i in range(0, len(parts), len(streams)):
+            abreast = []
+            for stream, part in zip(streams, parts[i : i + len(streams)], strict=False):
+                with mx.stream(stream):
+                    abreast.append(encode(mx.array(part)))
+            mx.eval(abreast)  # more at once, and MLX would work through one stream after the other
+            results += abreast
+    return mx.concatenate(results)
+
+
+def all_threads() -> contextlib.AbstractContextManager[None]:
+    """Use every core for one matrix product, whatever number of threads OpenBLAS was started with."""
+    return _blas_threads(None)
+
+
+@contextlib.contextmanager
+def _blas_threads(count: int | None) -> Iterator[None]:
+    """Set OpenBLAS's number of threads (None: one per core), and restore it at the end.
+
+    The number belongs to the process, so Python threads that change it take turns: else the second would restore
+    what the first had set. Without OpenBLAS this does nothing.
+    """
+    if not HAS_OPENBLAS:
+        yield
+        return
+    blas = ctypes.CDLL("libopenblas.so.0")
+    with _BLAS_LOCK:
+        before = blas.openblas_get_num_threads()
+        try:
+            blas.openblas_set_num_threads(count or blas.openblas_get_num_procs())
+            yield
+        finally:
+            blas.openblas_set_num_threads(before)
+
+
+def _streams() -> list[mx.Stream]:
+    """A stream per core of the calling thread, to which MLX binds them."""
+    if not hasattr(_THREAD, "streams"):
+        _keep_memory()
+        _THREAD.streams = [mx.new_stream(mx.cpu) for _ in os.sched_getaffinity(0)]
+    return _THREAD.streams
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Keep freed memory in the process: clearing pages that glibc returned to the kernel would take half of the time.
+
+    This cannot be undone. glibc has no call that reads these settings, two of them switch its adaptive thresholds off
+    for good, and the number of arenas is fixed at first use. They change no result; `malloc_trim(0)` returns what is
+    free.
+    """
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        ctypes.CDLL(None).mallopt(option, value)
+
+
+def _exp(x: mx.array) -> mx.array:
+    """exp(x) for x ≥ 0, as its Taylor polynomial at x/16, to the 16th power, whose inverse is exp(-x) within 1e-6.
+
+    For x ≥ 0 no x needs a branch, and what has none a compiler vectorises; a large one becomes inf, its inverse 0.
+    """
+    y = x * (1 / 16)
+    e = y * (1 / 5040) + 1 / 720
+    for n in (120, 24, 6, 2, 1, 1):
+        e = e * y + 1 / n
+    for _ in range(4):
+        e = e * e
+    return e
+
+
+@mx.compile
+def _exp_of_minus(x: mx.array) -> mx.array:
+    return 1 / _exp(x)
+
+
+@mx.compile
+def _gelu(x: mx.array) -> mx.array:
+    a = mx.abs(x)
+    return 0.5 * (x + a) - a / (1 + _exp(1.5957691216 * a * (1 + 0.044715 * a * a)))  # 2·sqrt(2/pi)

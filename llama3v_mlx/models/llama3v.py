@@ -1,0 +1,158 @@
+"""Llama3-V as one model: SigLIP tower, projector, and mlx-lm's Llama; and how released weights are laid into it."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.models.base import BaseModelArgs
+
+from ..image import TiledImage
+from ..prompt import PromptTokens
+from .projector import ProjectorConfig, build_projector
+from .siglip import VisionConfig, VisionTower
+
+# Tiles that go through the tower at once: enough to fill a GPU, small enough for a laptop's memory.
+TILE_BATCH_SIZE = 16
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    model_type: str
+    text_config: dict
+    vision_config: dict
+    projector_config: dict
+    prompt_tokens: dict
+    image_config: dict = field(default_factory=dict)
+
+
+class Model(nn.Module):
+    """Llama3-V, with the interface of an mlx-lm vision model."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.prompt_tokens = PromptTokens(**args.prompt_tokens)
+        self.vision_tower = VisionTower(VisionConfig.from_dict(args.vision_config))
+        self.projector = build_projector(ProjectorConfig.from_dict(args.projector_config))
+        self.language_model = llama.Model(llama.ModelArgs.from_dict(args.text_config))
+
+    def __call__(self, inputs: mx.array, cache=None, input_embeddings: mx.array | None = None) -> mx.array:
+        """Logits (B, L, vocab_size) of token ids (B, L), or of embeddings (B, L, hidden_size) given in their place."""
+        return self.language_model(inputs, cache, input_embeddings)
+
+    def encode_image(self, images: Sequence[TiledImage]) -> list[mx.array]:
+        """Visual tokens of images: one (tiles·num_queries, hidden_size) array each.
+
+        Tiles of equal size share batches, whichever image they come from; no tile's result depends on another's.
+        """
+        return encode_by_size(images, self.encode_tiles, TILE_BATCH_SIZE)
+
+    def encode_tiles(self, tiles: np.ndarray) -> mx.array:
+        """Visual tokens (B, num_queries, hidden_size) of uint8 tiles (B, height, width, 3) of one size."""
+        patch = self.vision_tower.config.patch_size
+        _, H, W, _ = tiles.shape
+        return self.projector(self.vision_tower(mx.array(tiles)), (H // patch, W // patch))
+
+    def embed_inputs(self, inputs: mx.array, pixel_values: Sequence[TiledImage] = ()) -> mx.array:
+        """The embeddings (L, hidden_size) of a prompt in which each image is one run of placeholder ids.
+
+        A run is as long as the image's whole block, and becomes that block: visual tokens, and at its structural
+        places the embeddings of <image>, </image>, <slice>, </slice> and newlines, exactly the trained sequence.
+
+        Args:
+            inputs: ids (L,).
+            pixel_values: the prompt's images in order.
+
+        Raises:
+            ValueError: if the runs and the images differ in number or length.
+        """
+        return self.splice(inputs, [image.grid for image in pixel_values], self.encode_image(pixel_values))
+
+    def splice(
+        self, inputs: mx.array, grids: Sequence[tuple[int, int] | None], visual_tokens: Sequence[mx.array]
+    ) -> mx.array:
+        """`embed_inputs` for images already encoded: their (columns, rows) grids and their visual tokens."""
+        ids = self.prompt_tokens.expand(np.array(inputs), grids, self.projector.config.num_queries)
+        embeddings = self.language_model.model.embed_tokens(mx.array(ids))
+        if not len(grids):
+            return embeddings
+        places = mx.array(np.flatnonzero(ids == self.prompt_tokens.image))
+        embeddings[places] = mx.concatenate(list(visual_tokens)).astype(embeddings.dtype)
+        return embeddings
+
+    @staticmethod
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Tensors under the names and in the layouts of this model; from any of the released layouts, or from ours."""
+        return dict(pair for name, tensor in weights.items() for pair in _relayout(rename(name), tensor))
+
+    @staticmethod
+    def quant_predicate(path: str, module: nn.Module) -> bool:
+        """Llama is quantized; tower and projector are small, sensitive, and faster in half precision."""
+        return path.startswith("language_model.")
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.language_model.layers
+
+    def make_cache(self) -> list:
+        return self.language_model.make_cache()
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        self.language_model.shard(group)
+
+
+def encode_by_size(
+    images: Sequence[TiledImage], encode: Callable[[np.ndarray], mx.array], batch_size: int
+) -> list[mx.array]:
+    """`encode` applied to the tiles of images in batches of one size: an image's rows, tile after tile, for each."""
+    tiles = [tile for image in images for tile in image.tiles]
+    by_size = defaultdict(list)
+    for i, tile in enumerate(tiles):
+        by_size[tile.shape].append(i)
+    rows: list[mx.array] = [None] * len(tiles)
+    for indices in by_size.values():
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            for i, y in zip(batch, encode(np.stack([tiles[i] for i in batch])), strict=True):
+                rows[i] = y
+    remaining = iter(rows)
+    return [mx.concatenate([next(remaining) for _ in image.tiles]) for image in images]
+
+
+# Released names → ours, tried in this order. `vison` is how the llama3v weights spell it.
+RENAMES = (
+    (r"^llm\.", "language_model."),
+    (r"^(?:vison|vision|vpm|vision_model)\.", "vision_tower."),
+    (r"^text_model\.", "text_tower."),
+    (r"^(?:projection|resampler)\.", "projector."),
+    (r"^projector\.attn\.", "projector."),
+    (r"\.attention\.in_proj_(weight|bias)$", r".attention.in_proj.\1"),
+)
+
+
+def rename(name: str) -> str:
+    """A released tensor's name in this model; ours stay as they are."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _relayout(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
+    """A renamed tensor in MLX's layout: as it is, transposed, or parted."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return []
+    if name == "vision_tower.embeddings.patch_embedding.weight" and tensor.shape[-1] != 3:
+        return [(name, tensor.transpose(0, 2, 3, 1))]  # (out, in, kh, kw) → (out, kh, kw, in)
+    if name == "projector.proj":
+        return [("projector.proj.weight", tensor.T)]  # used as x @ proj
+    if name.startswith("projector.in_proj_"):
+        kind = name.rpartition("_")[2]
+        parts = mx.split(tensor, 3)
+        return [(f"projector.{p}_proj.{kind}", part) for p, part in zip("qkv", parts, strict=True)]
+    return [(name, tensor)]

@@ -1,0 +1,163 @@
+"""The folder of a training run: what it was asked, its figures, and checkpoints to go on from after any end.
+
+`run.json` are the options, `metrics.jsonl` the figures, `checkpoints/step-N` the newest two and the best, to which
+`best` leads. Those, and in the end the folder itself, are adapters in mlx-lm's form.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..checkpoint import CONFIG, find_checkpoint, read_json
+from ..features.shards import write_beside
+from ..files import new_folder
+
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
+NEWEST = 2  # checkpoints that are kept, besides the best
+
+
+class RunFolder:
+    """A run's folder; only the rank that writes has `writes`.
+
+    Args:
+        folder: made, by the rank that writes, if it is not there.
+        options: what the run is asked to do, in JSON.
+        resume: go on with the run that is there.
+        writes: whether this process writes.
+        notes: what is kept with the options, for people; a run that is resumed may have others.
+
+    Raises:
+        ValueError: if the folder has a run and `resume` is not set, or one of other options.
+    """
+
+    def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool, notes: dict | None = None):
+        self.folder, self.writes = Path(folder), writes
+        if not writes:
+            return  # the rank that writes may have begun already
+        path = self.folder / RUN
+        if path.exists():
+            if not resume:
+                raise ValueError(f"{folder}: holds a run; go on with it by --resume, or give another --out")
+            old = read_json(path)
+            if differing := [key for key in options if old.get(key) != options[key]]:
+                was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
+                raise ValueError(f"{folder}: --resume goes on with the same data and options only; {was}")
+        elif self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+            raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_beside(path, (json.dumps({**(notes or {}), **options}, indent=2) + "\n").encode())
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint; 0 if there is none."""
+        steps = self._steps()
+        return int(steps[-1].name[5:]) if steps else 0
+
+    def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict, adapter: dict) -> None:
+        """Keep all that the next steps depend on; checkpoints that are no longer needed go."""
+        if not self.writes:
+            return
+        weights = dict(tree_flatten(model.trainable_parameters()))
+        moments = dict(tree_flatten(optimizer.state))
+        path = self.folder / "checkpoints" / f"step-{step:07}"
+        with new_folder(path, sum(x.nbytes for x in (*weights.values(), *moments.values()))) as partial:
+            mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})
+            mx.save_safetensors(str(partial / OPTIMIZER), moments)
+            (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
+            (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        best = self._point_to_best(state)
+        for old in self._steps()[:-NEWEST]:
+            if old != best:
+                shutil.rmtree(old)
+
+    def _point_to_best(self, state: dict) -> Path:
+        """Let the link `best` lead to the best checkpoint, also after an interruption between the two; return it."""
+        best = self.folder / "checkpoints" / f"step-{state.get('best_step') or 0:07}"
+        link = self.folder / BEST
+        if best.exists() and link.resolve() != best.resolve():
+            partial = self.folder / f"{BEST}.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(best.relative_to(self.folder))
+            os.replace(partial, link)
+        return best
+
+    def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> dict:
+        """Load the newest checkpoint into model and optimizer, and drop the figures of steps that come again.
+
+        Returns:
+            The state that was saved with it, its "step" included; empty if there is no checkpoint.
+        """
+        state = {}
+        if steps := self._steps():
+            model.load_weights(str(steps[-1] / ADAPTERS), strict=False)
+            optimizer.state = tree_unflatten(list(mx.load(str(steps[-1] / OPTIMIZER)).items()))
+            state = read_json(steps[-1] / STATE)
+            self._point_to_best(state)
+        self._forget_after(state.get("step", 0))
+        return state
+
+    def finish(self) -> None:
+        """Make the newest checkpoint's adapters the folder's own."""
+        if self.writes:
+            for name in (ADAPTERS, ADAPTER_CONFIG):
+                shutil.copyfile(self._steps()[-1] / name, self.folder / f"{name}.partial")
+                os.replace(self.folder / f"{name}.partial", self.folder / name)
+
+    def log(self, figures: dict) -> None:
+        """Append a line to the metrics; on a full disk, nothing of it."""
+        if not self.writes:
+            return
+        line = (json.dumps(figures) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as e:
+                file.truncate(end)
+                raise OSError(f"{self.metrics}: {e.strerror}; make room, and go on by --resume") from e
+
+    def _forget_after(self, step: int) -> None:
+        if self.metrics.exists():
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+            write_beside(self.metrics, b"".join(line for line in lines if _step_of(line) <= step))
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _steps(self) -> list[Path]:
+        return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of the metrics; infinity if a kill or a loss of power has damaged it."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def weights_digest(path_or_hf_repo: str | Path) -> str:
+    """SHA-256, in hex, of a checkpoint's config and weights, wherever it lies."""
+    folder = find_checkpoint(path_or_hf_repo)
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        digests = pool.map(_sha256, [folder / CONFIG, *sorted(folder.glob("*.safetensors"))])
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).digest()

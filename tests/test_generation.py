@@ -1,0 +1,178 @@
+"""The Python interface, on the bundled model."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+import llama3v_mlx
+from llama3v_mlx import Llama3V, generate, load, stream_generate
+from llama3v_mlx.checkpoint import CheckpointError
+from llama3v_mlx.demo import CHECKPOINT
+from llama3v_mlx.generation import Sampling
+
+
+def test_public_names() -> None:
+    for name in llama3v_mlx.__all__:
+        assert getattr(llama3v_mlx, name) is not None
+    with pytest.raises(AttributeError):
+        _ = llama3v_mlx.nothing
+
+
+def test_answers_about_an_image(demo, circles: Image.Image) -> None:
+    assert generate(*demo, "What is this image?", image=circles, temperature=0) == (
+        "Three blue circles on a white background."
+    )
+
+
+def test_every_way_to_give_the_image(demo, circles: Image.Image, picture: Path) -> None:
+    expected = generate(*demo, "How many circles are there?", image=circles, temperature=0)
+    for image in (str(picture), picture, picture.read_bytes(), np.asarray(circles), [circles]):
+        assert generate(*demo, "How many circles are there?", image=image, temperature=0) == expected
+    for source in (circles, str(picture)):
+        parts = [{"type": "image", "image": source}, {"type": "text", "text": "How many circles are there?"}]
+        assert generate(*demo, [{"role": "user", "content": parts}], temperature=0) == expected
+
+
+def test_stream_is_the_answer_in_pieces(demo, circles: Image.Image) -> None:
+    responses = list(stream_generate(*demo, "What is this image?", image=circles, temperature=0))
+    text = "".join(response.text for response in responses)
+    assert text == generate(*demo, "What is this image?", image=circles, temperature=0)
+    last = responses[-1]
+    assert (last.num_tiles, last.visual_tokens, last.finish_reason) == (5, 5 * demo[1].num_queries, "stop")
+    assert min(last.preprocess_seconds, last.vision_seconds, last.prefill_seconds) > 0
+
+
+def test_original_interface(circles: Image.Image) -> None:
+    model = Llama3V.from_pretrained(CHECKPOINT)
+    tokenizer = model.tokenizer._tokenizer  # what transformers' AutoTokenizer would give
+    answer = model.generate(image=circles, message="What is this image?", temperature=0.1, tokenizer=tokenizer)
+    assert answer == "Three blue circles on a white background."
+
+
+def test_text_alone_and_several_images(demo, circles: Image.Image) -> None:
+    assert generate(*demo, "Hello", temperature=0)
+    assert generate(*demo, "What is this image?", image=[circles, circles], temperature=0)
+
+
+def test_an_exclamation_mark_is_kept(demo) -> None:
+    """The reference drops id 0, which is "!"."""
+    assert generate(*demo, "Hello", temperature=0).startswith("Hello!")
+
+
+def test_seed_repeats_an_answer(demo, circles: Image.Image) -> None:
+    answers = []
+    for _ in range(2):
+        mx.random.seed(7)
+        answers.append(generate(*demo, "What is this image?", image=circles, temperature=5.0, top_p=1, max_tokens=12))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_cache(demo, circles: Image.Image, bits: int) -> None:
+    options = {"temperature": 0, "kv_bits": bits, "kv_group_size": 64, "quantized_kv_start": 0}
+    assert generate(*demo, "What is this image?", image=circles, **options).endswith("background.")
+
+
+def test_max_tokens_ends_an_answer(demo, circles: Image.Image) -> None:
+    *_, last = stream_generate(*demo, "What is this image?", image=circles, temperature=0, max_tokens=3)
+    assert (last.generation_tokens, last.finish_reason) == (3, "length")
+
+
+def test_too_long_a_prompt_names_both_lengths(demo, capsys) -> None:
+    model, processor = demo
+    limit = model.language_model.args.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"prompt of \d+ tokens is too long for the context of {limit}"):
+        generate(model, processor, "red " * limit, verbose=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_sampling_comes_from_the_checkpoint(folder: Path) -> None:
+    assert load(CHECKPOINT)[0].sampling == Sampling(0.7, 0.8, 100, 0.0, 1.0)
+    (folder / "generation_config.json").write_text('{"temperature": 0.2, "top_k": 5}')
+    assert load(folder)[0].sampling == Sampling(0.2, 0.8, 5, 0.0, 1.05)
+
+
+def test_sampler_keeps_hugging_face_order() -> None:
+    """Temperature before top-p: a high one lets more tokens through, which top-p first would not."""
+    logprobs = mx.log(mx.array([[0.85, 0.1, 0.05]]))
+    hot, cold = (Sampling(temperature=t, top_p=0.8, top_k=0).sampler() for t in (3.0, 1.0))
+    mx.random.seed(0)
+    assert {cold(logprobs).item() for _ in range(50)} == {0}
+    assert {hot(logprobs).item() for _ in range(100)} > {0}
+    assert Sampling(temperature=0).sampler()(logprobs).item() == 0
+    assert {Sampling(temperature=9.0, top_p=1, top_k=2).sampler()(logprobs).item() for _ in range(100)} == {0, 1}
+
+
+def test_repetition_penalty_spares_the_prompt() -> None:
+    (penalize,) = Sampling(repetition_penalty=2.0).logits_processors(num_prompt_tokens=2)
+    logits = mx.array([[4.0, 4.0, 4.0, -4.0]])
+    assert penalize(mx.array([0, 1, 2, 3]), logits).tolist() == [[4.0, 4.0, 2.0, -8.0]]
+    assert Sampling(repetition_penalty=1.0).logits_processors(2) == []
+
+
+def test_float16_is_kept_when_asked_for(circles: Image.Image) -> None:
+    model, processor = load(CHECKPOINT, dtype=mx.float16)
+    assert model.language_model.model.norm.weight.dtype == mx.float16
+    assert generate(model, processor, "What is this image?", image=circles, temperature=0).endswith("background.")
+
+
+def test_fewer_tiles(circles: Image.Image) -> None:
+    model, processor = load(CHECKPOINT, max_image_tiles=1)
+    *_, last = stream_generate(model, processor, "What is this image?", image=circles, temperature=0)
+    assert last.num_tiles == 1
+
+
+def test_visual_tokens_do_not_depend_on_neighbours(demo, circles: Image.Image) -> None:
+    """A tile alone, and among others of its size: equal but for float32 rounding in products of other shapes."""
+    model, processor = demo
+    tiled = processor.encode("?", [circles]).images[0]
+    together = model.encode_image([tiled, dataclasses.replace(tiled, tiles=tiled.tiles[::-1])])
+    alone = mx.concatenate([model.encode_tiles(tile[None])[0] for tile in tiled.tiles])
+    assert mx.abs(together[0] - alone).max().item() < 1e-4 * mx.abs(alone).max().item()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "qwen3"}'), "model_type is 'qwen3'"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama3v"}'), "lacks hidden_size"),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "1 missing shard: model-00001"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: damaged"),
+        (lambda f: next(f.glob("*.safetensors")).write_bytes(b"x" * 100), "not a safetensors file"),
+        (lambda f: _cut(next(f.glob("*.safetensors"))), "cut short"),
+    ],
+)
+def test_damaged_checkpoint(folder: Path, damage, message: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    for name in (tmp_path / "nothing", "nobody", "a/b/c"):
+        with pytest.raises(CheckpointError, match="no such folder, and not a Hub repository"):
+            load(name)
+    with pytest.raises(CheckpointError, match="the Hub could not give it"):
+        load("nobody/nothing")
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    shutil.copy(CHECKPOINT / "tokenizer.json", folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only safetensors weights are read"):
+        load(folder)
+
+
+def _cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
