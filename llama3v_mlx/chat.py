@@ -207,8 +207,8 @@ def chat(args: argparse.Namespace) -> None:
     """Load, then read lines until there are no more."""
     import mlx.core as mx
 
+    from .checkpoint import name_of
     from .conversation import Conversation
-    from .features.encoder import name_of
     from .features.lookup import FeatureCache
     from .generation import load
 

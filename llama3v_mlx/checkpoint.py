@@ -23,6 +23,9 @@ TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
 DOWNLOADED += ("preprocessor_config.json", "spiece.model")  # of SigLIP
 
+# The bundled models, under the names that stores and conversations keep, wherever the package is installed.
+BUNDLED = {f"demo:{name}": Path(__file__).parent / "demo" / name for name in ("checkpoint", "siglip")}
+
 # The reference's sampling (`chat` with sampling=True).
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}
 
@@ -53,7 +56,7 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) ->
     Raises:
         CheckpointError: if there is no such folder, and no such repository can be had.
     """
-    path = Path(path_or_hf_repo).expanduser()
+    path = BUNDLED.get(str(path_or_hf_repo)) or Path(path_or_hf_repo).expanduser()
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{path}: has no {CONFIG}; give the folder of a checkpoint")
@@ -70,6 +73,14 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) ->
     except (HfHubHTTPError, HFValidationError, OSError) as e:
         raise CheckpointError(f"{name}: no such folder, and the Hub could not give it ({_line(e)})") from e
     return find_checkpoint(path)
+
+
+def name_of(path_or_hf_repo: str | Path) -> str:
+    """The name that stores keep of a checkpoint: a folder's full path, a repository's name, or one of `BUNDLED`."""
+    path = Path(path_or_hf_repo).expanduser()
+    if not path.is_dir():
+        return str(path_or_hf_repo)
+    return next((name for name, folder in BUNDLED.items() if path == folder), str(path.resolve()))
 
 
 def read_config(folder: Path) -> dict:

@@ -303,10 +303,11 @@ def _verify(source: str | Path, revision: str | None, result: Path) -> None:
     from .checkpoint import find_checkpoint
     from .cli import note_slow_cpu
     from .conversion.verify import verify
+    from .demo import IMAGES
 
     note_slow_cpu()
     tic = time.perf_counter()
-    print(verify(find_checkpoint(source, revision), find_checkpoint(result)))
+    print(verify(find_checkpoint(source, revision), find_checkpoint(result), min(IMAGES.glob("*.png"))))
     print(f"verified in {time.perf_counter() - tic:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
 
 

@@ -36,7 +36,7 @@ def answer(args: argparse.Namespace) -> None:
     """Load, generate, print."""
     import mlx.core as mx
 
-    from .features.encoder import name_of
+    from .checkpoint import name_of
     from .features.lookup import FeatureCache
     from .generation import load, print_answer, stream_generate
     from .image import load_image

@@ -25,7 +25,7 @@ def train(args: argparse.Namespace) -> None:
     """Prepare, train, save."""
     import mlx.core as mx
 
-    from .features.encoder import name_of
+    from .checkpoint import name_of
     from .generation import load
     from .training.data import Dialogues
     from .training.prepare import agree, check_resume, prepare_features, say_rejected

@@ -619,7 +619,7 @@ def test_verify_on_the_command_line(
     source: Path, converted: dict[str, Path], picture: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """After a conversion, or of one that exists; on the first of the bundled images."""
-    monkeypatch.setattr("llama3v_mlx.conversion.verify.IMAGES", picture.parent)
+    monkeypatch.setattr("llama3v_mlx.demo.IMAGES", picture.parent)
     flags = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--verify"]
     main([*flags, "-q"])
     first = capsys.readouterr().out.splitlines()

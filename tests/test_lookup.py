@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx import stream_generate
+from llama3v_mlx.checkpoint import name_of
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.embed import main as embed
-from llama3v_mlx.features.encoder import name_of
 from llama3v_mlx.features.lookup import FeatureCache
 from llama3v_mlx.features.store import FeatureError, FeatureStore
 

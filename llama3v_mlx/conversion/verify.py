@@ -26,7 +26,6 @@ from ..checkpoint import (
     read_config,
     read_tensors,
 )
-from ..demo import IMAGES
 from ..image import ImageSource, TiledImage, load_image
 from ..models.llama3v import Model
 from ..prompt import Processor
@@ -76,21 +75,19 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(source: Path, result: Path, image: ImageSource | None = None, prompt: str = PROMPT) -> Report:
+def verify(source: Path, result: Path, image: ImageSource, prompt: str = PROMPT) -> Report:
     """Compare a converted checkpoint with its source.
 
     Args:
         source: folder of the source.
         result: folder of the conversion, quantized or not.
-        image: what the question is about; by default the first of the demo's images.
+        image: the subject of the question.
         prompt: the question.
 
     Raises:
         CheckpointError: if one cannot be used, or is no conversion of the other.
         ImageError: if the image cannot be used.
     """
-    if image is None:
-        image = bundled_image()
     loaded = load_image(image)  # a bad one is found before minutes of work
     total = 2 * sum(Weights(folder).num_bytes for folder in (source, result))
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None) as bar:
@@ -107,14 +104,6 @@ def verify(source: Path, result: Path, image: ImageSource | None = None, prompt:
         image=Path(image).name if isinstance(image, (str, Path)) else "an image",
         prompt=prompt,
     )
-
-
-def bundled_image() -> Path:
-    """The first of the demo's images."""
-    images = sorted(path for path in IMAGES.glob("*") if path.is_file())
-    if not images:
-        raise CheckpointError(f"{IMAGES}: has no images to ask about")
-    return images[0]
 
 
 class Tensor:

@@ -20,11 +20,11 @@ from ..checkpoint import (
     find_checkpoint,
     lay_out,
     load_model,
+    name_of,
     read_config,
     read_json,
     read_tensors,
 )
-from ..demo import CHECKPOINT, SIGLIP
 from ..image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
 from ..models import linux_cpu
 from ..models.llama3v import Model, encode_by_size
@@ -240,14 +240,6 @@ def load_encoder(
     return ImageEncoder(name, model, kind, ImageConfig(**config["image_config"]))
 
 
-def name_of(path_or_hf_repo: str | Path) -> str:
-    """What a store calls a checkpoint: a folder's full path, a repository's name, and the bundled models "demo:…"."""
-    path = Path(path_or_hf_repo).expanduser()
-    if not path.is_dir():
-        return str(path_or_hf_repo)
-    return f"demo:{path.name}" if path in (CHECKPOINT, SIGLIP) else str(path.resolve())
-
-
 def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
     """The encoder that a store was made with, and the folder of its checkpoint.
 
@@ -256,12 +248,10 @@ def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
         CheckpointError: if it is gone.
     """
     info = store.info
-    bundled = {name_of(path): path for path in (CHECKPOINT, SIGLIP)}
-    path = bundled.get(info.model, info.model)
-    encoder = load_encoder(path, info.kind, getattr(mx, info.compute_dtype), info.draft)
+    encoder = load_encoder(info.model, info.kind, getattr(mx, info.compute_dtype), info.draft)
     if encoder.fingerprint() != info.fingerprint:
         raise FeatureError(f"{store.folder}: {info.model} is no longer what the store was made with; embed again")
-    return encoder, find_checkpoint(path)
+    return encoder, find_checkpoint(info.model)
 
 
 def vision_config(folder: Path) -> VisionConfig:
