@@ -24,6 +24,7 @@ LAYERS = (
     ("training", "serving", "conversion", "evaluation"),
     ("demo",),
     ("generate", "chat", "server", "embed", "search", "train", "convert", "synthesize", "evaluate"),
+    ("__main__",),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
