@@ -23,6 +23,8 @@ from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3, then --lmms-eval lmms/bin/python"
+# All but the bundled model's own.
+PUBLISHED = [task for task in BENCHMARKS if task != "demo_world"]
 SCORING = Path(__file__).parent / "evaluation" / "tasks.py"
 
 
@@ -78,7 +80,13 @@ def write_tasks(folder: Path, args: argparse.Namespace, harness: Path) -> None:
         lines = [f"include: {harness / benchmark.included}\n"] if benchmark.included else []
         lines += [f"task: {PREFIX}{task}\n", benchmark.more]
         if task == "demo_world":
-            lines.append(dataset("json", draw_demo_world(folder / "demo_world", args.limit or 500), "test"))
+            questions = Path(args.data or "", task, "test.jsonl")
+            if args.data is None or not questions.is_file():
+                raise EvaluationError(
+                    f"{questions}: no such file; in a clone, python -m tools.demo.evaluate --write DIR writes the "
+                    "questions of demo_world, then --data DIR"
+                )
+            lines.append(dataset("json", [questions], "test"))
         elif args.data is not None:
             files = sorted(Path(args.data, task).glob("*.parquet"))
             if not files:
@@ -100,20 +108,6 @@ def check_columns(path: Path, task: str, python: str) -> None:
         raise EvaluationError(f"{path}: is no parquet file ({done.stderr.strip().splitlines()[-1]})")
     if missing := [name for name in BENCHMARKS[task].columns if name not in json.loads(done.stdout)]:
         raise EvaluationError(f"{path}: has no column {', '.join(missing)}, which {task}'s published data have")
-
-
-def draw_demo_world(folder: Path, count: int) -> list[Path]:
-    """The demo's held-out pictures, and questions about them."""
-    from tools.demo.evaluate import held_out
-
-    folder.mkdir()
-    path = folder / "test.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for i, (_, image, kind, question, answer) in enumerate(held_out(count)):
-            image.save(folder / f"{i:03}.png", compress_level=1)
-            row = {"image": str(folder / f"{i:03}.png"), "kind": kind, "question": question, "answer": answer}
-            file.write(json.dumps(row) + "\n")
-    return [path]
 
 
 @contextlib.contextmanager
@@ -163,7 +157,7 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
         command += ["--model_args", ",".join(f"{key}={value}" for key, value in options.items())]
         # Its judges want a key, even those that are never asked; whoever asks gets this server, and no bill.
         env = {**os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": options["base_url"]}
-        env |= {"HF_HUB_OFFLINE": "1"} if args.data or args.tasks == ["demo_world"] else {}
+        env |= {"HF_HUB_OFFLINE": "1"} if args.data else {}
         harness = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=env)
         try:
             while harness.poll() is None and server.poll() is None:
@@ -195,8 +189,13 @@ def main(argv: list[str] | None = None) -> None:
         description="Score checkpoints on benchmarks by lmms-eval, which runs in an environment of its own.",
     )
     parser.add_argument("--model", nargs="+", default=[str(CHECKPOINT)], help="checkpoints (default: the bundled demo)")
-    parser.add_argument("--tasks", type=task_names, default=["demo_world"], help=f"of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--data", metavar="DIR", help="local data, DIR/TASK/*.parquet as published, and no Hub")
+    parser.add_argument(
+        "--tasks",
+        type=task_names,
+        default=PUBLISHED,
+        help=f"some of {', '.join(BENCHMARKS)} (default: the published five)",
+    )
+    parser.add_argument("--data", metavar="DIR", help="local data, DIR/TASK/*.parquet as published, instead of the Hub")
     parser.add_argument("--limit", type=positive, help="questions of each task (default: all)")
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at once (default: 8)")
     parser.add_argument("--lmms-eval", default=sys.executable, metavar="PYTHON", help="the Python that has lmms-eval")

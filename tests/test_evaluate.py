@@ -217,10 +217,13 @@ class TestWithLmmsEval:
         pytest.importorskip("sklearn")
         from llama3v_mlx.convert import convert
         from tools.demo.evaluate import evaluate as directly
+        from tools.demo.evaluate import write_questions
 
         convert(CHECKPOINT, tmp_path / "q4", quantize=True)
         models = ["--model", str(CHECKPOINT), str(tmp_path / "q4")]
-        evaluate.main([*models, "--limit", "20", "--output", str(tmp_path / "out"), "--lmms-eval", LMMS_EVAL])
+        write_questions(tmp_path / "world", 20)
+        asked = ["--tasks", "demo_world", "--data", str(tmp_path / "world")]
+        evaluate.main([*models, *asked, "--output", str(tmp_path / "out"), "--lmms-eval", LMMS_EVAL])
         said = capsys.readouterr().out
         right = [directly(model, 20)["all"][0] for model in models[1:]]
         assert next(line.split()[-2:] for line in said.splitlines() if line.startswith("demo_world")) == [
@@ -230,6 +233,8 @@ class TestWithLmmsEval:
 
     def test_a_server_that_dies(self, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
         pytest.importorskip("sklearn")
+        from tools.demo.evaluate import write_questions
+
         served, audit = evaluate.served, tmp_path / "out" / "1-checkpoint" / "cache"
 
         @contextlib.contextmanager
@@ -244,7 +249,9 @@ class TestWithLmmsEval:
                 threading.Thread(target=kill, daemon=True).start()
                 yield server, port, said
 
-        command = ["--limit", "40", "--concurrency", "1", "--output", str(tmp_path / "out"), "--lmms-eval", LMMS_EVAL]
+        write_questions(tmp_path / "world", 40)
+        command = ["--tasks", "demo_world", "--data", str(tmp_path / "world"), "--concurrency", "1"]
+        command += ["--output", str(tmp_path / "out"), "--lmms-eval", LMMS_EVAL]
         monkeypatch.setattr(evaluate, "served", mortal)
         with pytest.raises(SystemExit):
             evaluate.main(command)
@@ -260,6 +267,7 @@ class TestWithLmmsEval:
                 evaluate.main(["--tasks", task, *options])
             return capsys.readouterr().err
 
+        assert "tools.demo.evaluate --write" in said("demo_world", tmp_path)
         assert "has no .parquet files of ai2d" in said("ai2d", tmp_path)
         (tmp_path / "chartqa").mkdir()
         (tmp_path / "chartqa" / "a.parquet").write_bytes((data / "ai2d" / "rows.parquet").read_bytes())

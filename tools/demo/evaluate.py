@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from llama3v_mlx.cli import run
 from llama3v_mlx.demo import CHECKPOINT
@@ -89,16 +90,31 @@ def retrieval(model: str, count: int = 500) -> dict[str, tuple[int, int]]:
     return {kind: (int(right[kind]), n) for kind, n in sorted(asked.items())}
 
 
+def write_questions(folder: Path, count: int) -> None:
+    """Write held-out pictures and questions as data of `llama3v evaluate --tasks demo_world --data FOLDER`."""
+    folder = folder.absolute() / "demo_world"
+    folder.mkdir(parents=True)
+    with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
+        for i, (_, image, kind, question, answer) in enumerate(held_out(count)):
+            image.save(folder / f"{i:03}.png", compress_level=1)
+            row = {"image": str(folder / f"{i:03}.png"), "kind": kind, "question": question, "answer": answer}
+            file.write(json.dumps(row) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo.evaluate", description=__doc__)
     parser.add_argument("--model", default=str(CHECKPOINT), help="a demo checkpoint (default: the bundled)")
     parser.add_argument("--count", type=int, default=500, help="images (default: 500)")
     parser.add_argument("--siglip", metavar="DIR", help="have a SigLIP find the images by their captions instead")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the questions for llama3v evaluate instead")
     parser.add_argument("--show", action="store_true", help="print wrong answers to stderr")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
     def report() -> None:
+        if args.write:
+            write_questions(args.write, args.count)
+            return
         results = retrieval(args.siglip, args.count) if args.siglip else evaluate(args.model, args.count, args.show)
         for kind, (right, asked) in results.items():
             print(f"{kind:20} {right:4} of {asked:4}  {right / asked:6.1%}")
