@@ -1,4 +1,4 @@
-"""The `llama3v` command: `llama3v generate …` is `python -m llama3v_mlx.generate …`, and so on."""
+"""The `llama3v` command: `llama3v generate …` is `llama3v generate …`, and so on."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Chat about images in the terminal: `python -m llama3v_mlx.chat`, then drag an image into the line and ask."""
+"""Chat about images in the terminal: `llama3v chat`, then drag an image into the line and ask."""
 
 import argparse
 import contextlib
@@ -194,7 +194,7 @@ def history():
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.chat", description="Chat with Llama3-V about images.")
+    parser = argparse.ArgumentParser(prog="llama3v chat", description="Chat with Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images for the first question")
     parser.add_argument("--system-prompt", help="goes before the first question (default: none)")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 DEMO_NOTE = (
     "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
-    "real one: python convert.py --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
+    "real one: llama3v convert --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
     "llama3v-4bit"
 )
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx"
@@ -73,7 +73,7 @@ def _hush_libraries() -> None:
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Adapters, sampling, memory and feature store, as generate and chat take them."""
-    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v train")
     parser.add_argument("-m", "--max-tokens", type=positive, default=1024, help="length of the answer (default: 1024)")
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
     sampling.add_argument("--temp", type=_share_or_more, help="temperature; 0: always the likeliest token")

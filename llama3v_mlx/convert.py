@@ -1,4 +1,4 @@
-"""Convert a released checkpoint for MLX: `python convert.py --hf-path DIR_OR_REPO --mlx-path DIR -q`.
+"""Convert a released checkpoint for MLX: `llama3v convert --hf-path DIR_OR_REPO --mlx-path DIR -q`.
 
 The weights are streamed, so that a full-size checkpoint takes a few GB of memory. The new folder appears under its name
 when it is complete, and never before.
@@ -38,7 +38,7 @@ SPARE_BYTES = 100_000_000  # of the disk, beside the tensors: tokenizer, headers
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Llama3-V checkpoint for MLX.")
+    parser = argparse.ArgumentParser(prog="llama3v convert", description="Convert a Llama3-V checkpoint for MLX.")
     parser.add_argument("--hf-path", "--model", help="folder or Hub repository of the checkpoint")
     parser.add_argument("--mlx-path", default="mlx_model", help="folder to be written (default: mlx_model)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
@@ -285,7 +285,7 @@ Converted from {origin} for [MLX](https://github.com/ml-explore/mlx) with llama3
 Language model: {form}. Vision tower and projector are not quantized.
 
 ```bash
-python -m llama3v_mlx.generate --model {name} --image photo.jpg --prompt "What is this image?"
+llama3v generate --model {name} --image photo.jpg --prompt "What is this image?"
 ```
 
 ```python

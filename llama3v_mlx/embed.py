@@ -1,4 +1,4 @@
-"""Embed images with SigLIP in batches, once: `python -m llama3v_mlx.embed photos/ --out photos.features`."""
+"""Embed images with SigLIP in batches, once: `llama3v embed photos/ --out photos.features`."""
 
 import argparse
 import json
@@ -179,7 +179,7 @@ def check(folder: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llama3v_mlx.embed", description="Embed images with SigLIP in batches, and keep the result."
+        prog="llama3v embed", description="Embed images with SigLIP in batches, and keep the result."
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, .txt or .jsonl lists, .tar archives")
     parser.add_argument("--out", metavar="STORE", help="the folder of the features, made or gone on with")

@@ -1,4 +1,4 @@
-"""Score checkpoints on the original README's benchmarks: `python -m llama3v_mlx.evaluate --model DIR [DIR…] --tasks …`.
+"""Score checkpoints on the original README's benchmarks: `llama3v evaluate --model DIR [DIR…] --tasks …`.
 
 lmms-eval does it, in an environment of its own; each checkpoint is served to it by `llama3v_mlx.server`.
 """
@@ -185,7 +185,7 @@ def task_names(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m llama3v_mlx.evaluate",
+        prog="llama3v evaluate",
         description="Score checkpoints on benchmarks by lmms-eval, which runs in an environment of its own.",
     )
     parser.add_argument("--model", nargs="+", default=[str(CHECKPOINT)], help="checkpoints (default: the bundled demo)")

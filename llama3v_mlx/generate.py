@@ -1,4 +1,4 @@
-"""Ask a question about images: `python -m llama3v_mlx.generate --image photo.jpg --prompt "What is this image?"`."""
+"""Ask a question about images: `llama3v generate --image photo.jpg --prompt "What is this image?"`."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ IMAGE_PROMPT = "What is this image?"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llama3v_mlx.generate", description="Ask Llama3-V about images.")
+    parser = argparse.ArgumentParser(prog="llama3v generate", description="Ask Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image files or data: URIs")
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")

@@ -1,4 +1,4 @@
-"""Find images by words, or by another image: `python -m llama3v_mlx.search STORE "a red circle"`."""
+"""Find images by words, or by another image: `llama3v search STORE "a red circle"`."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ def search(folder: str, text: str | None, image: str | None, top: int) -> list[H
     if store.info.kind != "pooled":
         raise ValueError(f"{folder}: holds {store.info.kind} features; embed with --kind pooled to search")
     if not len(store):
-        raise ValueError(f"{folder}: is empty; python -m llama3v_mlx.embed fills it")
+        raise ValueError(f"{folder}: is empty; llama3v embed fills it")
     encoder, checkpoint = load_encoder_of(store)
     if image is not None:
         query = encoder.encode([encoder.prepare(image)])[0].rows[0]
@@ -117,9 +117,9 @@ def _score(hit: Hit) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llama3v_mlx.search", description="Find the images of a store by words, or by another image."
+        prog="llama3v search", description="Find the images of a store by words, or by another image."
     )
-    parser.add_argument("store", metavar="STORE", help="pooled embeddings, from python -m llama3v_mlx.embed")
+    parser.add_argument("store", metavar="STORE", help="pooled embeddings, from llama3v embed")
     parser.add_argument("text", nargs="?", help="what is to be seen on the images")
     parser.add_argument("--image", metavar="FILE", help="find images like this one, in the place of a text")
     parser.add_argument("--top", type=int, default=9, help="how many to show (default: 9)")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: `python -m llama3v_mlx.server`. It is mlx-lm's own, serving one model, its edges closed.
+"""An OpenAI-compatible server: `llama3v server`. It is mlx-lm's own, serving one model, its edges closed.
 
 All options of `mlx_lm.server` are taken as well.
 """
@@ -314,14 +314,14 @@ def serve(options: argparse.Namespace, rest: list[str]) -> None:
         server._run_http_server(host, port, generator, handler_class=Handler)
 
     server.ModelProvider, server.run = Provider, start
-    sys.argv = ["python -m llama3v_mlx.server", "--host", options.host, "--port", str(options.port)]
+    sys.argv = ["llama3v server", "--host", options.host, "--port", str(options.port)]
     sys.argv += ["--log-level", "WARNING"] * ("--log-level" not in rest) + rest
     server.main()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m llama3v_mlx.server",
+        prog="llama3v server",
         description="Serve Llama3-V over HTTP, as OpenAI does.",
         epilog="All options of mlx_lm.server are taken as well: --max-tokens, --temp, --prompt-cache-size, …",
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""Have a teacher write conversations about captioned images: `python -m llama3v_mlx.synthesize --teacher MODEL_OR_URL`.
+"""Have a teacher write conversations about captioned images: `llama3v synthesize --teacher MODEL_OR_URL`.
 
 The teacher is any text model of mlx-lm, which sees the captions as LLaVA's did, or an OpenAI-compatible server, which
 may be sent the images too. What it writes is checked row by row, and goes on where an earlier run ended.
@@ -245,7 +245,7 @@ def _kinds(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m llama3v_mlx.synthesize",
+        prog="llama3v synthesize",
         description="Have a teacher write conversations about captioned images, to train with.",
     )
     parser.add_argument(

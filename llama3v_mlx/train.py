@@ -1,4 +1,4 @@
-"""Train a Llama3-V from stored features: `python -m llama3v_mlx.train --stage pretrain|finetune …`.
+"""Train a Llama3-V from stored features: `llama3v train --stage pretrain|finetune …`.
 
 pretrain: the projector learns, from patch features. finetune: Llama learns, from visual tokens. What the store lacks
 is embedded first; then neither the tower nor an image is needed again.
@@ -184,7 +184,7 @@ def fuse(args: argparse.Namespace) -> None:
 
     folder, out = find_checkpoint(args.model), Path(args.out)
     if "text_config" not in read_json(folder / CONFIG):
-        raise ValueError(f"{args.model}: is not converted for MLX; python convert.py --hf-path {args.model} does it")
+        raise ValueError(f"{args.model}: is not converted for MLX; llama3v convert --hf-path {args.model} does it")
     if out.exists():
         raise FileExistsError(f"{out} exists already; remove it, or give another --out")
     model = load_model(folder, read_config(folder), lazy=True)
@@ -203,7 +203,7 @@ def fuse(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llama3v_mlx.train",
+        prog="llama3v train",
         description="Train a Llama3-V from stored features: first its projector, then its Llama.",
     )
     parser.add_argument("--stage", choices=("pretrain", "finetune"), help="train the projector, or Llama")

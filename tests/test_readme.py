@@ -10,7 +10,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # Commands that need no download and no other folder than the clone.
-ALL_COMMANDS = re.findall(r"^python -m llama3v_mlx.*$", README, re.MULTILINE)
+ALL_COMMANDS = re.findall(r"^llama3v \w+.*$", README, re.MULTILINE)
 ELSEWHERE = ("4bit", "google/", "server", "--model new")
 RECIPE = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "demo.rows" in block)
 COMMANDS = [line for line in ALL_COMMANDS if not any(name in line for name in ELSEWHERE) and line not in RECIPE]

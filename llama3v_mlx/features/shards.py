@@ -140,7 +140,7 @@ class Shard:
         return self._bytes[HEADER_BYTES + start : HEADER_BYTES + end]
 
 
-_REPAIR = "python -m llama3v_mlx.embed --verify {} drops what is lost"
+_REPAIR = "llama3v embed --verify {} drops what is lost"
 
 
 class OpenShard:

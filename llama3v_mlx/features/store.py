@@ -77,9 +77,7 @@ class FeatureStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / STORE).is_file():
-            raise FeatureError(
-                f"{folder}: not a feature store (it has no {STORE}); python -m llama3v_mlx.embed makes one"
-            )
+            raise FeatureError(f"{folder}: not a feature store (it has no {STORE}); llama3v embed makes one")
         try:
             self.info = StoreInfo(**read_json(self.folder / STORE))
         except TypeError:
