@@ -386,9 +386,9 @@ def truncate(path: Path, size: int) -> None:
         (lambda f: edit_json(f / "config.json", hidden_size=100), r"\d\d wrong tensors: "),
         (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "is quantized already"),
         (lambda f: (f / SHARD).unlink(), f"1 missing shard: {SHARD}"),
-        (lambda f: truncate(f / SHARD, 1_000_000), r"cut short \(1,000,000 of [\d,]{9} bytes\)"),
-        (lambda f: truncate(f / SHARD, 1000), "not a safetensors file, or damaged"),
-        (lambda f: (f / SHARD).write_bytes(b""), "not a safetensors file, or damaged"),
+        (lambda f: truncate(f / SHARD, 1_000_000), r"damaged or cut short \(.*not fully covered\)"),
+        (lambda f: truncate(f / SHARD, 1000), "not a safetensors file, damaged or cut short"),
+        (lambda f: (f / SHARD).write_bytes(b""), "not a safetensors file, damaged or cut short"),
         (
             lambda f: [path.unlink() for path in f.glob("model*")] and (f / "pytorch_model.bin").touch(),
             "only safetensors weights are read",
