@@ -8,12 +8,21 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = (ROOT / "tools" / "demo" / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-# Commands that need no download and no other folder than the clone.
-ALL_COMMANDS = re.findall(r"^llama3v \w+.*$", README, re.MULTILINE)
-ELSEWHERE = ("4bit", "google/", "server", "--model new")
-RECIPE = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "demo.rows" in block)
-COMMANDS = [line for line in ALL_COMMANDS if not any(name in line for name in ELSEWHERE) and line not in RECIPE]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a README's bash blocks, one line each."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    return re.sub(r"\\\n\s+", "", blocks).splitlines()
+
+
+OURS = [line for line in commands(README) if line.startswith("llama3v ") and line != "llama3v chat"]
+# What these commands name is not in a clone: a download, or what an earlier one of them wrote.
+ELSEWHERE = ("4bit", "google/", "openbmb/", "--model new")
+HERE = [line for line in OURS if not any(name in line for name in ELSEWHERE)]
+RECIPE = [line for line in commands(DEMO) if "world" in line or " mine" in line or "fresh" in line]
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -27,29 +36,39 @@ def test_python_blocks_run(run_python, code: str) -> None:
 def workplace(tmp_path_factory) -> Path:
     """A folder for the commands one after another: what they write stays out of the clone."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "llama3v_mlx").symlink_to(ROOT / "llama3v_mlx")
+    for name in ("llama3v_mlx", "tools"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", dict.fromkeys(HERE))
 def test_commands_run(run_main, monkeypatch: pytest.MonkeyPatch, workplace: Path, command: str) -> None:
     monkeypatch.chdir(workplace)
-    done = run_main(*shlex.split(command)[2:])
+    done = run_main("llama3v_mlx.__main__", *shlex.split(command)[1:])
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [line for line in OURS if line not in HERE])
+def test_other_commands_are_understood(run_main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
+    """They end because something is not there (1), not because an option is wrong (2)."""
+    monkeypatch.chdir(tmp_path)
+    done = run_main("llama3v_mlx.__main__", *shlex.split(command)[1:])
+    assert done.returncode == 1 and "error: " in done.stderr
 
 
 def test_the_recipe_on_a_small_scale(run_main, run_python, monkeypatch, workplace: Path) -> None:
     """The commands of the recipe, with few rows and steps: what one writes is what the next one reads."""
     pytest.importorskip("sklearn")
     monkeypatch.chdir(workplace)
-    small = re.sub(r"--train \d+", "--train 24 --val 8", RECIPE.replace("\\\n", "").replace("--plot loss.png", ""))
-    small = re.sub(r"--iters \d+", "--iters 2", small).replace("--batch-size 32", "--batch-size 8")
-    rows, *others = small.splitlines()
-    run_python(*shlex.split(rows)[1:], cwd=workplace).check_returncode()  # it forks, which this process should not
-    for line in others:
-        args = shlex.split(line + (" --count 5" if "demo.evaluate" in line else ""))
-        module = "llama3v_mlx.convert" if args[1] == "convert.py" else args[2]
-        done = run_main(module, *args[2 + (args[1] == "-m") :])
+    for line in RECIPE:
+        small = re.sub(r"--train \d+", "--train 24 --val 8", line.replace("--plot loss.png", ""))
+        small = re.sub(r"--iters \d+", "--iters 2", small).replace("--batch-size 32", "--batch-size 8")
+        program, *args = shlex.split(small + (" --count 5" if "evaluate" in line else ""))
+        if "tools.demo.rows" in line:  # it forks, which this process should not
+            run_python(*args, cwd=workplace).check_returncode()
+            continue
+        module, args = ("llama3v_mlx.__main__", args) if program == "llama3v" else (args[1], args[2:])
+        done = run_main(module, *args)
         assert done.returncode == 0, (line, done.stderr)
     assert done.stdout.splitlines()[0].split()[:4] == ["all", done.stdout.split()[1], "of", "5"]
 
@@ -57,12 +76,23 @@ def test_the_recipe_on_a_small_scale(run_main, run_python, monkeypatch, workplac
 def test_quick_start_output_is_the_real_one(run_python) -> None:
     """But for the figures, which differ from run to run."""
     shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
-    command = re.search(r"python (-m llama3v_mlx.generate --image \S+ --temp 0)$", README, re.MULTILINE)[1]
-    done = run_python(*shlex.split(command))
+    done = run_python("-m", "llama3v_mlx", *shlex.split(HERE[0])[1:])
     real = (done.stderr + done.stdout).splitlines()
     assert [re.sub(r"[\d.]+", "0", line) for line in shown] == [re.sub(r"[\d.]+", "0", line) for line in real]
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"(?:llama3v_mlx|benchmarks)/[\w/.-]+\.\w+", README):
+def test_files_that_the_readmes_name_exist() -> None:
+    for name in re.findall(r"(?:llama3v_mlx|benchmarks|tools|tests)/[\w/.-]+\.\w+", README + DEMO):
         assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_contents() -> None:
+    """The README's contents name its sections, and it stays short."""
+    headings = {
+        f"#{re.sub('[^a-z ]', '', line.lower()).strip().replace(' ', '-')}"
+        for line in re.findall(r"^## (.*)$", README, re.M)
+    }
+    assert headings == set(re.findall(r"\]\((#[\w-]+)\)", README))
+    assert len(README.splitlines()) <= 250
