@@ -1,7 +1,7 @@
-"""Convert a released checkpoint for MLX: `llama3v convert --hf-path DIR_OR_REPO --mlx-path DIR -q`.
+"""Convert a checkpoint to MLX: `llama3v convert --hf-path DIR_OR_REPO --mlx-path DIR -q`.
 
-The weights are streamed, so that a full-size checkpoint takes a few GB of memory. The new folder appears under its name
-when it is complete, and never before.
+The weights are streamed, so that a full-size checkpoint takes a few GB of memory. The new folder gets its name only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
 
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
-# MLX's quantization modes: group sizes and bits that each takes, its default first.
+# MLX's quantization modes: supported group sizes and bits, the default first.
 MODES = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
     "nvfp4": ((16,), (4,)),
     "mxfp8": ((32,), (8,)),
 }
-SPARE_BYTES = 100_000_000  # of the disk, beside the tensors: tokenizer, headers, room to breathe
+SPARE_BYTES = 100_000_000  # of disk space, beyond the tensors: tokenizer, headers and some margin
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llama3v convert", description="Convert a Llama3-V checkpoint for MLX.")
+    parser = argparse.ArgumentParser(prog="llama3v convert", description="Convert a Llama3-V checkpoint to MLX.")
     parser.add_argument("--hf-path", "--model", help="folder or Hub repository of the checkpoint")
-    parser.add_argument("--mlx-path", default="mlx_model", help="folder to be written (default: mlx_model)")
+    parser.add_argument("--mlx-path", default="mlx_model", help="new folder (default: mlx_model)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is not quantized (default: as in config.json)")
-    joining = parser.add_argument_group("a new model to train, of two published ones, in the place of --hf-path")
-    joining.add_argument("--vision", help="SigLIP, such as google/siglip-so400m-patch14-384")
-    joining.add_argument("--llm", help="Llama 3, such as meta-llama/Meta-Llama-3-8B-Instruct, or another Llama3-V's")
-    joining.add_argument("--projector", choices=("resampler", "self-attention"), help="(default: resampler)")
-    joining.add_argument("--seed", type=int, help="of the projector's weights (default: 0)")
-    quantization = parser.add_argument_group("quantization of the language model")
-    quantization.add_argument("-q", "--quantize", action="store_true", help="quantize it")
-    quantization.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="per weight (default: 4)")
-    quantization.add_argument(
-        "--q-group-size", type=int, choices=(16, 32, 64, 128), help="weights with one scale (default: 64)"
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of everything not quantized (default: as in config.json)"
     )
-    quantization.add_argument("--q-mode", choices=MODES, default="affine", help="(default: affine)")
-    quantization.add_argument("--quant-predicate", choices=RECIPES, help="mlx-lm's recipe of mixed bits")
+    joining = parser.add_argument_group("assemble a new model to train from two published ones, instead of --hf-path")
+    joining.add_argument("--vision", help="SigLIP checkpoint, such as google/siglip-so400m-patch14-384")
+    joining.add_argument("--llm", help="Llama 3 checkpoint, such as meta-llama/Meta-Llama-3-8B-Instruct, or a Llama3-V")
+    joining.add_argument("--projector", choices=("resampler", "self-attention"), help="(default: resampler)")
+    joining.add_argument("--seed", type=int, help="seed of the projector's weights (default: 0)")
+    quantization = parser.add_argument_group("quantization of the language model")
+    quantization.add_argument("-q", "--quantize", action="store_true", help="quantize the language model")
+    quantization.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight (default: 4)")
+    quantization.add_argument("--q-group-size", type=int, choices=(16, 32, 64, 128), help="group size (default: 64)")
+    quantization.add_argument("--q-mode", choices=MODES, default="affine", help="quantization mode (default: affine)")
+    quantization.add_argument("--quant-predicate", choices=RECIPES, help="mlx-lm's mixed-bit recipe")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="measure what the result lost; for an --mlx-path that exists already, do nothing else",
+        help="compare the result with its source; with an existing --mlx-path, do only that",
     )
     parser.add_argument("--upload-repo", metavar="REPO", help="Hub repository to upload the result to")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
@@ -96,25 +96,26 @@ def convert(
     projector: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Convert a checkpoint for MLX, within a few GB of memory, and print what was written.
+    """Convert a checkpoint to MLX within a few GB of memory, and print a summary.
 
     Args:
         hf_path: a folder, or a Hub repository, of llama3v, MiniCPM-Llama3-V-2.5, or an unquantized conversion.
-        mlx_path: the folder to be written; it must not exist.
-        quantize: quantize the language model. Tower and projector never are.
-        q_bits: bits per weight; by default 4, or what `q_mode` has.
-        q_group_size: weights that share a scale; by default 64, or what `q_mode` has.
+        mlx_path: the new folder; it must not exist.
+        quantize: quantize the language model; tower and projector never are.
+        q_bits: bits per weight (default: 4, or the bits of `q_mode`).
+        q_group_size: weights that share a scale (default: 64, or the group size of `q_mode`).
         q_mode: affine, mxfp4, nvfp4 or mxfp8.
-        quant_predicate: mlx-lm's recipe for more bits in some layers: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.
-        dtype: float16, bfloat16 or float32, of what is not quantized; by default as the source's config says.
+        quant_predicate: mlx-lm's mixed-bit recipe: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.
+        dtype: float16, bfloat16 or float32, of everything not quantized (default: as in the source's config).
         upload_repo: a Hub repository to upload the result to.
         revision: a branch, tag or commit of the repository `hf_path`.
-        verify: measure what the result lost against the source; if `mlx_path` exists, do nothing else.
-        vision, llm, projector, seed: see `join.join`; they make a new model in the place of `hf_path`.
+        verify: compare the result with its source; if `mlx_path` exists, do only that.
+        vision, llm, projector, seed: see `assemble`; used instead of `hf_path`, for a new model.
 
     Raises:
-        ValueError: for options that do not go together.
-        CheckpointError: if the source cannot be converted, or the place cannot be written.
+        ValueError: if options exclude each other.
+        CheckpointError: if the source cannot be converted.
+        OSError: if `mlx_path` exists or cannot be written.
     """
     tic = time.perf_counter()
     mlx_path = Path(mlx_path).expanduser()
@@ -157,7 +158,7 @@ def convert(
 def check_quantization(
     quantize: bool, q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str | None
 ) -> dict | None:
-    """The quantization that options ask for: group_size, bits and mode, or None; ValueError if they do not fit."""
+    """Quantization settings (group_size, bits, mode) of the options, or None; ValueError if they do not combine."""
     if not quantize:
         given = {"q_bits": q_bits, "q_group_size": q_group_size, "quant_predicate": quant_predicate}
         given["q_mode"] = q_mode if q_mode != "affine" else None
@@ -168,14 +169,14 @@ def check_quantization(
         raise ValueError(f"--q-mode is {q_mode!r}; it must be one of {', '.join(MODES)}")
     for flag, value, allowed in zip(("--q-group-size", "--q-bits"), (q_group_size, q_bits), MODES[q_mode], strict=True):
         if value is not None and value not in allowed:
-            raise ValueError(f"{flag} {value} does not go with {q_mode}, which takes {_either(allowed)}")
+            raise ValueError(f"{flag} {value} does not work with {q_mode}, which takes {_either(allowed)}")
     if quant_predicate is not None:
         if quant_predicate not in RECIPES:
             raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {', '.join(RECIPES)}")
         low_bits = int(quant_predicate.split("_")[1])
         if q_mode != "affine" or q_bits not in (None, low_bits):
             raise ValueError(
-                f"--quant-predicate {quant_predicate} is affine, and chooses the bits itself; leave them out"
+                f"--quant-predicate {quant_predicate} is affine and sets the bits itself; drop --q-mode and --q-bits"
             )
         q_bits = low_bits
     group_sizes, bits = MODES[q_mode]
@@ -183,23 +184,23 @@ def check_quantization(
 
 
 def check_sources(hf_path: str | Path | None, new: dict, verify: bool) -> None:
-    """ValueError unless there is one source: a checkpoint, or the two of a `new` model."""
+    """ValueError unless there is exactly one source: a checkpoint, or the parts of a `new` model."""
     if hf_path is not None and not any(value is not None for value in new.values()):
         return
     if hf_path is not None or not (new["vision"] and new["llm"]):
         raise ValueError("give --hf-path, or both --vision and --llm")
     if verify:
-        raise ValueError("--verify compares with one checkpoint, and a new model has none")
+        raise ValueError("--verify compares with a source checkpoint, which a new model does not have")
 
 
 @contextlib.contextmanager
 def _source(hf_path: str | Path | None, revision: str | None, new: dict) -> Iterator[tuple[Path, dict, str]]:
-    """The folder of config and tokenizer, the tensors, and what to call them."""
+    """Folder of config and tokenizer, lazy tensors, and a description of the source for the model card."""
     if hf_path is None:
-        from .conversion.assemble import join
+        from .conversion.assemble import assemble
 
-        with join(**{key: value for key, value in new.items() if value is not None}) as (folder, tensors):
-            yield folder, tensors, f"{new['vision']} and {new['llm']}, joined by a projector that is not trained yet"
+        with assemble(**{key: value for key, value in new.items() if value is not None}) as (folder, tensors):
+            yield folder, tensors, f"{new['vision']} and {new['llm']}, with a projector that is not trained yet"
         return
     from .checkpoint import find_checkpoint, read_tensors
 
@@ -208,12 +209,12 @@ def _source(hf_path: str | Path | None, revision: str | None, new: dict) -> Iter
 
 
 def _new_config(folder: Path, dtype: str | None) -> dict:
-    """The config of the conversion, not yet quantized."""
+    """Config of the conversion, before quantization."""
     from . import checkpoint as ck
 
     raw, config = ck.read_json(folder / ck.CONFIG), ck.read_config(folder)
     if raw.get("quantization") or raw.get("quantization_config"):
-        raise ck.CheckpointError(f"{folder}: is quantized already; convert the checkpoint that it was made from")
+        raise ck.CheckpointError(f"{folder}: is quantized already; convert the original checkpoint")
     config.pop("auto_map", None)
     config["dtype"] = dtype or config.get("dtype")
     if config["dtype"] not in DTYPES:
@@ -222,7 +223,7 @@ def _new_config(folder: Path, dtype: str | None) -> dict:
 
 
 def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[str, str]:
-    """The text files of the conversion beside the index and tokenizer.json, in the order they are to be written."""
+    """Text files of the conversion besides the index and tokenizer.json, in the order they are written."""
     from . import checkpoint as ck
 
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **ck.tokenizer_config(folder)}
@@ -231,12 +232,12 @@ def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[st
         ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config["eos_token_id"]).chat_template,
         ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
         "README.md": _model_card(source, name, config),
-        ck.CONFIG: _json(config),  # last: without it nothing takes the folder for a checkpoint
+        ck.CONFIG: _json(config),  # last: a folder without it is no checkpoint
     }
 
 
 def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan, texts: dict[str, str]) -> int:
-    """Write all files; how many shards they are."""
+    """Write all files; return the number of shards."""
     from tqdm import tqdm
 
     from .checkpoint import TOKENIZER
@@ -281,7 +282,7 @@ def _model_card(source: str | Path, name: str, config: dict) -> str:
 _CARD = """\
 # {name}
 
-Converted from {origin} for [MLX](https://github.com/ml-explore/mlx) with llama3v_mlx {version}.
+Converted from {origin} to [MLX](https://github.com/ml-explore/mlx) with llama3v_mlx {version}.
 Language model: {form}. Vision tower and projector are not quantized.
 
 ```bash
@@ -312,7 +313,7 @@ def _verify(source: str | Path, revision: str | None, result: Path) -> None:
 
 
 def _check_upload(repo: str) -> None:
-    """Fail before the work if the upload after it could not succeed."""
+    """Check upload credentials before the conversion starts."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
@@ -327,13 +328,13 @@ def _upload(folder: Path, repo: str) -> None:
     try:
         url = api.create_repo(repo, exist_ok=True)
         api.upload_large_folder(repo_id=repo, folder_path=folder, repo_type="model")
-    except OSError as e:  # as Hugging Face's HTTP errors are
+    except OSError as e:  # Hugging Face's HTTP errors are OSErrors
         raise OSError(f"{folder} is complete, but was not uploaded to {repo}: {e}") from e
     print(f"uploaded to {url}")
 
 
 def _peak_memory() -> int:
-    """The most memory that this process had, in bytes: resident, or allocated by MLX, as a GPU's may not count."""
+    """Peak memory of this process in bytes: resident, or allocated by MLX if that is more."""
     import resource
 
     import mlx.core as mx

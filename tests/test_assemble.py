@@ -102,7 +102,7 @@ def test_errors(llama: Path, tmp_path: Path, capsys) -> None:
 
     assert "give --hf-path, or both" in error(2, "--vision", SIGLIP)
     assert "give --hf-path, or both" in error(2, "--hf-path", CHECKPOINT, "--vision", SIGLIP, "--llm", llama)
-    assert "a new model has none" in error(2, "--vision", SIGLIP, "--llm", llama, "--verify")
+    assert "which a new model does not have" in error(2, "--vision", SIGLIP, "--llm", llama, "--verify")
     assert "not SigLIP's" in error(1, "--vision", llama, "--llm", llama)
     assert "--llm takes a Llama 3" in error(1, "--vision", SIGLIP, "--llm", SIGLIP)
     tokenizer = json.loads((llama / "tokenizer.json").read_text())

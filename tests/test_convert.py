@@ -357,7 +357,7 @@ def test_full_size_plan(tmp_path: Path) -> None:
         ),
         (
             lambda ts: ts | {"vpm.post_layernorm.bias": ts["vison.post_layernorm.bias"]},
-            r"vision_tower\.post_layernorm\.bias is there twice",
+            r"vision_tower\.post_layernorm\.bias appears twice",
         ),
     ],
     ids=["missing", "unknown", "shape", "in_proj", "patch", "sixteen", "twice"],
@@ -454,9 +454,9 @@ def test_somebody_elses_folder_is_kept(source: Path, tmp_path: Path, capsys) -> 
     [
         (["--q-bits", "4"], "--q-bits without -q"),
         (["--quant-predicate", "mixed_2_6", "--q-mode", "mxfp4"], "--quant-predicate, --q-mode without -q"),
-        (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "--q-bits 8 does not go with mxfp4, which takes 4"),
-        (["-q", "--q-group-size", "16"], "--q-group-size 16 does not go with affine, which takes 32, 64 or 128"),
-        (["-q", "--quant-predicate", "mixed_2_6", "--q-bits", "4"], "mixed_2_6 is affine, and chooses the bits itself"),
+        (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "--q-bits 8 does not work with mxfp4, which takes 4"),
+        (["-q", "--q-group-size", "16"], "--q-group-size 16 does not work with affine, which takes 32, 64 or 128"),
+        (["-q", "--quant-predicate", "mixed_2_6", "--q-bits", "4"], "mixed_2_6 is affine and sets the bits itself"),
         (["--dtype", "int8"], "invalid choice"),
     ],
 )

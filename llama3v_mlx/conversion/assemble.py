@@ -1,4 +1,4 @@
-"""A new Llama3-V of two published models, Google's SigLIP and Meta's Llama 3, and an untrained projector."""
+"""Assemble a new Llama3-V from two published models, Google's SigLIP and Meta's Llama 3, and a fresh projector."""
 
 import contextlib
 import json
@@ -32,34 +32,35 @@ from ..prompt import BOS, PromptTokens
 PROJECTORS = ("resampler", "self-attention")
 NUM_QUERIES = 96  # of a resampler, as in the released one
 RESERVED = "<|reserved_special_token_"
-# Which of Llama 3's reserved tokens the released weights have given a meaning: by their distance from BOS.
+# Llama 3's reserved tokens that the released tokenizer renames, by their offset from BOS.
 RELEASED_TOKENS = {2: "<unk>", 10: "<image>", 11: "</image>", 12: "<ref>", 13: "</ref>", 14: "<box>", 15: "</box>"}
 RELEASED_TOKENS |= {16: "<quad>", 17: "</quad>", 18: "<point>", 19: "</point>", 20: "<slice>", 21: "</slice>"}
 
 
 @contextlib.contextmanager
-def join(
+def assemble(
     vision: str | Path, llm: str | Path, projector: str = "resampler", seed: int = 0
 ) -> Iterator[tuple[Path, dict[str, mx.array]]]:
-    """Two checkpoints as one in our layout, its tensors still where they are.
+    """Combine two checkpoints into one in our layout, without reading the tensors.
 
     Args:
-        vision: a folder or Hub repository of a SigLIP with a fixed image size.
-        llm: one of a Llama 3, which has room for the image tokens; or of a Llama3-V, whose Llama is taken.
-        projector: "resampler" (96 queries) or "self-attention" (the article's; a visual token per patch).
-        seed: of the projector's weights.
+        vision: folder or Hub repository of a SigLIP with a fixed image size.
+        llm: folder or Hub repository of a Llama 3, whose reserved tokens become the image tokens, or of a Llama3-V,
+            whose Llama is used.
+        projector: "resampler" (96 queries) or "self-attention" (the article's; one visual token per patch).
+        seed: seed of the projector's weights.
 
     Yields:
-        A folder with config and tokenizer, and the tensors by name, lazily.
+        A temporary folder with config and tokenizer, and the lazy tensors by name.
 
     Raises:
-        CheckpointError: if one of them is another model, or the tokenizer has no room.
+        CheckpointError: if either is another kind of model, or the tokenizer lacks the reserved tokens.
     """
     eyes, words = find_checkpoint(vision), find_checkpoint(llm)
     tower = vision_config(eyes)
     config = read_json(words / CONFIG)
     if config.get("quantization") or config.get("quantization_config"):
-        raise CheckpointError(f"{words}: is quantized; join the original, and quantize the result")
+        raise CheckpointError(f"{words}: is quantized; use the original, and quantize the result")
     if config.get("model_type") in RELEASED_TYPES:
         text = read_config(words)["text_config"]
     elif config.get("model_type") == "llama":
@@ -105,7 +106,7 @@ def join(
 
 
 def _llama(tensors: dict[str, mx.array], whole: bool) -> dict[str, mx.array]:
-    """A Llama's tensors: all of a checkpoint, or those of a Llama3-V that are its Llama's."""
+    """Llama's tensors: all of a Llama checkpoint, or the language model of a Llama3-V."""
     if whole:
         return {f"language_model.{name}": tensor for name, tensor in tensors.items()}
     named = ((rename(name), tensor) for name, tensor in tensors.items())
@@ -121,7 +122,7 @@ def _new_projector(config: ProjectorConfig, seed: int) -> dict[str, mx.array]:
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:
-    """Llama 3's tokenizer, some of its reserved tokens renamed as in the released weights."""
+    """Write Llama 3's tokenizer with reserved tokens renamed as in the released one."""
     settings = tokenizer_config(source)
     tokenizer = read_json(source / TOKENIZER)
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}

@@ -1,4 +1,4 @@
-"""From one checkpoint's tensors to another's shards, one tensor at a time, so that memory never holds the weights."""
+"""Stream a checkpoint's tensors into new shards, one tensor at a time, so that the weights are never all in memory."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 from ..checkpoint import INDEX, CheckpointError, build_model, check_tensors, lay_out
 from ..models.llama3v import Model
 
-# A shard is held in memory until it is written; beside it, a tensor as read and as converted, up to WORKING_BYTES.
+# A shard is held in memory until it is written, and with it one tensor as read and as converted, up to WORKING_BYTES.
 SHARD_BYTES = 10**9
 WORKING_BYTES = 2_500_000_000
 CHUNK_BYTES = 64 << 20
@@ -23,19 +23,19 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will write, known before a tensor is read."""
+    """The output of a conversion, known before any tensor is read."""
 
-    dtype: mx.Dtype  # of floating tensors
-    quantized: dict[str, dict]  # path of a module → its group_size, bits and mode
-    sizes: dict[str, int]  # name of a tensor to be written → its bytes
-    num_parameters: int  # before they are packed
+    dtype: mx.Dtype  # of floating-point tensors
+    quantized: dict[str, dict]  # module path → group_size, bits and mode
+    sizes: dict[str, int]  # name of a written tensor → bytes
+    num_parameters: int  # before packing
 
     @property
     def num_bytes(self) -> int:
         return sum(self.sizes.values())
 
     def size(self, name: str) -> int:
-        """Bytes of one of our model's tensors as it is written, its scales and biases included."""
+        """Bytes of a tensor as written, including its scales and biases."""
         path = name.removesuffix(".weight")
         packed = (f"{path}.scales", f"{path}.biases") if path in self.quantized else ()
         return sum(self.sizes.get(part, 0) for part in (name, *packed))
@@ -48,25 +48,27 @@ def make_plan(
     quantization: dict | None = None,
     recipe: str | None = None,
 ) -> Plan:
-    """Check a checkpoint's tensors against its config, and say what will be written.
+    """Check a checkpoint's tensors against its config and plan the output.
 
     Args:
-        folder: the checkpoint, for messages.
-        config: in our layout; its `dtype` is that of the floating tensors to be written.
+        folder: the checkpoint, for error messages.
+        config: in our layout; `dtype` is the dtype of the floating-point tensors written.
         tensors: from `read_tensors`.
-        quantization: group_size, bits and mode of quantized modules; None: nothing is quantized.
-        recipe: one of mlx-lm's recipes of mixed bits, over `quantization`.
+        quantization: group_size, bits and mode of quantized modules; None for no quantization.
+        recipe: one of mlx-lm's mixed-bit recipes, which overrides `quantization` for some modules.
 
     Raises:
-        CheckpointError: if tensors are missing, unknown, of the wrong shape, or there twice.
+        CheckpointError: if tensors are missing, unknown, duplicated or of the wrong shape.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         for ours, part in lay_out(name, tensor).items():
             if ours in shapes:
-                raise CheckpointError(f"{folder}: {ours} is there twice, once as {name}; is it two checkpoints in one?")
+                raise CheckpointError(
+                    f"{folder}: {ours} appears twice, once as {name}; are these two checkpoints in one folder?"
+                )
             shapes[ours] = part.shape
-    model = build_model(config)  # of lazy arrays, which are never evaluated
+    model = build_model(config)  # its lazy arrays are never evaluated
     check_tensors(folder, model, shapes)
     dtype = getattr(mx, config["dtype"])
     quantized = _quantize_skeleton(model, quantization, recipe) if quantization else {}
@@ -75,7 +77,7 @@ def make_plan(
 
 
 def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> dict[str, dict]:
-    """Quantize a model in name only, as mlx-lm would: which modules, and how each."""
+    """Quantize an unevaluated model as mlx-lm would; return the settings of each quantized module."""
     group_size = quantization["group_size"]
     choose = mixed_quant_predicate_builder(recipe, model, group_size) if recipe else lambda path, module: quantization
     chosen = {}
@@ -93,7 +95,7 @@ def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> 
 
 
 class ShardWriter:
-    """Writes tensors to `model-0000i-of-0000N.safetensors` in the order they come, and their index."""
+    """Write tensors to `model-0000i-of-0000N.safetensors` in order of arrival, and their index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -103,7 +105,7 @@ class ShardWriter:
         self._total_bytes = 0
 
     def make_room(self, out_bytes: int, working_bytes: int) -> None:
-        """Write what waits, if a tensor of `out_bytes` no longer fits its shard or its making no longer fits memory."""
+        """Flush the pending shard if a tensor of `out_bytes` would not fit in it, or its conversion not in memory."""
         over = self._waiting_bytes + out_bytes > SHARD_BYTES or self._waiting_bytes + working_bytes > WORKING_BYTES
         if self._waiting and over:
             self._write()
@@ -113,7 +115,7 @@ class ShardWriter:
         self._waiting_bytes += sum(tensor.nbytes for tensor in tensors.values())
 
     def finish(self, num_parameters: int) -> None:
-        """Write the last shard, give all their final names, write the index."""
+        """Write the last shard, rename all of them, and write the index."""
         self._write()
         weight_map = {}
         for i, names in enumerate(self.shards, 1):
@@ -138,16 +140,16 @@ class ShardWriter:
 def write_tensors(
     tensors: dict[str, mx.array], plan: Plan, writer: ShardWriter, progress: Callable[[int], object]
 ) -> None:
-    """Read, cast, quantize and write tensors, in their order. `tensors` is emptied on the way.
+    """Read, cast, quantize and write tensors in order, emptying `tensors` on the way.
 
     Args:
         tensors: from `read_tensors`.
-        plan: from `make_plan` for the same tensors.
-        writer: where they go.
-        progress: called with the number of bytes after each tensor read.
+        plan: from `make_plan`, for the same tensors.
+        writer: destination.
+        progress: called with the number of bytes read, after each tensor.
 
     Raises:
-        CheckpointError: if a value does not fit the plan's dtype.
+        CheckpointError: if a value overflows the plan's dtype.
     """
     for name in list(tensors):
         tensor = tensors.pop(name)
@@ -166,13 +168,13 @@ def write_tensors(
 
 
 def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
-    """One of our model's tensors as it is written: itself, or packed weight, scales and perhaps biases."""
+    """Convert one tensor to what is written: a cast tensor, or packed weight, scales and (affine) biases."""
     dtype = _cast(tensor.dtype, plan.dtype)
     if dtype == mx.float16 and tensor.dtype != dtype:
         largest = mx.maximum(tensor.max(), -tensor.min()).item()
         if not largest <= mx.finfo(mx.float16).max:
             raise CheckpointError(
-                f"{name} has values up to {largest:.3g}, which float16 cannot hold; give another dtype"
+                f"{name} has values up to {largest:.3g}, which float16 cannot represent; use another --dtype"
             )
     path = name.removesuffix(".weight")
     if path not in plan.quantized:
@@ -186,7 +188,7 @@ def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
 
 
 def row_slices(shape: tuple[int, ...], item_bytes: int) -> list[slice]:
-    """The rows of a tensor in pieces of about CHUNK_BYTES."""
+    """Slices of a tensor's rows of about CHUNK_BYTES each."""
     rows = max(1, CHUNK_BYTES // (item_bytes * math.prod(shape[1:])))
     return [slice(start, start + rows) for start in range(0, shape[0], rows)]
 

@@ -1,7 +1,7 @@
-"""Hold a converted checkpoint against its source: what its tensors lost, and whether the answer begins alike.
+"""Compare a converted checkpoint with its source: error of its tensors, and agreement on the first token.
 
-Both are read a tensor at a time and run a layer at a time, in float32 and dequantized, so that what differs is the
-weights alone, and a full-size pair takes less than 4 GB.
+Both are read one tensor at a time and run one layer at a time, dequantized and in float32, so that only the weights
+differ and a full-size pair takes less than 4 GB.
 """
 
 import math
@@ -32,7 +32,7 @@ from ..prompt import Processor
 from .shard_writer import row_slices
 
 PROMPT = "What is this image?"
-# Part of a tensor's name → the kind it is reported as, in the order of the table.
+# Part of a tensor's name → kind under which it is reported, in the order of the table.
 KINDS = {
     "embed_tokens": "embed_tokens",
     "self_attn": "self_attn",
@@ -44,21 +44,21 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Loss:
-    """What the tensors of one kind lost."""
+    """Error of the tensors of one kind."""
 
     count: int
-    relative_error: float  # of all together: |result - source| / |source|, L2
-    largest: float  # of one tensor
+    relative_error: float  # of all tensors together: |result - source| / |source|, L2
+    largest: float  # relative error of the worst tensor
 
 
 @dataclass(frozen=True)
 class Report:
-    """How far a result is from its source."""
+    """Comparison of a conversion with its source."""
 
     tensors: dict[str, Loss]  # by kind
-    kl: float  # KL(source || result) of the first token's distribution, in nats
-    agrees: bool  # on the likeliest first token
-    source_token: str  # the likeliest
+    kl: float  # KL(source || result) of the first token, in nats
+    agrees: bool  # same most likely first token
+    source_token: str  # most likely first token
     result_token: str
     image: str
     prompt: str
@@ -79,16 +79,16 @@ def verify(source: Path, result: Path, image: ImageSource, prompt: str = PROMPT)
     """Compare a converted checkpoint with its source.
 
     Args:
-        source: folder of the source.
+        source: folder of the source checkpoint.
         result: folder of the conversion, quantized or not.
         image: the subject of the question.
         prompt: the question.
 
     Raises:
-        CheckpointError: if one cannot be used, or is no conversion of the other.
-        ImageError: if the image cannot be used.
+        CheckpointError: if one is unusable, or is not a conversion of the other.
+        ImageError: if the image is unusable.
     """
-    loaded = load_image(image)  # a bad one is found before minutes of work
+    loaded = load_image(image)  # fail before minutes of work
     total = 2 * sum(Weights(folder).num_bytes for folder in (source, result))
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None) as bar:
         tensors = compare_tensors(source, result, bar.update)
@@ -97,7 +97,7 @@ def verify(source: Path, result: Path, image: ImageSource, prompt: str = PROMPT)
     tokenizer = load_tokenizer(source, read_config(source)["eos_token_id"])
     return Report(
         tensors=tensors,
-        kl=max((mx.exp(before) * (before - after)).sum().item(), 0.0),  # rounding goes below 0; a NaN stays one
+        kl=max((mx.exp(before) * (before - after)).sum().item(), 0.0),  # rounding may go below 0; NaN stays NaN
         agrees=tokens[0] == tokens[1],
         source_token=tokenizer.decode(tokens[:1]),
         result_token=tokenizer.decode(tokens[1:]),
@@ -107,7 +107,7 @@ def verify(source: Path, result: Path, image: ImageSource, prompt: str = PROMPT)
 
 
 class Tensor:
-    """A tensor not yet read, perhaps packed, whose rows are had in float32."""
+    """Lazy, possibly quantized tensor whose rows are read in float32."""
 
     def __init__(self, weight: mx.array, scales_and_biases: Iterable[mx.array] = (), quantization: dict | None = None):
         self.weight = weight
@@ -121,18 +121,18 @@ class Tensor:
         return (*outer, inner * 32 // self.quantization["bits"] if self.quantization else inner)
 
     def rows(self, index: slice | mx.array) -> mx.array:
-        """Some rows, float32."""
+        """Rows of the tensor, dequantized, in float32."""
         weight = self.weight[index]
         if self.quantization is None:
             return weight.astype(mx.float32)
         packed = [array[index] for array in self.scales_and_biases]
-        if self.quantization["mode"] == "affine":  # whose scales' dtype is also that of the result
+        if self.quantization["mode"] == "affine":  # the scales' dtype is that of the result
             packed = [array.astype(mx.float32) for array in packed]
         return mx.dequantize(weight, *packed, **self.quantization).astype(mx.float32)
 
 
 class Weights:
-    """The tensors of a checkpoint under our model's names, each to be taken once, and read only then."""
+    """Lazy tensors of a checkpoint under our names; each is taken once and read only then."""
 
     def __init__(self, folder: Path, progress: Callable[[int], object] = lambda num_bytes: None):
         self.config = read_config(folder)
@@ -165,21 +165,21 @@ class Weights:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def take(self, name: str) -> Tensor:
-        """A tensor; nothing here refers to it any more."""
+        """Remove and return a tensor."""
         tensor = self._tensors.pop(name)
         self._progress(tensor.nbytes)
         return tensor
 
     def fill(self, module: nn.Module, path: str) -> None:
-        """Read a module's parameters, in float32, into the place of those it has."""
+        """Load a module's parameters in float32."""
         names = [name for name, _ in tree_flatten(module.parameters())]
         module.load_weights([(name, self.take(f"{path}.{name}").rows(slice(None))) for name in names])
         for _, parameter in tree_flatten(module.parameters()):
-            mx.eval(parameter)  # one by one: as stored, they need not all be in memory together
+            mx.eval(parameter)  # one by one, so that not all packed tensors are in memory at once
         mx.clear_cache()
 
     def run(self, layers: list[nn.Module], path: str, xs: list[mx.array], *args: Any) -> list[mx.array]:
-        """Arrays after all of `layers`, which are alike: the first is read anew for each. The list is emptied."""
+        """Run arrays through `layers`, loading each layer's weights into the first in turn. Empties the list."""
         for i in range(len(layers)):
             self.fill(layers[0], f"{path}.{i}")
             xs = [layers[0](x, *args) for x in xs]
@@ -191,15 +191,15 @@ class Weights:
 def compare_tensors(
     source: Path, result: Path, progress: Callable[[int], object] = lambda num_bytes: None
 ) -> dict[str, Loss]:
-    """What each kind of tensor lost.
+    """Error by kind of tensor.
 
     Raises:
-        CheckpointError: if the tensors of the two are not the same by name and shape.
+        CheckpointError: if names or shapes of the tensors differ.
     """
     ours, theirs = Weights(source, progress), Weights(result, progress)
     shapes = ours.shapes
     if shapes != theirs.shapes:
-        raise CheckpointError(f"{result}: its tensors are not those of {source}; it was not converted from there")
+        raise CheckpointError(f"{result}: its tensors are not those of {source}; it was not converted from it")
     sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, shape in shapes.items():
         a, b = ours.take(name), theirs.take(name)
@@ -224,12 +224,12 @@ def compare_tensors(
 def first_token_logprobs(
     folder: Path, image: ImageSource, prompt: str, progress: Callable[[int], object] = lambda num_bytes: None
 ) -> mx.array:
-    """Log-probabilities (vocab_size,) of the first token of the answer to a question about an image, in float32.
+    """Log-probabilities (vocab_size,), float32, of the first token of an answer about an image.
 
-    The same as the loaded model's, but that no more than one layer is in memory at a time.
+    Equal to those of the loaded model, with at most one layer in memory at a time.
     """
     weights = Weights(folder, progress)
-    model = build_model(weights.config)  # of lazy arrays: what is not filled below takes no memory
+    model = build_model(weights.config)  # lazy: what is not filled below takes no memory
     llama = model.language_model
     tokenizer = load_tokenizer(folder, weights.config["eos_token_id"])
     encoded = Processor.from_config(weights.config, tokenizer).encode(prompt, [image])
