@@ -1,6 +1,6 @@
 """Score checkpoints on the original README's benchmarks: `llama3v evaluate --model DIR [DIR…] --tasks …`.
 
-lmms-eval does it, in an environment of its own; each checkpoint is served to it by `llama3v_mlx.server`.
+lmms-eval runs them, in an environment of its own, against `llama3v server`.
 """
 
 import argparse
@@ -23,18 +23,18 @@ from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3, then --lmms-eval lmms/bin/python"
-# All but the bundled model's own.
+# All but the bundled model's own benchmark.
 PUBLISHED = [task for task in BENCHMARKS if task != "demo_world"]
 SCORING = Path(__file__).parent / "evaluation" / "tasks.py"
 
 
 class EvaluationError(ValueError):
-    """The evaluation cannot be made, or was not finished."""
+    """Raised when an evaluation cannot run or did not finish."""
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Write the tasks, serve each checkpoint to lmms-eval, and print what came of it."""
-    # lmms-eval runs in --output, where relative paths would be others; a link to a Python is not to be followed.
+    """Write the tasks, run lmms-eval against each checkpoint, and print the report."""
+    # lmms-eval runs in --output, so relative paths must be absolute; links to a Python must stay, or a venv is lost.
     args.lmms_eval = os.path.abspath(shutil.which(args.lmms_eval) or args.lmms_eval)
     args.data = args.data and os.path.abspath(args.data)
     harness = find_harness(args.lmms_eval)
@@ -51,26 +51,26 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.plot:
         plot(results, args.tasks, args.plot)
     if failed := sum(scores.failed for scores in results):
-        raise EvaluationError(f"{failed} requests got no answer and count as wrong; {out} has the samples")
+        raise EvaluationError(f"{failed} requests failed and count as wrong; {out} has the samples")
 
 
 def find_harness(python: str) -> Path:
-    """lmms-eval's folder of tasks, in the environment of an interpreter."""
+    """lmms-eval's tasks folder in an interpreter's environment."""
     script = "import importlib.util as u; print(u.find_spec('lmms_eval').submodule_search_locations[0])"
     try:
         done = subprocess.run([python, "-c", script], capture_output=True, text=True)
     except OSError as e:
-        raise EvaluationError(f"{python}: is no Python ({e.strerror}); {INSTALL}") from e
+        raise EvaluationError(f"{python}: not a Python interpreter ({e.strerror}); {INSTALL}") from e
     if done.returncode:
         raise EvaluationError(f"{python} has no lmms-eval; install it by: {INSTALL}")
     return Path(done.stdout.strip()) / "tasks"
 
 
 def write_tasks(folder: Path, args: argparse.Namespace, harness: Path) -> None:
-    """Task files for lmms-eval: its own, included, with our scores where it pays a judge, and on local data.
+    """Write task files for lmms-eval: its own, included, with our scoring where it pays a judge, and local data.
 
     Raises:
-        EvaluationError: if a benchmark's data are not there, or not in the published schema.
+        EvaluationError: if a benchmark's data are missing, or not in the published schema.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -105,14 +105,14 @@ def check_columns(path: Path, task: str, python: str) -> None:
     script = "import json, sys, pyarrow.parquet as p; print(json.dumps(p.read_schema(sys.argv[1]).names))"
     done = subprocess.run([python, "-c", script, str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise EvaluationError(f"{path}: is no parquet file ({done.stderr.strip().splitlines()[-1]})")
+        raise EvaluationError(f"{path}: not a parquet file ({done.stderr.strip().splitlines()[-1]})")
     if missing := [name for name in BENCHMARKS[task].columns if name not in json.loads(done.stdout)]:
         raise EvaluationError(f"{path}: has no column {', '.join(missing)}, which {task}'s published data have")
 
 
 @contextlib.contextmanager
 def served(*command: str | Path, **options) -> Iterator[tuple[subprocess.Popen, int, list[str]]]:
-    """`python -m COMMAND…`, a server, on a free port of 127.0.0.1, and what it says; stopped whatever happens."""
+    """Start `python -m COMMAND…`, a server, on a free port of 127.0.0.1; yield process, port and lines of stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,7 +135,7 @@ def served(*command: str | Path, **options) -> Iterator[tuple[subprocess.Popen, 
 
 
 def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Scores:
-    """Have lmms-eval ask a served checkpoint everything; answers that an earlier run got are not asked for again.
+    """Run lmms-eval against a served checkpoint; answers of an earlier run are reused.
 
     Raises:
         EvaluationError: if the server or lmms-eval dies.
@@ -155,7 +155,7 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
         options = {"model": Path(model).name, "base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none"}
         options |= {"num_concurrent": args.concurrency, "timeout": 600, "httpx_trust_env": False}
         command += ["--model_args", ",".join(f"{key}={value}" for key, value in options.items())]
-        # Its judges want a key, even those that are never asked; whoever asks gets this server, and no bill.
+        # Its judges need a key even if unused; with this address no request can leave the machine.
         env = {**os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": options["base_url"]}
         env |= {"HF_HUB_OFFLINE": "1"} if args.data else {}
         harness = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=env)
@@ -164,11 +164,11 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
                 time.sleep(0.1)
             if server.poll() is not None:
                 reason = "".join(said).strip().splitlines()[-1:] or [f"exit code {server.returncode}"]
-                raise EvaluationError(f"the server of {model} died: {reason[0]}; its answers so far are kept in {out}")
+                raise EvaluationError(f"the server of {model} died: {reason[0]}; its answers so far are in {out}")
         finally:
             harness.terminate()
             harness.wait()
-    if harness.returncode or not any((out / "results").rglob("*_results.json")):  # it may fail with 0
+    if harness.returncode or not any((out / "results").rglob("*_results.json")):  # it may fail with status 0
         reason = re.findall(r"Error during evaluation: (.*?)\.* Please set", (out / "lmms-eval.log").read_text())
         raise EvaluationError(f"lmms-eval failed on {model}: {' '.join(reason)} ({out / 'lmms-eval.log'})")
     return read_results(model, out / "results", args.tasks, fresh)
@@ -179,14 +179,14 @@ def task_names(text: str) -> list[str]:
     for name in names:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, cutoff=0.4) or list(BENCHMARKS)
-            raise argparse.ArgumentTypeError(f"{name!r} is no task here; near to it: {', '.join(near)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not a task; close to it: {', '.join(near)}")
     return names
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v evaluate",
-        description="Score checkpoints on benchmarks by lmms-eval, which runs in an environment of its own.",
+        description="Score checkpoints on benchmarks with lmms-eval, which runs in an environment of its own.",
     )
     parser.add_argument("--model", nargs="+", default=[str(CHECKPOINT)], help="checkpoints (default: the bundled demo)")
     parser.add_argument(
@@ -196,10 +196,14 @@ def main(argv: list[str] | None = None) -> None:
         help=f"some of {', '.join(BENCHMARKS)} (default: the published five)",
     )
     parser.add_argument("--data", metavar="DIR", help="local data, DIR/TASK/*.parquet as published, instead of the Hub")
-    parser.add_argument("--limit", type=positive, help="questions of each task (default: all)")
+    parser.add_argument("--limit", type=positive, help="questions per task (default: all)")
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at once (default: 8)")
-    parser.add_argument("--lmms-eval", default=sys.executable, metavar="PYTHON", help="the Python that has lmms-eval")
-    parser.add_argument("--output", default="evaluation", metavar="DIR", help="samples and logs (default: evaluation)")
+    parser.add_argument(
+        "--lmms-eval", default=sys.executable, metavar="PYTHON", help="Python interpreter that has lmms-eval"
+    )
+    parser.add_argument(
+        "--output", default="evaluation", metavar="DIR", help="folder of samples and logs (default: evaluation)"
+    )
     parser.add_argument("--plot", metavar="PNG", help="draw the scores; needs matplotlib")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Have a teacher write conversations about captioned images: `llama3v synthesize --teacher MODEL_OR_URL`.
+"""Have a teacher model write conversations about captioned images: `llama3v synthesize --teacher MODEL_OR_URL`.
 
-The teacher is any text model of mlx-lm, which sees the captions as LLaVA's did, or an OpenAI-compatible server, which
-may be sent the images too. What it writes is checked row by row, and goes on where an earlier run ended.
+The teacher is any text model of mlx-lm, which is given the captions as in LLaVA, or an OpenAI-compatible server, which
+can be sent the images too. Its output is checked row by row. A second run continues where the first one stopped.
 """
 
 import argparse
@@ -38,17 +38,17 @@ FORMAT = (
     "Say nothing that they do not support. Write each question on a line that begins with 'Question:' and each answer "
     "on one that begins with 'Answer:', and nothing else.\n\n{captions}"
 )
-# An answer that speaks of its source was not written by somebody who sees the image.
+# Answers that mention their source read as if nobody saw the image.
 TELLTALE = re.compile(r"\bcaptions?\b|\bprovided (text|description)", re.IGNORECASE)
 MAX_WORDS = {"question": 60, "answer": 400}
-TRIES, TIMEOUT = 3, 300.0  # of a request to a server; seconds
+TRIES, TIMEOUT = 3, 300.0  # attempts at a request to a server; seconds
 
 Row = dict
-Task = tuple[str, str, Row]  # id, kind, the row of captions
+Task = tuple[str, str, Row]  # id, kind, row of captions
 
 
 class Rejected(ValueError):
-    """What a teacher wrote cannot be used."""
+    """Raised when a teacher's output is unusable."""
 
 
 def captions_of(row: Row) -> list[str]:
@@ -62,10 +62,10 @@ def prompt_of(kind: str, row: Row) -> str:
 
 
 def conversation_of(kind: str, text: str, finished: bool) -> list[dict]:
-    """The turns that a teacher wrote, in LLaVA's format.
+    """Parse a teacher's output into turns in LLaVA's format.
 
     Raises:
-        Rejected: if they do not alternate, are empty or too long, or speak of captions.
+        Rejected: if turns do not alternate, are empty or too long, or mention captions.
     """
     if not finished:
         raise Rejected("cut off by --max-tokens")
@@ -81,9 +81,9 @@ def conversation_of(kind: str, text: str, finished: bool) -> list[dict]:
         if len(value.split()) > MAX_WORDS[role]:
             raise Rejected(f"a {role} of more than {MAX_WORDS[role]} words")
         if TELLTALE.search(value):
-            raise Rejected("speaks of the captions")
+            raise Rejected("mentions the captions")
     if len(set(values[::2])) < len(values[::2]):
-        raise Rejected("a question twice")
+        raise Rejected("a repeated question")
     names = {"question": "human", "answer": "gpt"}
     turns = [{"from": names[role], "value": value} for role, value in zip(roles, values, strict=True)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
@@ -91,7 +91,7 @@ def conversation_of(kind: str, text: str, finished: bool) -> list[dict]:
 
 
 class LocalTeacher:
-    """A text model of mlx-lm, asked in batches."""
+    """Text model of mlx-lm, run in batches."""
 
     def __init__(self, name: str, max_tokens: int, temperature: float):
         from mlx_lm import load
@@ -102,7 +102,7 @@ class LocalTeacher:
         self.max_tokens = max_tokens
 
     def write(self, tasks: list[Task]) -> list[tuple[str, bool]]:
-        """A text for each task, and whether it came to its end."""
+        """Texts of the tasks, each with whether it is complete."""
         from mlx_lm import batch_generate
 
         messages = [[{"role": "user", "content": prompt_of(kind, row)}] for _, kind, row in tasks]
@@ -113,7 +113,7 @@ class LocalTeacher:
 
 
 class RemoteTeacher:
-    """An OpenAI-compatible server, asked by several requests at once."""
+    """OpenAI-compatible server, sent several requests at once."""
 
     def __init__(self, url: str, model: str | None, key: str | None, images: Path | None, **options):
         self.url, self.key, self.images, self.options = url.rstrip("/"), key, images, options
@@ -154,7 +154,7 @@ class RemoteTeacher:
 
 
 def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[Task]:
-    """A task for every kind of every row, `count` rows at most.
+    """Yield a task for every kind of every row, for at most `count` rows.
 
     Raises:
         ValueError: if a row has no image or no captions.
@@ -174,7 +174,7 @@ def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[T
 
 
 def synthesize(args: argparse.Namespace) -> None:
-    """Ask for what is not there yet, check it, append it."""
+    """Request missing conversations, check them, append them."""
     from tqdm import tqdm
 
     note_slow_cpu()
@@ -197,7 +197,7 @@ def synthesize(args: argparse.Namespace) -> None:
                 try:
                     new = {"id": name, "image": row["image"], "conversations": conversation_of(kind, text, finished)}
                     if (digest := _digest(new)) in known:
-                        raise Rejected("the same conversation again")
+                        raise Rejected("a duplicate conversation")
                     known.add(digest)
                     good.write(json.dumps(new, ensure_ascii=False) + "\n")
                     written += 1
@@ -207,7 +207,7 @@ def synthesize(args: argparse.Namespace) -> None:
             good.flush()
             bad.flush()
             bar.update(len(batch))
-    print(f"{out}: {written} rows written, {len(tasks) - len(waiting)} were there, {counts.total()} rejected")
+    print(f"{out}: {written} rows written, {len(tasks) - len(waiting)} existed already, {counts.total()} rejected")
     for reason, count in counts.most_common():
         print(f"  {count} {reason}")
 
@@ -222,7 +222,7 @@ def make_teacher(args: argparse.Namespace) -> LocalTeacher | RemoteTeacher:
 
 
 def _kept(path: Path) -> Iterator[Row]:
-    """The rows of an earlier run; the half of a line that a kill has left is cut off."""
+    """Rows of an earlier run. A last line cut short by a kill is truncated."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -239,29 +239,31 @@ def _digest(row: Row) -> bytes:
 def _kinds(text: str) -> list[str]:
     kinds = text.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: must be of {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: must be among {', '.join(KINDS)}")
     return kinds
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v synthesize",
-        description="Have a teacher write conversations about captioned images, to train with.",
+        description="Have a teacher model write conversations about captioned images, as training data.",
     )
     parser.add_argument(
         "--teacher", required=True, help="folder or Hub repository of an mlx-lm model, or http(s)://…/v1"
     )
     parser.add_argument("--captions", required=True, help='.jsonl of {"image": path, "captions": [text, …]}')
-    parser.add_argument("--out", required=True, help=".jsonl to be written, or gone on with")
-    parser.add_argument("--kinds", type=_kinds, default=list(KINDS), help=f"(default: {','.join(KINDS)})")
+    parser.add_argument("--out", required=True, help=".jsonl file to write or to continue")
+    parser.add_argument(
+        "--kinds", type=_kinds, default=list(KINDS), help=f"kinds of conversation (default: {','.join(KINDS)})"
+    )
     parser.add_argument("-n", type=positive, help="rows of captions to use (default: all)")
-    parser.add_argument("--batch-size", type=positive, default=16, help="rows asked for at once (default: 16)")
-    parser.add_argument("--max-tokens", type=positive, default=1024, help="of what is written (default: 1024)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="requests at once (default: 16)")
+    parser.add_argument("--max-tokens", type=positive, default=1024, help="length of a conversation (default: 1024)")
     parser.add_argument("--temp", type=float, default=0.7, help="temperature (default: 0.7)")
-    server = parser.add_argument_group("of a server")
-    server.add_argument("--teacher-model", help="the model's name there (default: its first)")
-    server.add_argument("--api-key-env", metavar="NAME", help="environment variable with its key")
-    server.add_argument("--image-folder", metavar="DIR", help="send the images, too; what their paths start from")
+    server = parser.add_argument_group("server")
+    server.add_argument("--teacher-model", help="model name on the server (default: its first)")
+    server.add_argument("--api-key-env", metavar="NAME", help="environment variable with the server's key")
+    server.add_argument("--image-folder", metavar="DIR", help="send the images too; folder that their paths start from")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     args = parser.parse_args(argv)
     run(lambda: synthesize(args), args.debug)

@@ -69,8 +69,8 @@ def test_bad_input(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
         assert end.value.code
         return capsys.readouterr().err.strip().splitlines()[-1]
 
-    assert "'mmu_val' is no task here; near to it: mmmu_val" in said("--tasks", "demo_world,mmu_val")
-    assert said("--lmms-eval", "/no/python").startswith("error: /no/python: is no Python")
+    assert "'mmu_val' is not a task; close to it: mmmu_val" in said("--tasks", "demo_world,mmu_val")
+    assert said("--lmms-eval", "/no/python").startswith("error: /no/python: not a Python interpreter")
     if importlib.util.find_spec("lmms_eval") is None:
         assert "pip install lmms-eval" in said("--lmms-eval", sys.executable)
     assert not (tmp_path / "out").exists()
@@ -273,4 +273,4 @@ class TestWithLmmsEval:
         (tmp_path / "chartqa" / "a.parquet").write_bytes((data / "ai2d" / "rows.parquet").read_bytes())
         assert "has no column type, which chartqa's published data have" in said("chartqa", tmp_path)
         (tmp_path / "chartqa" / "a.parquet").write_bytes(b"no parquet")
-        assert "is no parquet file" in said("chartqa", tmp_path)
+        assert "not a parquet file" in said("chartqa", tmp_path)

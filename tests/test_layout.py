@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module or subpackage may import from itself and from the rows above it.
 LAYERS = (
-    ("llama3v_mlx", "files", "cli"),
+    ("llama3v_mlx",),
+    ("files", "cli"),
     ("image",),
     ("prompt",),
     ("models",),

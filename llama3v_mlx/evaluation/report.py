@@ -1,26 +1,26 @@
-"""The benchmarks that `evaluate` knows, and what checkpoints have reached: tables, comparisons, bars."""
+"""Benchmarks and reports of scores: tables, comparisons, bar charts."""
 
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-RIGHT = 0.5  # from this score on an answer counts as right when checkpoints are compared
-FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval puts in the place of an answer that it did not get
-PREFIX = "llama3v_"  # of our tasks' names, for lmms-eval has its own of the same
+RIGHT = 0.5  # lowest score that counts as right when checkpoints are compared
+FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # lmms-eval's substitute for a missing answer
+PREFIX = "llama3v_"  # of our task names, because lmms-eval has tasks of the same names
 TEST = "doc_to_text: question\ndoc_to_target: answer\ntest_split: test\noutput_type: generate_until\n"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of lmms-eval's tasks, and what ours changes in it."""
+    """One of lmms-eval's tasks and our changes to it."""
 
-    included: str | None  # its task file, from lmms-eval's tasks folder; None: it is all ours
-    metric: str  # the score's name in results and samples
+    included: str | None  # task file in lmms-eval's tasks folder; None: entirely ours
+    metric: str  # name of the score in results and samples
     split: str = "test"
-    columns: tuple[str, ...] = ()  # of the published data that it cannot do without
-    more: str = ""  # lines of our task file
-    published: float | None = None  # in percent, by MiniCPM-Llama3-V-2.5's makers (arXiv 2408.01800)
+    columns: tuple[str, ...] = ()  # required columns of the published data
+    more: str = ""  # further lines of our task file
+    published: float | None = None  # percent, MiniCPM-Llama3-V-2.5's authors (arXiv 2408.01800)
 
 
 SCORED = (
@@ -60,14 +60,14 @@ BENCHMARKS = {
 
 @dataclass
 class Scores:
-    """What one checkpoint has reached."""
+    """Scores of one checkpoint."""
 
     name: str
     gigabytes: float
-    seconds: float = 0.0  # of lmms-eval's evaluation; 0 if an earlier run had answers
+    seconds: float = 0.0  # duration of lmms-eval's evaluation; 0 if answers were reused
     tokens: int = 0
     failed: int = 0
-    # By task and by the question's number: the score, the question, the answer, and the right one.
+    # By task and question number: score, question, answer, right answer.
     answers: dict[str, dict[int, tuple[float, str, str, str]]] = field(default_factory=dict)
 
     def percent(self, task: str) -> float:
@@ -76,7 +76,7 @@ class Scores:
 
 
 def read_results(model: str, folder: Path, tasks: list[str], fresh: bool) -> Scores:
-    """What lmms-eval has logged of every question."""
+    """Read lmms-eval's log of every question."""
     from ..checkpoint import find_checkpoint
 
     weights = sum(path.stat().st_size for path in find_checkpoint(model).glob("*.safetensors"))
@@ -100,7 +100,7 @@ def said(responses: str | list) -> str:
 
 
 def table(results: list[Scores], tasks: list[str]) -> str:
-    """Scores in percent beside the published ones, and what each checkpoint takes."""
+    """Table of scores in percent beside the published ones, with size and speed of each checkpoint."""
     width = max(10, *(len(scores.name) for scores in results))
     line = f"{{:20}} {{:>9}} {{:>9}}  {'  '.join([f'{{:>{width}}}'] * len(results))}"
     lines = [line.format("task", "questions", "published", *(scores.name for scores in results))]
@@ -122,7 +122,7 @@ def rate(count: int, seconds: float) -> str:
 
 
 def comparison(one: Scores, other: Scores, task: str) -> str:
-    """The questions that only one checkpoint got right, and McNemar's test: by chance, how likely is such a split?"""
+    """List the questions that only one of two checkpoints answered rightly, with the p-value of McNemar's test."""
     pairs = [(one.answers[task][i], other.answers[task][i]) for i in one.answers[task].keys() & other.answers[task]]
     lost = [(a, b) for a, b in pairs if a[0] >= RIGHT > b[0]]
     won = [(a, b) for a, b in pairs if b[0] >= RIGHT > a[0]]
@@ -134,13 +134,13 @@ def comparison(one: Scores, other: Scores, task: str) -> str:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The exact two-sided p-value of McNemar's test: a fair coin's to fall as unevenly as `lost` to `won`."""
+    """Exact two-sided p-value of McNemar's test (a binomial test of `lost` against `won` at 1/2)."""
     n, k = lost + won, min(lost, won)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def plot(results: list[Scores], tasks: list[str], picture: str) -> None:
-    """Bars of all scores, the published ones first."""
+    """Draw a bar chart of all scores, the published ones first."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""What lmms-eval asks of our tasks, in its own environment: pictures, and the score of one answer from 0 to 1.
+"""Task functions that lmms-eval calls in its own environment: pictures, and the score of an answer from 0 to 1.
 
-`llama3v_mlx.evaluate` puts this file beside the task files that it writes. The rules are those of the benchmarks, by
-lmms-eval's functions; only MathVista's answers are extracted here by rules, where lmms-eval pays a judge.
+`llama3v evaluate` copies this file beside the task files that it writes. Scoring follows the benchmarks, by lmms-eval's
+own functions; only MathVista's answers are extracted by rules here, where lmms-eval pays a judge.
 """
 
 import re
@@ -34,7 +34,7 @@ def mathvista(doc, results):
 
 
 def extract(response, question_type, answer_type, choices):
-    """The answer in a response: a choice's letter or text, else the last number or list, else all of it."""
+    """Extract the answer from a response: a choice's letter or text, else the last number or list, else all of it."""
     if question_type == "multi_choice":
         letters = re.findall(r"\(([A-Z])\)", response) or re.findall(r"^([A-Z])\b|\b([A-Z])\.?$", response)
         last = "".join(letters[-1]) if letters else ""

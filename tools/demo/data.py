@@ -17,30 +17,30 @@ from . import world
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """B pictures of one tiling; all arrays are numpy's."""
+    """B pictures of one tiling, as numpy arrays."""
 
     tiling: Tiling
     overviews: np.ndarray  # uint8 (B, h, w, 3)
     slices: np.ndarray | None  # uint8 (B·n, h, w, 3), the slices of a picture together
     patches: list[np.ndarray]  # int32 (B or B·n, patches, 5), see `_patches`
     ink: list[np.ndarray]  # float32 (B or B·n, patches, CELLS²): how much ink is in each cell of a patch
-    facts: np.ndarray | None  # int32 (B, 8), see `facts_of`; None: not asked for
+    facts: np.ndarray | None  # int32 (B, 8), see `facts_of`; None: not needed
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B conversations about one or two pictures each, or none; L and n are rounded up, so that few shapes are met."""
+    """B conversations about one or two pictures each, or none; L and n are rounded up, for few shapes."""
 
     images: list[ImageBatch]
     ids: np.ndarray  # int32 (B, L), each image's block written out
     source: np.ndarray  # int32 (B·L,): an embedding comes from this place, or is visual token `source - B·L`
-    places: np.ndarray  # int32 (n,): where the next token is to be predicted
-    targets: np.ndarray  # int32 (n,): what it is
-    weights: np.ndarray  # float32 (n,): 0 for those that only fill up
+    places: np.ndarray  # int32 (n,): positions to predict
+    targets: np.ndarray  # int32 (n,): the next tokens there
+    weights: np.ndarray  # float32 (n,): 0 for padding
 
 
 def split_arrays(batch: Batch) -> tuple[list[np.ndarray], Callable[[list], Batch]]:
-    """The arrays of a batch, and what makes a batch of the same structure of others: for a compiled function."""
+    """Split a batch into its arrays and a function that rebuilds it from others, for compiled functions."""
     arrays: list[np.ndarray] = []
     _map_arrays(batch, arrays.append)
 
@@ -52,7 +52,7 @@ def split_arrays(batch: Batch) -> tuple[list[np.ndarray], Callable[[list], Batch
 
 
 def _map_arrays(value, function: Callable[[np.ndarray], object]):
-    """The same structure with what `function` makes of its arrays in their places."""
+    """Map `function` over the arrays of a structure."""
     if isinstance(value, np.ndarray):
         return function(value)
     if isinstance(value, list):
@@ -96,14 +96,14 @@ EASY_SIZE = 48
 def draw_easy_batch(rng: np.random.Generator, size: int, config: ImageConfig, split: str, plain: float) -> Batch:
     """`size` small square pictures without conversations and without slices, a share of them black on white.
 
-    A tower that has learnt the shapes here soon finds them again in colors, at other aspects, and cut apart by slices.
+    A tower that has learned the shapes here soon recognizes them in colors, at other aspects, and cut by slices.
     """
     side = 2 * config.scale_resolution
     return _overviews([world.draw_scene(rng, (side, side), split, plain=plain) for _ in range(size)], config)
 
 
 def draw_pages(rng: np.random.Generator, size: int, config: ImageConfig, split: str) -> Batch:
-    """`size` tiles full of digits, of which only the patches are read."""
+    """`size` tiles full of digits, of which only the patches are labelled."""
     pages = [world.draw_page(rng, 2 * config.scale_resolution, split) for _ in range(size)]
     easy = _overviews(pages, config)
     return replace(easy, images=[replace(easy.images[0], facts=None)])
@@ -117,7 +117,7 @@ def _overviews(scenes: list[world.Scene], config: ImageConfig) -> Batch:
 
 
 def image_block(grid: tuple[int, int] | None, num_queries: int) -> str:
-    """The text of an image's place in the released prompt."""
+    """Text of an image's block in the released prompt."""
     tile = "<image>" + "<unk>" * num_queries + "</image>"
     if grid is None:
         return tile
@@ -126,7 +126,7 @@ def image_block(grid: tuple[int, int] | None, num_queries: int) -> str:
 
 
 class Batches:
-    """Batches from a process of its own, drawn ahead."""
+    """Batches drawn ahead in a process of its own."""
 
     def __init__(self, seed: int, **options):
         context = multiprocessing.get_context("spawn")
@@ -155,7 +155,7 @@ def _work(queue, seed: int, options: dict) -> None:
         drawers.append(lambda: draw_pages(rng, EASY_SIZE, options["config"], options["split"]))
     pools = [[draw()] for draw in drawers]
     for i in itertools.count():
-        # Drawing costs half as much as learning, and a batch is worth seeing more than once.
+        # Drawing costs half as much as a training step, so each batch is used more than once.
         if i % REUSE == 0:
             for pool, draw in zip(pools, drawers, strict=True):
                 pool.append(draw())
@@ -202,7 +202,7 @@ CELLS = 7  # along each side of a patch
 
 
 def _ink(scenes: list[world.Scene], cell: tuple[int, int], grid: tuple[int, int], patch: int) -> np.ndarray:
-    """Where the ink is, at CELLS × CELLS places of each patch."""
+    """Amount of ink in CELLS × CELLS cells of each patch."""
     columns, rows = grid
     w, h = cell[0] // patch, cell[1] // patch
     size = (columns * w * CELLS, rows * h * CELLS)
@@ -211,12 +211,12 @@ def _ink(scenes: list[world.Scene], cell: tuple[int, int], grid: tuple[int, int]
     return maps.reshape(-1, h * w, CELLS * CELLS)
 
 
-# How many values each of a scene's facts has.
+# Number of classes of each fact about a scene.
 NUM_FACTS = (len(world.SHAPES) + 1, 5, len(world.COLORS), len(world.BACKGROUNDS), 4, 11, 11, 11)
 
 
 def facts_of(scene: world.Scene) -> list[int]:
-    """What is true of a scene, as class numbers: the last of a kind stands for none."""
+    """Facts about a scene as class numbers; the last class of each stands for none."""
     shape = world.SHAPES.index(scene.shape) if scene.shape else len(world.SHAPES)
     number = scene.number or ""
     digits = [int(number[i]) if i < len(number) else 10 for i in range(3)]
@@ -225,7 +225,7 @@ def facts_of(scene: world.Scene) -> list[int]:
 
 
 def _patches(scene: world.Scene, cell: tuple[int, int], grid: tuple[int, int], patch: int) -> np.ndarray:
-    """What is where, patch by patch: region, color, background, whether a center is here, the digit's place."""
+    """Labels of each patch: region, color, background, whether a center is in it, the digit's place."""
     columns, rows = grid
     w, h = cell[0] // patch, cell[1] // patch
     size = columns * w, rows * h
@@ -244,7 +244,7 @@ def _patches(scene: world.Scene, cell: tuple[int, int], grid: tuple[int, int], p
 def _conversation(
     tokenizer: Tokenizer, images: list[tuple[str, list[tuple[str, str]]]], system: str | None
 ) -> tuple[list[int], list[float]]:
-    """The ids of a conversation in the released template, and which of them are answers."""
+    """Ids of a conversation in the released template, and a mask of the answers."""
     parts = [("<|begin_of_text|>", 0.0)]
     if system:
         parts.append((f"<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>", 0.0))

@@ -1,7 +1,7 @@
 """Activations for training on a Linux CPU, where MLX computes exp and tanh one number at a time.
 
-They are within 1e-4 of the exact ones, made of what a compiler turns into vector instructions (no branches, no calls),
-with their derivatives written out. The trained model is then run with the exact functions.
+They are within 1e-4 of the exact ones, free of branches and calls so that a compiler vectorizes them, with their
+derivatives written out. The trained model is run with the exact functions.
 """
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ _A, _B = 2 * 0.7978845608, 0.044715  # tanh-GELU is x·sigmoid(_A·(x + _B·x³)
 
 
 def use_fast_activations() -> None:
-    """Put them in the place of the exact ones for the rest of this process."""
+    """Replace the exact activations by these for the rest of this process."""
     linux_cpu.gelu = gelu
     linux_cpu.attention = mx.fast.scaled_dot_product_attention  # whose gradient is cheaper
     llama.swiglu = swiglu

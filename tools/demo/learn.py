@@ -1,4 +1,4 @@
-"""What the demo learns from: readings of patches and pictures at first, then answers; and how well it does."""
+"""Losses of the demo's training, on labels of patches and pictures and on answers, and their reports."""
 
 import itertools
 from collections import Counter
@@ -18,9 +18,9 @@ FACTS = ("shape", "count", "color", "background", "length", "digit 1", "digit 2"
 
 
 class Labels(nn.Module):
-    """Readings for training only: of every patch, linearly; of the picture, through a few learned queries.
+    """Label heads for training only: a linear one for every patch, and one for the picture with learned queries.
 
-    And of the picture once more, one fact from one visual token of the overview: Llama then finds each in its place.
+    Facts about the picture are also predicted from one visual token of the overview each, where Llama then finds them.
     """
 
     def __init__(self, vision_width: int, width: int):
@@ -48,7 +48,7 @@ class Labels(nn.Module):
 
 
 def tower_states(model: Model, images: ImageBatch) -> list[tuple[mx.array, mx.array]]:
-    """The tower's states after half its layers, and its patch features: of the overviews, then of the slices."""
+    """Hidden states after half the tower's layers, and patch features, of the overviews and then of the slices."""
     tower, states = model.vision_tower, []
     for tiles in (images.overviews, images.slices):
         if tiles is None:
@@ -72,7 +72,7 @@ def visual_tokens(model: Model, images: ImageBatch, states: list[tuple[mx.array,
 
 
 def see(model: Model, batch: Batch, freeze_tower: bool = False) -> tuple[list, list[mx.array]]:
-    """For every picture of the conversations: the tower's states, and the visual tokens made of them."""
+    """Hidden states and visual tokens of every picture of the conversations."""
     states = [tower_states(model, images) for images in batch.images]
     if freeze_tower:
         states = [[(mx.stop_gradient(middle), mx.stop_gradient(x)) for middle, x in pairs] for pairs in states]
@@ -80,17 +80,17 @@ def see(model: Model, batch: Batch, freeze_tower: bool = False) -> tuple[list, l
 
 
 def label_loss(model: Model, labels: Labels, batch: Batch) -> mx.array:
-    """How badly patch features tell what is in the patch, and visual tokens what is in the picture."""
+    """Loss of predicting labels of patches from patch features, and of pictures from visual tokens."""
     return _label_loss(labels, batch, *see(model, batch))
 
 
 def answer_loss(model: Model, batch: Batch, freeze_tower: bool) -> mx.array:
-    """How badly the answers are foretold, in nats per token."""
+    """Cross-entropy of the answers, in nats per token."""
     return _answer_loss(model, batch, see(model, batch, freeze_tower)[1])
 
 
 def joint_loss(model: Model, labels: Labels, batch: Batch) -> mx.array:
-    """Both losses of one pass: what the labels taught is not to be lost for the answers."""
+    """Both losses in one pass, so that training on answers does not undo what the labels taught."""
     states, tokens = see(model, batch)
     return _answer_loss(model, batch, tokens) + 0.1 * _label_loss(labels, batch, states, tokens)
 
@@ -100,11 +100,11 @@ def _label_loss(labels: Labels, batch: Batch, states: list, tokens: list[mx.arra
     for images, pairs, visual in zip(batch.images, states, tokens, strict=True):
         for (middle, x), patches, ink in zip(pairs, images.patches, images.ink, strict=True):
             targets = mx.array(patches)
-            # Where the ink is, whatever its color: what a shape can be told from, so asked for half way up.
+            # Ink whatever its color is what shapes are recognized by, so it is predicted from the middle layers.
             total += 2 * nn.losses.binary_cross_entropy(labels.ink_head(middle), mx.array(ink), reduction="mean")
             region, color, background, center, place = labels.read_patches(x)
             inside = targets[..., 0] > 0
-            # Most patches are empty, and tell the least.
+            # Most patches are empty and carry the least information.
             total += _weighted(nn.losses.cross_entropy(region, targets[..., 0]), mx.where(inside, 1.0, 0.1))
             total += 0.3 * _weighted(nn.losses.cross_entropy(color, targets[..., 1]), inside)
             total += 0.3 * nn.losses.cross_entropy(background, targets[..., 2]).mean()
@@ -136,7 +136,7 @@ def _answer_loss(model: Model, batch: Batch, tokens: list[mx.array]) -> mx.array
 
 
 def label_report(model: Model, labels: Labels, easy: list[Batch], held_out: list[Batch]) -> str:
-    """The share of patches of something, and of pictures, told rightly; for easy pictures, and for all."""
+    """Accuracy on non-empty patches and on pictures, for easy pictures and for all."""
     return f"easy: {_label_report(model, labels, easy)}\nall:  {_label_report(model, labels, held_out)}"
 
 
@@ -172,7 +172,7 @@ def _label_report(model: Model, labels: Labels, held_out: list[Batch]) -> str:
 
 
 def answer_report(model: Model, tokenizer: Tokenizer, held_out: list[Batch]) -> str:
-    """The share of answers with every token right, by their kind."""
+    """Share of answers with every token right, by kind."""
     right, seen = Counter(), Counter()
     for batch in held_out:
         _, tokens = see(model, batch)

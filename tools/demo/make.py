@@ -1,9 +1,9 @@
-"""Train the demo checkpoint from nothing and write it in the released Hugging Face layout.
+"""Train the demo checkpoint from scratch and write it in the released Hugging Face layout.
 
-Three stages, for a model this small does not learn to see from captions alone: tower and projector learn to tell what
-is in each patch and picture, then projector and Llama learn to speak about it, then all of them together. About
-three hours on two cores (`python -m tools.demo.make`); needs the `demo` extra, and OpenBLAS on Linux. The
-`train` command on data of `demo.rows` takes it further, as it has the bundled one.
+Three stages, because a model this small does not learn to see from captions alone: tower and projector learn to label
+patches and pictures, then projector and Llama learn to talk about them, then all of them train together. About three
+hours on two cores (`python -m tools.demo.make`); needs the `demo` extra, and OpenBLAS on Linux. The bundled model was
+then finished by `llama3v train` on data of `rows.py`.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def save(model: Model, folder: Path, config: dict = HF_CONFIG) -> None:
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    # No penalty on repetition: a number may well have a digit twice.
+    # No repetition penalty: a number may have the same digit twice.
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")} | {"repetition_penalty": 1.0}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
@@ -192,10 +192,10 @@ def build_model(tokenizer: Tokenizer, config: dict = HF_CONFIG) -> Model:
     )
     model = Model(args)
     model.projector.query = 0.02 * mx.random.normal(model.projector.query.shape)
-    # The lowest waves of a patch, in brightness and in colors, see more of it than random weights do.
+    # Low-frequency cosines, in brightness and in colors, preserve more of a patch than random weights do.
     patches = model.vision_tower.embeddings.patch_embedding
     patches.weight = 0.15 * mx.array(_cosine_patches(patches.weight.shape[0], IMAGE.patch_size))
-    # Waves of every length, as loud as the patches: neighbours to the side and below are then easy to find.
+    # Cosines of all wavelengths with the patches' amplitude make neighbouring patches easy to find.
     table = model.vision_tower.embeddings.position_embedding
     side, dim = model.vision_tower.config.side, table.weight.shape[1]
     angles = np.arange(side)[:, None] * math.pi / np.geomspace(1.5, side, dim // 2)
@@ -205,7 +205,7 @@ def build_model(tokenizer: Tokenizer, config: dict = HF_CONFIG) -> Model:
 
 
 def _cosine_patches(count: int, patch: int) -> np.ndarray:
-    """(count, patch, patch, 3): two-dimensional cosines from the longest, two of brightness to one of each color."""
+    """Two-dimensional cosines (count, patch, patch, 3), longest first, two of brightness to one of each color."""
     waves = sorted(((u, v) for u in range(patch) for v in range(patch)), key=lambda wave: (sum(wave), wave))
     line = np.cos(math.pi * np.outer(np.arange(patch), np.arange(patch) + 0.5) / patch)
     line /= np.linalg.norm(line, axis=1, keepdims=True)
@@ -220,7 +220,7 @@ def _cosine_patches(count: int, patch: int) -> np.ndarray:
 
 
 def draw_images(folder: Path) -> None:
-    """The bundled pictures, each named after what is on it."""
+    """Draw the bundled pictures, each named after its content."""
     folder.mkdir(exist_ok=True)
     for seed in range(10**7, 10**7 + 10**5):
         rng = np.random.default_rng(seed)
@@ -234,7 +234,7 @@ def draw_images(folder: Path) -> None:
 
 
 def start_ranks(count: int) -> int:
-    """Run this command in `count` processes that know of each other; `mlx.launch` would spend a core on waiting."""
+    """Run this command as `count` ranks; `mlx.launch` would spend a core on waiting."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -243,7 +243,7 @@ def start_ranks(count: int) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(hosts, file)
         file.flush()
-        # On a CPU, MLX runs all but matmul on one thread: processes use the cores better than BLAS threads.
+        # On a CPU, MLX runs everything but matmul on one thread, so processes use the cores better than BLAS threads.
         env = {**os.environ, "MLX_HOSTFILE": file.name, "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tools.demo.make", *sys.argv[1:]]
         ranks = [subprocess.Popen(command, env={**env, "MLX_RANK": str(i)}) for i in range(count)]
@@ -269,7 +269,7 @@ def main() -> None:
     mx.random.seed(args.seed)
     group = mx.distributed.init()
     tokenizer = make_tokenizer(args.out)
-    mx.eval(mx.distributed.all_sum(mx.array(0)))  # every rank has written the same files
+    mx.eval(mx.distributed.all_sum(mx.array(0)))  # all ranks wrote the same files
     model = build_model(tokenizer)
     labels = Labels(HF_CONFIG["vision_config"]["hidden_size"], HF_CONFIG["hidden_size"])
     mx.eval(model.parameters(), labels.parameters())

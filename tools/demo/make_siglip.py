@@ -1,8 +1,7 @@
 """Train the demo SigLIP with the pairwise sigmoid loss, and write it as Google publishes its own.
 
-The tower starts from the layers of the demo checkpoint, which have seen this world; the rest starts from nothing. A
-model this small learns little from captions alone: embeddings are asked for plain facts as well, and patches for what
-is in them, through heads that are thrown away.
+The tower starts from the layers of the demo checkpoint; the rest is trained from scratch. A model this small learns
+little from captions alone, so embeddings and patches also predict facts and labels, through heads that are discarded.
 About an hour on two cores (`python -m tools.demo.make_siglip`); needs the `demo` extra.
 """
 
@@ -32,7 +31,7 @@ from .evaluate import retrieval
 from .fast import use_fast_activations
 
 BATCH_SIZE = 64
-POOL, REUSE = 8192, 4  # pictures kept, and how often each is seen
+POOL, REUSE = 8192, 4  # pictures kept, and number of uses of each
 VISION = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -54,7 +53,7 @@ def make_tokenizer(folder: Path) -> int:
     """Train a sentencepiece model on all captions, with the special ids of Google's; returns its size."""
     captions = sorted({TextEncoder.canonicalize(text) for text in world.all_texts()})
     folder.mkdir(parents=True, exist_ok=True)
-    # Every digit is a piece of its own, or numbers could not be told from their parts.
+    # Every digit is a piece of its own, so that numbers share their digits.
     with (folder / SENTENCEPIECE).open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions + [str(n) for n in range(1000)]),
@@ -77,9 +76,9 @@ SIDE = VISION["image_size"] // VISION["patch_size"]
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, str, list[int], np.ndarray]:
-    """A picture (112, 112, 3), as the tower sees it, its caption, the facts, and what is in each patch.
+    """Draw a picture (112, 112, 3), its caption, its facts, and the labels of its patches.
 
-    The last is int32 (patches, 2): the region (see `world.Scene`), and which digit of the number it is, 0 for none.
+    Labels are int32 (patches, 2): the region (see `world.Scene`), and which digit of the number it is, 0 for none.
     """
     max_side = 400 if rng.random() < 0.8 else world.MAX_SIDE
     scene = world.draw_scene(rng, world.draw_size(rng, max_side), "train", numbers=0.7)
@@ -98,7 +97,7 @@ def _work(queue, seed: int) -> None:
         for _ in range(BATCH_SIZE // REUSE):
             pool.append(draw(rng))
         del pool[:-POOL]
-        chosen = {}  # by caption: no picture may fit two captions
+        chosen = {}  # by caption, so that no picture fits two captions
         for i in rng.permutation(len(pool)):
             chosen.setdefault(pool[i][1], pool[i])
             if len(chosen) == BATCH_SIZE:
@@ -164,13 +163,13 @@ def build(vocab_size: int) -> SigLIP:
     tower.embeddings.patch_embedding.update(seen.embeddings.patch_embedding.parameters())
     tower.embeddings.position_embedding.weight = 0.3 * _waves(tower.config.side, tower.config.hidden_size)
     tower.head.probe = 0.1 * mx.random.normal(tower.head.probe.shape)
-    # The loss's own start: nearly all pairs do not belong together.
+    # Initial bias as in the paper: nearly all pairs do not match.
     model.logit_scale, model.logit_bias = mx.array([math.log(10.0)]), mx.array([-10.0])
     return model
 
 
 def _waves(side: int, width: int) -> mx.array:
-    """(side², width): sines and cosines of the column in one half, of the row in the other."""
+    """Position code (side², width): sines and cosines of the column in one half, of the row in the other."""
     angles = np.arange(side)[:, None] * math.pi / np.geomspace(1.0, 2 * side, width // 4)
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     both = np.concatenate([np.tile(line, (side, 1)), np.repeat(line, side, axis=0)], axis=1)

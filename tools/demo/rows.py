@@ -1,4 +1,4 @@
-"""Write pictures of the demo world and conversations about them in LLaVA's format: data to train the demo with."""
+"""Write pictures of the demo world and conversations about them in LLaVA's format, as training data."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from . import world
 
 
 def draw_row(number: int, folder: Path, seed: int) -> str:
-    """Row `number` as a line of JSON, its pictures written to `folder`: mostly one, sometimes two, seldom none."""
+    """Row `number` as a line of JSON; its pictures (usually one, sometimes two or none) are written to `folder`."""
     rng = np.random.default_rng((seed, number))
     count = int(rng.choice([0, 1, 2], p=[0.02, 0.83, 0.15]))
     turns, images = [], []

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from . import world
 
 VOCAB_SIZE = 512
-# In the released order, which counts from 128000 there: the names that stand for reserved places are kept too.
+# In the released order, which starts at 128000 there; the names of reserved ids are kept too.
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -33,14 +33,14 @@ SPECIAL_TOKENS = (
     "<slice>",
     "</slice>",
 )
-# Llama 3's pattern, but that digits stand alone: numbers are then read digit by digit.
+# Llama 3's pattern, except that every digit is a token.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
-    """Train the tokenizer on all that can be said of the world, and write its Hugging Face files to `folder`."""
+    """Train the tokenizer on all questions and answers of the world, and write its files to `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""The demo's small world: plain pictures of shapes and handwritten numbers, and what can be asked about them.
+"""The demo's small world: plain pictures of shapes and handwritten numbers, with questions and answers.
 
 Everything is a function of a `numpy.random.Generator`, so a seed names a picture. The handwriting is scikit-learn's
 copy of the UCI digits: 8×8 pixels, 1,797 of them; those with an index divisible by 5 are kept for testing.
@@ -22,7 +22,7 @@ MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 1600, 4.0
 _NUMERALS = ("no", "one", "two", "three", "four")
 _PLURALS = {"cross": "crosses"}
 
-# Hue in degrees, saturation, value: the range of shades that each name covers.
+# Ranges of hue in degrees, saturation and value that each name covers.
 _SHADES = {
     "red": ((-8, 8), (0.75, 1.0), (0.75, 1.0)),
     "orange": ((24, 36), (0.85, 1.0), (0.92, 1.0)),
@@ -34,7 +34,7 @@ _SHADES = {
     "white": ((0, 360), (0.0, 0.03), (0.94, 1.0)),
     "gray": ((0, 360), (0.0, 0.04), (0.42, 0.68)),
 }
-# How far a square may lean before it could be taken for a diamond, and so on: degrees to either side.
+# Largest rotation, in degrees to either side, before a square could pass for a diamond, and so on.
 _LEAN = {"circle": 0, "square": 15, "triangle": 180, "star": 180, "cross": 18, "diamond": 12}
 
 _QUESTIONS = {
@@ -86,7 +86,7 @@ _QUESTIONS = {
     ),
 }
 
-# What the demo says when there is no image to speak of.
+# Answers without an image.
 TEXT_ONLY = (
     ("Hello", "Hello! Show me an image and ask about it."),
     ("Hello!", "Hello! Show me an image and ask about it."),
@@ -102,7 +102,7 @@ SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "Answer in 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and all that is true of it."""
+    """A picture and everything that is true of it."""
 
     image: Image.Image
     color: str
@@ -110,10 +110,10 @@ class Scene:
     shape: str | None  # None: a number
     count: int
     number: str | None  # None: shapes
-    regions: Image.Image  # mode "L", as large as the image: 0, or 1 + the index in SHAPES + digits of what is there
-    places: Image.Image  # mode "L", likewise: 0, or 1 + the place in its number of the digit that is there
-    ink: Image.Image  # mode "L", likewise: where there is ink
-    centers: tuple[tuple[float, float], ...]  # of every shape or digit, as (x, y) from 0 to 1
+    regions: Image.Image  # mode "L", the image's size: 0, or 1 + the index in SHAPES + digits
+    places: Image.Image  # mode "L", likewise: 0, or 1 + the digit's place in its number
+    ink: Image.Image  # mode "L", likewise: ink
+    centers: tuple[tuple[float, float], ...]  # of every shape or digit, (x, y) from 0 to 1
 
     @property
     def noun(self) -> str:
@@ -125,7 +125,7 @@ class Scene:
 
 
 def draw_size(rng: np.random.Generator, max_side: int = MAX_SIDE) -> tuple[int, int]:
-    """A (width, height) between 64 pixels and `max_side`, every scale alike, no longer than 4:1."""
+    """A (width, height) between 64 pixels and `max_side`, log-uniform, of at most 4:1."""
     while True:
         width, height = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(max_side), 2)).astype(int).tolist()
         if max(width, height) <= MAX_ASPECT * min(width, height):
@@ -135,14 +135,14 @@ def draw_size(rng: np.random.Generator, max_side: int = MAX_SIDE) -> tuple[int, 
 def draw_scene(
     rng: np.random.Generator, size: tuple[int, int], split: str, numbers: float = 0.6, plain: float = 0.0
 ) -> Scene:
-    """A picture of `size` (width, height), a number with the probability `numbers`; `split` is "train" or "test".
+    """Draw a picture of `size` (width, height): a number with probability `numbers`; `split` is "train" or "test".
 
-    With the probability `plain` it is black on white, which is easier to learn from at first.
+    With probability `plain` it is black on white, which is easier at first.
     """
     color, background, ink, paper = _draw_colors(rng)
     if rng.random() < plain:
         color, background, ink, paper = "black", "white", (0, 0, 0), (255, 255, 255)
-    # Small pictures are drawn larger and reduced, for smooth edges.
+    # Draw small pictures larger and reduce them, for smooth edges.
     zoom = max(1, min(4, 256 // max(size)))
     width, height = size[0] * zoom, size[1] * zoom
     image, regions, places, mask = (Image.new(mode, (width, height)) for mode in ("RGB", "L", "L", "L"))
@@ -164,7 +164,7 @@ def draw_scene(
 
 
 def draw_page(rng: np.random.Generator, side: int, split: str) -> Scene:
-    """A square picture full of digits of one size, some cut by its border: the densest lesson in handwriting."""
+    """A square picture full of digits of one size, some cut by its border."""
     color, background, ink, paper = _draw_colors(rng)
     canvases = tuple(Image.new(mode, (side, side)) for mode in ("RGB", "L", "L", "L"))
     canvases[0].paste(paper, (0, 0, side, side))
@@ -181,7 +181,7 @@ def draw_page(rng: np.random.Generator, side: int, split: str) -> Scene:
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> tuple[str, str, str]:
-    """A (kind, question, answer) about a scene; by default of a kind that fits, seldom one that does not."""
+    """A (kind, question, answer) about a scene; by default of a kind that fits it, rarely of one that does not."""
     if kind is None:
         fitting = ("describe", "number", "number", "background", "color") if scene.number else KINDS[:5]
         kind = str(rng.choice(KINDS if rng.random() < 0.05 else fitting))
@@ -212,7 +212,7 @@ def answer(scene: Scene, kind: str) -> str:
 
 
 def all_texts() -> list[str]:
-    """Every question and every kind of answer once: what the tokenizer is trained on."""
+    """Every question and every kind of answer once, to train the tokenizer."""
     image, nouns, digits = Image.new("RGB", (1, 1)), (*SHAPES, None), "0123456789"
     scenes = [
         Scene(image, color, background, shape, count, None if shape else digits[count:], image, image, image, ())
@@ -270,7 +270,7 @@ def _draw_shapes(
 
 
 def _outline(shape: str, lean: float) -> list[tuple[float, float]]:
-    """The corners of a shape inside the unit circle."""
+    """Corners of a shape inside the unit circle."""
     if shape == "circle":
         polar = [(1.0, 2 * math.pi * i / 72) for i in range(72)]
     elif shape == "square":
@@ -304,7 +304,7 @@ def _draw_number(
 ) -> tuple[str, tuple[tuple[float, float], ...]]:
     width, height = canvases[0].size
     length = int(rng.integers(1, 4))
-    if split == "train":  # the middle one of three digits is learnt last
+    if split == "train":  # the middle one of three digits is the hardest
         length = max(length, int(rng.integers(1, 4)))
     number = str(rng.integers(10 ** (length - 1) if length > 1 else 0, 10**length))
     pitch = rng.uniform(0.8, 1.0)  # from one digit to the next, as a share of their height
@@ -331,7 +331,7 @@ def _write(
     corner: tuple[int, int],
     side: int,
 ) -> tuple[float, float]:
-    """Write a digit into the square at `corner`, and say where its center is."""
+    """Draw a digit into the square at `corner`; return its center."""
     image, regions, places, mask = canvases
     left, top = corner
     glyphs = _digits(split)[digit]
