@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .files import list_folder
 from .models.llama3v import Model, ModelArgs, rename
 from .prompt import EOT, PromptTokens, chat_template
 
@@ -181,7 +182,7 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
         if missing:
             raise CheckpointError(f"{folder}: {_some('missing shard', missing)}; copy or download the folder again")
     else:
-        shards = sorted(path.name for path in folder.glob("*.safetensors"))
+        shards = [path.name for path in list_folder(folder, "*.safetensors")]
         if not shards:
             raise CheckpointError(f"{folder}: has no safetensors files; only safetensors weights are read")
     tensors: dict[str, mx.array] = {}

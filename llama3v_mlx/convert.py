@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import run
-from .files import flush, new_folder
+from .files import flush, list_folder, new_folder
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -248,7 +248,7 @@ def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan
     with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
         write_tensors(tensors, plan, writer, bar.update)
     shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
-    for path in partial.iterdir():
+    for path in list_folder(partial):
         flush(path)
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")

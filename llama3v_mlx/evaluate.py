@@ -21,6 +21,7 @@ from pathlib import Path
 from .cli import positive, run
 from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
+from .files import list_folder
 
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3, then --lmms-eval lmms/bin/python"
 # All but the bundled model's own benchmark.
@@ -88,7 +89,7 @@ def write_tasks(folder: Path, args: argparse.Namespace, harness: Path) -> None:
                 )
             lines.append(dataset("json", [questions], "test"))
         elif args.data is not None:
-            files = sorted(Path(args.data, task).glob("*.parquet"))
+            files = list_folder(Path(args.data, task), "*.parquet")
             if not files:
                 raise EvaluationError(f"{Path(args.data, task)}: has no .parquet files of {task}")
             check_columns(files[0], task, args.lmms_eval)
@@ -168,7 +169,7 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
         finally:
             harness.terminate()
             harness.wait()
-    if harness.returncode or not any((out / "results").rglob("*_results.json")):  # it may fail with status 0
+    if harness.returncode or not list_folder(out / "results", "**/*_results.json"):  # it may fail with status 0
         reason = re.findall(r"Error during evaluation: (.*?)\.* Please set", (out / "lmms-eval.log").read_text())
         raise EvaluationError(f"lmms-eval failed on {model}: {' '.join(reason)} ({out / 'lmms-eval.log'})")
     return read_results(model, out / "results", args.tasks, fresh)

@@ -1,9 +1,11 @@
-"""A folder that is there whole or not at all, however its writing ends."""
+"""Files and folders: created atomically, listed without what macOS leaves in them, found in either Unicode form."""
 
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -47,13 +49,13 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
 
 def _remove_leftover(partial: Path) -> None:
     """Remove what a killed process left; a folder of anybody else, or one still being written, is an error."""
-    if not partial.is_dir() or (any(partial.iterdir()) and not (partial / MARKER).is_file()):
+    if not partial.is_dir() or (list_folder(partial) and not (partial / MARKER).is_file()):
         raise FileExistsError(f"{partial} is in the way, and is not left by an earlier run; move it away")
     with contextlib.suppress(FileNotFoundError), (partial / MARKER).open() as marker:
         _lock(marker, partial)
         for path in partial.iterdir():
             if path.name != MARKER:  # it goes last: a leftover stays one, should this be killed too
-                path.unlink()
+                path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its own
     shutil.rmtree(partial)
 
 
@@ -73,3 +75,42 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file name is one that macOS leaves beside files: Finder's .DS_Store, or AppleDouble's ._NAME."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
+def list_folder(folder: Path, pattern: str = "*") -> list[Path]:
+    """The paths in a folder that match a pattern, sorted, without what macOS leaves there."""
+    return sorted(path for path in folder.glob(pattern) if not is_junk(path.name))
+
+
+def spellings(name: str) -> Iterator[str]:
+    """A file name as given, then in NFC and NFD, then with the narrow space that macOS writes before AM and PM."""
+    yield name
+    narrow = re.sub(r" (?=[AP]M\b)", "\u202f", name)
+    for text in dict.fromkeys((name, narrow)):
+        for form in ("NFC", "NFD"):
+            if (other := unicodedata.normalize(form, text)) != name:
+                yield other
+
+
+def find_path(path: str | os.PathLike) -> Path:
+    """A path as it is spelled on disk, each part of it as given or in another of its `spellings`.
+
+    Some file systems keep names decomposed (NFD), while keyboards write them composed (NFC). A path that is not found
+    in any spelling is returned as given.
+    """
+    path = Path(path)
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a null character
+        if os.path.lexists(path):
+            return path
+        found = Path(path.anchor)
+        for part in path.relative_to(path.anchor).parts:
+            found = next((found / name for name in spellings(part) if os.path.lexists(found / name)), None)
+            if found is None:
+                return path
+        return found
+    return path

@@ -78,13 +78,18 @@ class Scores:
 def read_results(model: str, folder: Path, tasks: list[str], fresh: bool) -> Scores:
     """Read lmms-eval's log of every question."""
     from ..checkpoint import find_checkpoint
+    from ..files import list_folder
 
-    weights = sum(path.stat().st_size for path in find_checkpoint(model).glob("*.safetensors"))
-    (summary,) = folder.rglob("*_results.json")
+    weights = sum(path.stat().st_size for path in list_folder(find_checkpoint(model), "*.safetensors"))
+    (summary,) = list_folder(folder, "**/*_results.json")
     seconds = float(json.loads(summary.read_text())["total_evaluation_time_seconds"]) if fresh else 0.0
     scores = Scores(Path(model).name, weights / 1e9, seconds)
     for task in tasks:
-        rows = [json.loads(line) for path in folder.rglob(f"*_samples_{PREFIX}{task}.jsonl") for line in path.open()]
+        rows = [
+            json.loads(line)
+            for path in list_folder(folder, f"**/*_samples_{PREFIX}{task}.jsonl")
+            for line in path.open()
+        ]
         metric = BENCHMARKS[task].metric
         answers = {
             r["doc_id"]: (float(r[metric]), r["input"], said(r["filtered_resps"]), str(r["target"])) for r in rows

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import read_json
+from ..files import list_folder
 from .shards import (
     LOCK,
     OPEN,
@@ -100,7 +101,7 @@ class FeatureStore:
         folder = Path(folder)
         if not (folder / STORE).is_file():
             # Another process may be making it just now, and have come as far as the lock or half of STORE.
-            found = [folder] if folder.is_file() else folder.glob("*")
+            found = [folder] if folder.is_file() else list_folder(folder)
             if any(not path.name.startswith((LOCK, STORE)) for path in found):
                 raise FeatureError(f"{folder}: is not a feature store and not empty; give another folder")
             folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +336,8 @@ def verify(folder: str | Path) -> Verdict:
     """
     info = FeatureStore(folder).info
     total = Verdict()
-    writers = {int(path.stem.split("-")[1]) for path in Path(folder).glob("*-[0-9]*") if path.suffix != ".jsonl"}
+    files = list_folder(Path(folder), "*-[0-9]*")
+    writers = {int(path.stem.split("-")[1]) for path in files if path.suffix != ".jsonl"}
     for writer in sorted(writers):
         manifest = take_manifest(Path(folder), writer)
         if manifest is None:

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, find_checkpoint, read_json
 from ..features.shards import write_beside
-from ..files import new_folder
+from ..files import list_folder, new_folder
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
@@ -54,7 +54,7 @@ class RunFolder:
             if differing := [key for key in options if old.get(key) != options[key]]:
                 was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
                 raise ValueError(f"{folder}: --resume goes on with the same data and options only; {was}")
-        elif self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+        elif self.folder.is_file() or (self.folder.is_dir() and list_folder(self.folder)):
             raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
