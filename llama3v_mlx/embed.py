@@ -11,7 +11,6 @@ from pathlib import Path
 
 from .cli import CACHE, note_slow_cpu, run
 from .demo import SIGLIP
-from .features.sources import count_sources, find_sources
 
 DEMO_NOTE = (
     "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
@@ -62,6 +61,7 @@ def embed(args: argparse.Namespace) -> None:
 
     from .features.encoder import load_encoder, matmul_peak
     from .features.pipeline import Pipeline, Report
+    from .features.sources import Skipped, count_sources, find_sources
     from .features.store import FeatureStore, FeatureWriter
     from .models import linux_cpu
 
@@ -75,7 +75,8 @@ def embed(args: argparse.Namespace) -> None:
     encoder.all_cores = True
     store = FeatureStore.create(args.out, encoder.store_info(args.store_dtype))
     batch_size = args.batch_size or best_batch_size(encoder)
-    sources = islice(islice(find_sources(args.paths), args.limit), group.rank(), None, group.size())
+    skipped = Skipped()
+    sources = islice(islice(find_sources(args.paths, skipped), args.limit), group.rank(), None, group.size())
     with tqdm(unit="image", smoothing=0.05, disable=True if args.json or group.rank() else None) as bar:
 
         def count() -> None:
@@ -93,11 +94,15 @@ def embed(args: argparse.Namespace) -> None:
             report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
     for name, reason in report.failed:
         print(f"failed: {name}: {reason}", file=sys.stderr)
+    if group.rank() == 0:  # each rank goes through all folders
+        for name, reason in skipped.denied:
+            print(f"failed: {name}: the folder cannot be listed ({reason})", file=sys.stderr)
     counts = [report.new, report.known, len(report.failed)]
     sums = mx.distributed.all_sum(mx.array([*counts, report.flops, *report.seconds.values()]), stream=mx.cpu).tolist()
     new, known, failed = (round(n) for n in sums[:3])
     if new + known + failed == 0:
-        raise ValueError(f"{', '.join(args.paths)}: no images there")
+        found = f"; skipped: {skipped}" if skipped.suffixes else ""
+        raise ValueError(f"{', '.join(args.paths)}: no images there{found}")
     if group.rank() == 0:
         with linux_cpu.all_threads():
             peak = matmul_peak(encoder.dtype) * group.size()
@@ -107,8 +112,11 @@ def embed(args: argparse.Namespace) -> None:
         figures |= {"seconds": round(report.wall, 3), "images_per_second": new / report.wall}
         figures |= {"tflops": sums[3] / report.wall / 1e12, "share_of_peak": sums[3] / report.wall / peak}
         figures["stage_seconds"] = dict(zip(report.seconds, sums[4:], strict=True))
+        figures |= {"skipped": dict(skipped.suffixes.most_common()), "denied": [name for name, _ in skipped.denied]}
         print(json.dumps(figures) if args.json else table(figures))
-    if failed:
+        if skipped.suffixes and not args.json:
+            print(f"skipped: {skipped}")
+    if failed or skipped.denied:
         sys.exit(1)
 
 
@@ -181,7 +189,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v embed", description="Embed images with SigLIP in batches, and keep the result."
     )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, .txt or .jsonl lists, .tar archives")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="images, PDFs, folders, .txt or .jsonl lists, .tar archives"
+    )
     parser.add_argument("--out", metavar="STORE", help="the folder of the features, made or gone on with")
     parser.add_argument(
         "--model", help="folder or Hub repository of a SigLIP or llama3v checkpoint (default: the demo)"

@@ -13,7 +13,13 @@ IMAGE_PROMPT = "What is this image?"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama3v generate", description="Ask Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image files or data: URIs")
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="images, PDFs (paper.pdf#3-5: pages) or data: URIs; - reads stdin",
+    )
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")
     parser.add_argument("--system-prompt", help="goes before the question (default: none)")
     add_generation_options(parser)
@@ -29,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.prompt is None and not args.image:
         parser.error("give --image, --prompt or both")
+    if [*args.image, args.prompt].count("-") > 1:
+        parser.error("only one of --image and --prompt can be - and read stdin")
     run(lambda: answer(args), args.debug)
 
 
@@ -39,17 +47,25 @@ def answer(args: argparse.Namespace) -> None:
     from .checkpoint import name_of
     from .features.lookup import FeatureCache
     from .generation import load, print_answer, stream_generate
-    from .image import load_image
+    from .image import expand, load_image
+    from .pdf import PdfPage
 
     prompt = IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
     # A bad file is found before a large model is loaded; one that is in a store is not even decoded.
-    images = args.image if args.features else [load_image(image) for image in args.image]
+    sources = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
+    images, names = [], []
+    for source, name in zip(sources, args.image, strict=True):
+        for image in expand(source):
+            is_page = isinstance(image, PdfPage)  # which is rendered for the model's tiles
+            names.append(str(image) if is_page else name)
+            images.append(image if is_page or args.features else load_image(image))
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
     model, processor = load(
         args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path
     )
+    processor.check_pages(images, model.language_model.args.max_position_embeddings)
     features = None
     if args.features:
         features = FeatureCache(args.features, model, processor.image_config, name_of(args.model or CHECKPOINT))
@@ -71,7 +87,7 @@ def answer(args: argparse.Namespace) -> None:
     for response in responses:
         text += response.text
     figures = {key: value for key, value in vars(response).items() if key not in ("text", "token", "logprobs")}
-    asked = {"model": args.model or str(CHECKPOINT), "images": args.image, "prompt": prompt}
+    asked = {"model": args.model or str(CHECKPOINT), "images": names, "prompt": prompt}
     print(json.dumps({"text": text.strip(), **asked, **figures}))
 
 

@@ -5,6 +5,7 @@ the candidate grids deciding ties. Only numpy and Pillow are needed.
 """
 
 import base64
+import hashlib
 import io
 import math
 import os
@@ -12,20 +13,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
-ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
+from .files import find_path
+from .pdf import PdfError, PdfPage, find_pages
 
-# EXIF orientation → what turns the stored pixels upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
+
+# The formats that are read, by Pillow's names, and their files' suffixes. Pillow's others stay closed, to files and to
+# the server's clients: some of them start other programs (EPS), and hardly anybody misses them.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".mpo"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),  # before HEIF, with which it shares brands
+    "HEIF": (".heic", ".heif", ".hif"),  # by pillow-heif
+    "JPEG2000": (".jp2",),
+    "TGA": (".tga",),  # last: it has no magic number
 }
+EXTENSIONS = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Images that are not read, so that this can be said of them.
+RAW = {".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2"}
+RAW |= {".srw", ".x3f"}
+UNREAD = RAW | {".jxl", ".psd", ".svg", ".eps", ".ico", ".icns"}
+
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")
+_CONVERT = "convert it first (on a Mac: sips -s format jpeg FILE --out FILE.jpg)"
 
 
 class ImageError(ValueError):
@@ -77,22 +95,26 @@ class TiledImage:
         return 1 + (self.grid[0] * self.grid[1] if self.grid else 0)
 
 
-def load_image(source: ImageSource, draft: tuple[int, int] | None = None) -> Image.Image:
+def load_image(
+    source: ImageSource, draft: tuple[int, int] | None = None, config: ImageConfig = ImageConfig()
+) -> Image.Image:
     """An upright 8-bit RGB image, new and without metadata.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit samples are scaled to 8, the first frame of an
-    animation is taken.
+    animation and the primary image of a HEIF file are taken.
 
     Args:
-        source: a path, the bytes of an image file, a `data:` URI, a PIL image of any mode, or a uint8 array
-            (height, width, 3) in RGB order.
+        source: a path, the bytes of an image file, a `data:` URI, a PIL image of any mode, a uint8 array
+            (height, width, 3) in RGB order, or a page of a PDF (also as a path: paper.pdf#3).
         draft: have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, but no smaller than this (width, height). It is
             much faster, and not exactly the same as reducing the whole image.
+        config: the slicing that a PDF page is rendered for.
 
     Raises:
         ImageError: if there is no usable image, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million).
     """
-    name, image = _open(source)
+    source = _one_page(source)
+    name, image = _open(source, config)
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image has no pixels ({width}x{height})")
@@ -100,33 +122,74 @@ def load_image(source: ImageSource, draft: tuple[int, int] | None = None) -> Ima
     if limit and width * height > limit:
         raise ImageError(f"{name}: {width}x{height} pixels are over the limit of {limit:,}; resize it first")
     try:
-        if draft is not None:
+        if draft is not None and image.format in ("JPEG", "MPO"):  # others would take a thumbnail
             image.draft(None, draft)
         image.load()
         rgb = _to_rgb(image)
         orientation = _orientation(image)
-        if orientation in _UPRIGHT:
-            rgb = rgb.transpose(_UPRIGHT[orientation])
-        elif rgb is source:
-            rgb = rgb.copy()
+        rgb = rgb.copy() if rgb is source else rgb
+        rgb.info = {}  # an orientation left here would turn the image again when it is loaded again
+        if orientation not in (None, 1):
+            rgb.getexif()[ExifTags.Base.Orientation] = orientation  # a converted TIFF has lost it
+            rgb = ImageOps.exif_transpose(rgb)
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
         raise ImageError(f"{name}: the image is damaged or cut short ({_reason(e)})") from e
-    rgb.info = {}  # an orientation left here would turn the image again when it is loaded again
     return rgb
 
 
-def read_bytes(source: ImageSource) -> bytes | None:
-    """The bytes of an image file, by which it is known again; None for pixels that are not in a file.
+def expand(source: ImageSource) -> list[ImageSource]:
+    """The images that a source stands for: the pages that a path names if its file is a PDF, else the source alone.
+
+    Raises:
+        ImageError: if a PDF cannot be used, or has no such page.
+    """
+    if isinstance(source, (str, os.PathLike)) and not _is_data_uri(source):
+        try:
+            return find_pages(source) or [source]
+        except PdfError as e:
+            raise ImageError(str(e)) from e
+    return [source]
+
+
+def image_sha256(source: ImageSource, config: ImageConfig) -> bytes | None:
+    """The SHA-256 by which an image is known again: of a file, its bytes; None for pixels that are not in a file.
+
+    That of a PDF page is made of the file's, its number, and the size at which `config` has it rendered.
 
     Raises:
         ImageError: if it cannot be read.
     """
+    source = _one_page(source)
     if isinstance(source, (Image.Image, np.ndarray)):
         return None
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    text = os.fspath(source)
-    return _decode_data_uri(text) if text[:5].lower() == "data:" else _read(source)
+    if isinstance(source, PdfPage):
+        return source.sha256(page_zoom(source, config))
+    if isinstance(source, (str, os.PathLike)):
+        source = _decode_data_uri(os.fspath(source)) if _is_data_uri(source) else _read(source)
+    return hashlib.sha256(source).digest()
+
+
+def page_zoom(page: PdfPage, config: ImageConfig) -> float:
+    """The pixels per point at which a page fills the tiles: as many as they can show, and hardly more."""
+    width, height = page.size
+    most = config.scale_resolution**2 * (1 if config.square else config.max_slice_nums)
+    zoom = math.sqrt(most / (width * height))
+    tiling = plan_tiles(*page.pixels(zoom), config)
+    shown = tiling.overview
+    if tiling.grid:
+        shown = tiling.grid[0] * tiling.cell[0], tiling.grid[1] * tiling.cell[1]
+    # Neither side is enlarged afterwards; but a strip squeezed into a square is not worth millions of pixels.
+    return min(max(shown[0] / width, shown[1] / height), 2 * zoom)
+
+
+def image_size(source: ImageSource, config: ImageConfig) -> tuple[int, int]:
+    """The (width, height) in pixels of an upright image; a PDF page is not rendered for it.
+
+    Raises:
+        ImageError: see `load_image`.
+    """
+    source = _one_page(source)
+    return source.pixels(page_zoom(source, config)) if isinstance(source, PdfPage) else load_image(source).size
 
 
 def plan_tiles(width: int, height: int, config: ImageConfig = ImageConfig()) -> Tiling:
@@ -163,7 +226,7 @@ def tile_image(source: ImageSource, config: ImageConfig = ImageConfig()) -> Tile
     Raises:
         ImageError: see `load_image`.
     """
-    image = load_image(source)
+    image = load_image(source, config=config)
     tiling = plan_tiles(*image.size, config)
     tiles = [np.asarray(image.resize(tiling.overview, Image.Resampling.BICUBIC))]
     if tiling.grid:
@@ -187,10 +250,23 @@ def _fit(width: float, height: float, scale: int, patch: int) -> tuple[int, int]
     return _snap(fitted_width, patch), _snap(fitted_height, patch)
 
 
-def _open(source: ImageSource) -> tuple[str, Image.Image]:
+def _one_page(source: ImageSource) -> ImageSource:
+    """The source itself, or the one page of a PDF that its path names."""
+    images = expand(source)
+    if len(images) > 1:
+        raise ImageError(f"{source}: has {len(images)} pages, and one image is wanted; name a page: {images[0]}")
+    return images[0]
+
+
+def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
     """A name for messages, and the image, its pixels not yet decoded."""
     if isinstance(source, Image.Image):
         return "image", source
+    if isinstance(source, PdfPage):
+        try:
+            return str(source), source.render(page_zoom(source, config))
+        except PdfError as e:
+            raise ImageError(str(e)) from e
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or source.size == 0:
             raise ImageError(f"array: need uint8 (height, width, 3), not {source.dtype} {source.shape}")
@@ -198,9 +274,16 @@ def _open(source: ImageSource) -> tuple[str, Image.Image]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "image data", _open_bytes("image data", bytes(source))
     text = os.fspath(source)
-    if text[:5].lower() == "data:":
+    if _is_data_uri(text):
         return "data URI", _open_bytes("data URI", _decode_data_uri(text))
-    return _printable(text or "."), _open_bytes(_printable(text or "."), _read(source))
+    name, data = _printable(text or "."), _read(source)
+    if Path(text).suffix.lower() in RAW:
+        raise ImageError(f"{name}: camera RAW files are not read; {_CONVERT}")
+    return name, _open_bytes(name, data)
+
+
+def _is_data_uri(source: str | os.PathLike) -> bool:
+    return os.fspath(source)[:5].lower() == "data:"
 
 
 def _read(source: str | os.PathLike) -> bytes:
@@ -209,7 +292,7 @@ def _read(source: str | os.PathLike) -> bytes:
     if scheme.startswith(("http://", "https://")):
         raise ImageError(f"{name}: images are not fetched from the network; download it and give the file")
     try:
-        return Path(source).read_bytes()
+        return find_path(source).read_bytes()
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
@@ -221,14 +304,53 @@ def _read(source: str | os.PathLike) -> bytes:
 def _open_bytes(name: str, data: bytes) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: the file is empty")
+    if reason := _unread(data):
+        raise ImageError(f"{name}: {reason}")
+    formats = [*FORMATS]
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+    if not (is_heif and _register_heif()):
+        formats.remove("HEIF")
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter under `python -W error`
         raise ImageError(f"{name}: over the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; resize it first") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image, or of a format that Pillow does not read") from None
+        if is_heif and "HEIF" not in formats:
+            raise ImageError(
+                f"{name}: HEIC and HEIF need pillow-heif: pip install 'llama3v-mlx[heif]', or {_CONVERT}"
+            ) from None
+        raise ImageError(f"{name}: not an image, or damaged, or none of {', '.join(FORMATS)}") from None
     except Exception as e:
         raise ImageError(f"{name}: the image is damaged or cut short ({_reason(e)})") from e
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_raw(image.tag_v2):
+        raise ImageError(f"{name}: camera RAW files are not read; {_CONVERT}")
+    return image
+
+
+def _register_heif() -> bool:
+    """Have Pillow read HEIF, if pillow-heif is installed. The only place that knows of it."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _unread(data: bytes) -> str | None:
+    """Why a file is not read whose first bytes say that it is of a well-known other format."""
+    if b"%PDF-" in data[:1024]:
+        return "is a PDF; give the path of a file that ends in .pdf, and its pages are read"
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return f"JPEG XL is not read; {_CONVERT}"
+    if data.startswith(_RAW_MAGIC) or data[4:12] == b"ftypcrx " or (data[:2] == b"II" and data[8:10] == b"CR"):
+        return f"camera RAW files are not read; {_CONVERT}"
+    return None
+
+
+def _is_raw(tags: TiffImagePlugin.ImageFileDirectory_v2) -> bool:
+    """Whether a TIFF is a camera's RAW, of which Pillow would show the sensor's samples or a thumbnail."""
+    return ExifTags.Base.DNGVersion in tags or bool(tags.get(ExifTags.Base.NewSubfileType, 0) & 1)
 
 
 def _decode_data_uri(uri: str) -> bytes:

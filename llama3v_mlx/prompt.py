@@ -6,6 +6,7 @@ lays the block's true rows in. Text that a user wrote never becomes a special to
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .image import ImageConfig, ImageSource, TiledImage, tile_image
+from .image import ImageConfig, ImageSource, TiledImage, Tiling, page_zoom, plan_tiles, tile_image
+from .pdf import PdfPage
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
@@ -117,9 +119,27 @@ class Processor:
         """The image as the model sees it."""
         return self.tiler(image) if self.tiler else tile_image(image, self.image_config)
 
-    def num_image_tokens(self, image: TiledImage) -> int:
+    def num_image_tokens(self, image: TiledImage | Tiling) -> int:
         """How many tokens of the context an image takes."""
         return len(self.prompt_tokens.block(image.grid, self.num_queries))
+
+    def check_pages(self, images: Sequence[ImageSource], room: int) -> None:
+        """Check that the pages of PDFs among images take at most `room` tokens, before any is rendered.
+
+        Raises:
+            ValueError: if they take more.
+        """
+        pages = [image for image in images if isinstance(image, PdfPage)]
+        sizes = [page.pixels(page_zoom(page, self.image_config)) for page in pages]
+        tokens = [self.num_image_tokens(plan_tiles(*size, self.image_config)) for size in sizes]
+        if sum(tokens) > room:
+            name, fit = pages[0].file.name, sum(total <= room for total in itertools.accumulate(tokens))
+            of_one = fit and pages[fit - 1].file == pages[0].file
+            some = f"name fewer ({name}#{pages[0].number}-{pages[fit - 1].number}), or " if of_one else ""
+            raise ValueError(
+                f"{name}: {len(pages)} pages take {sum(tokens)} tokens, and the context has room for {room}; "
+                f"{some}take fewer tiles of each (--max-image-tiles)"
+            )
 
     def __call__(self, text: str, *, images: Sequence[ImageSource]) -> tuple[str, list[TiledImage]]:
         """mlx-lm's contract: each placeholder of a templated `text` grown to its image's length, and the images tiled.

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cli import note_slow_cpu, run
-from .features.sources import read_named
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ def draw_sheet(hits: list[Hit], path: Path) -> None:
     """Write a picture of the images that were found, best first, each over its rank, score and name."""
     from PIL import Image, ImageDraw, ImageFont
 
+    from .features.sources import read_named
     from .image import ImageError, load_image
 
     columns = math.ceil(math.sqrt(len(hits)))

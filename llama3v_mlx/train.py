@@ -179,7 +179,7 @@ def fuse(args: argparse.Namespace) -> None:
     from mlx_lm.utils import save_model
 
     from .checkpoint import CONFIG, find_checkpoint, load_model, read_config, read_json
-    from .files import new_folder
+    from .files import list_folder, new_folder
     from .generation import load_adapters
 
     folder, out = find_checkpoint(args.model), Path(args.out)
@@ -194,7 +194,7 @@ def fuse(args: argparse.Namespace) -> None:
     model.update_modules(tree_unflatten(fused))
     model.update(tree_unflatten([(n, t.astype(dtypes[n])) for n, t in tree_flatten(model.parameters())]))
     with new_folder(out, sum(t.nbytes for _, t in tree_flatten(model.parameters()))) as partial:
-        for path in folder.iterdir():
+        for path in list_folder(folder):
             if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
                 shutil.copyfile(path, partial / path.name)
         save_model(partial, model)

@@ -81,7 +81,7 @@ def test_bundled_images_are_answered_right(demo) -> None:
 
 def test_help_loads_nothing_heavy(run_python) -> None:
     """Which is what keeps it under 0.3 s."""
-    for module in ("generate", "convert"):
+    for module in ("generate", "chat", "embed", "search", "convert"):
         code = f"import sys, llama3v_mlx.{module} as m; heavy = {{'mlx', 'mlx_lm', 'numpy', 'PIL'}} & set(sys.modules)"
         done = run_python("-c", f"{code}; print(heavy or 'light'); sys.argv[1:] = ['--help']; m.main()")
         assert done.returncode == 0
@@ -123,6 +123,21 @@ def test_debug_shows_the_traceback(run_python, tmp_path: Path) -> None:
     done = run_python(*COMMAND, "--image", tmp_path / "gone.png", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_an_image_from_stdin(run_main, picture: Path, tmp_path: Path) -> None:
+    args = ("--image", "-", "--temp", "0", "--json")
+    for more, stored in (((), 0), (("--features", tmp_path / "store"), 0), (("--features", tmp_path / "store"), 1)):
+        done = run_main(COMMAND[1], *args, *more, input=picture.read_bytes())
+        figures = json.loads(done.stdout)
+        assert figures["text"] == "Three blue circles on a white background." and figures["images"] == ["-"]
+        assert figures["stored_images"] == stored
+    for data, message in ((b"", "the file is empty"), (b"%PDF-1.4", "is a PDF; give the path of a file")):
+        done = run_main(COMMAND[1], "--image", "-", input=data)
+        assert done.returncode == 1 and done.stderr.startswith(f"error: image data: {message}")
+    for args in (("--image", "-", "--prompt", "-"), ("--image", "-", "-")):
+        done = run_main(COMMAND[1], *args, input=picture.read_bytes())
+        assert done.returncode == 2 and "only one of --image and --prompt can be -" in done.stderr
 
 
 def test_usage_errors(run_main) -> None:

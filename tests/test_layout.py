@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("llama3v_mlx",),
     ("files", "cli"),
+    ("pdf",),
     ("image",),
     ("prompt",),
     ("models",),
@@ -23,7 +24,7 @@ LAYERS = (
     ("generation",),
     ("conversation",),
     ("training", "serving", "conversion", "evaluation"),
-    ("demo",),
+    ("demo", "terminal"),
     ("generate", "chat", "server", "embed", "search", "train", "convert", "synthesize", "evaluate"),
     ("__main__",),
 )

@@ -71,6 +71,11 @@ class ImageEncoder:
     def dtype(self) -> mx.Dtype:
         return self.model.vision_tower.post_layernorm.weight.dtype
 
+    @property
+    def tiling(self) -> ImageConfig:
+        """The slicing, also of a tower that sees a single square."""
+        return self.image_config or ImageConfig(self.config.image_size, self.config.patch_size, 1, square=True)
+
     def prepare(self, source: ImageSource) -> TiledImage:
         """The tiles of an image, uint8.
 
@@ -80,7 +85,7 @@ class ImageEncoder:
         if self.image_config is not None:
             return tile_image(source, self.image_config)
         size = (self.config.image_size, self.config.image_size)
-        image = load_image(source, draft=size if self.draft else None)
+        image = load_image(source, size if self.draft else None, self.tiling)
         return TiledImage((np.asarray(image.resize(size, self.resample)),), None)
 
     def encode(self, images: Sequence[TiledImage]) -> list[Features]:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..files import find_path
 from .sources import FileStat
 from .store import FeatureStore
 
@@ -48,7 +49,8 @@ def _look_at(path: str) -> ImageFile:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return ImageFile(path, None, _GONE)
+        composed = str(find_path(path))  # a name may be composed otherwise on disk than in the data
+        return ImageFile(path, None, _GONE) if composed == path else _look_at(composed)
     if not stat.S_ISREG(found.st_mode):
         return ImageFile(path, None, "is not a file")
     return ImageFile(path, (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))

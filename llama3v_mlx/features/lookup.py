@@ -1,13 +1,12 @@
 """Visual tokens by way of a feature store, for generate, chat and server: an image seen before is not encoded again."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..image import ImageConfig, ImageSource, TiledImage, read_bytes
+from ..image import ImageConfig, ImageSource, TiledImage, image_sha256
 from ..models.llama3v import Model
 from .encoder import ImageEncoder
 from .store import STORE, FeatureError, Features, FeatureStore, FeatureWriter
@@ -38,10 +37,9 @@ class FeatureCache:
 
     def tile(self, source: ImageSource) -> TiledImage:
         """The tiles of an image; of one that the store has, only how it is tiled: it is not even decoded."""
-        data = read_bytes(source)
-        if data is None:
+        sha256 = image_sha256(source, self.encoder.tiling)
+        if sha256 is None:
             return self.encoder.prepare(source)
-        sha256 = hashlib.sha256(data).digest()
         stored = self.store.get(sha256)
         if stored is None:
             return replace(self.encoder.prepare(source), sha256=sha256)

@@ -1,6 +1,5 @@
 """From image files to a feature store: decode in threads, encode in batches, write the last batch meanwhile."""
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from ..image import image_sha256
 from .encoder import ImageEncoder
 from .sources import FileStat, Source
 from .store import FeatureWriter
@@ -76,17 +76,21 @@ class Pipeline:
     def _prepare(self, source: Source):
         """(SHA-256, tiles or None if the store has them, seconds of reading and of decoding)."""
         start = time.perf_counter()
-        data = source.read()
-        sha256 = hashlib.sha256(data).digest()
+        image = source.read()
+        sha256 = image_sha256(image, self.encoder.tiling)
         middle = time.perf_counter()
-        tiled = None if sha256 in self.writer.store else self.encoder.prepare(data)
+        tiled = None if sha256 in self.writer.store else self.encoder.prepare(image)
         return sha256, tiled, middle - start, time.perf_counter() - middle
 
     def _take(self, name: tuple[str, FileStat | None], future: Future) -> None:
         try:
             sha256, tiled, read, decode = future.result()
         except (OSError, ValueError) as e:
-            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).removeprefix("image data: ")
+            reason = (
+                e.strerror
+                if isinstance(e, OSError) and e.strerror
+                else str(e).removeprefix("image data: ").removeprefix(f"{name[0]}: ")
+            )
             self.report.failed.append((name[0], reason))
             self.progress(self.report)
             return
