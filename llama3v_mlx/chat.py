@@ -1,20 +1,23 @@
 """Chat about images in the terminal: `llama3v chat`, then drag an image into the line and ask."""
 
 import argparse
-import contextlib
 import os
 import re
-import shlex
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .cli import CACHE, DEMO_NOTE, add_generation_options, error_line, generation_options, note_slow_cpu, run
 from .demo import CHECKPOINT
-from .features.sources import EXTENSIONS
+from .terminal import find_images, line_editing, read_clipboard, split_paths, unescape
 
 HELP = """\
-Ask a question; paste, type or drag the path of an image anywhere into the line to add it.
-  /image PATH [PATH…]   add images to the next question
+Ask a question; paste, type or drag the path of an image or a PDF anywhere into the line to add it.
+A path that is no image is an error, unless it stands in `backticks`. Tab completes commands and paths.
+  /image PATH [PATH…]   add images to the next question; paper.pdf#3-5 are pages of a PDF
+  /paste [QUESTION]     add the clipboard's image or files
   /images               the images so far
   /undo                 take the last question and its answer back
   /clear, r             start anew
@@ -24,6 +27,16 @@ Ask a question; paste, type or drag the path of an image anywhere into the line 
   /help, h              this
   /exit, q, Ctrl-D      leave; Ctrl-C stops an answer"""
 HISTORY = CACHE / "chat_history"
+PASTED = "pasted image"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An image for the next question."""
+
+    name: str
+    image: Any  # an `ImageSource`
+    num_tokens: int
 
 
 class Chat:
@@ -31,7 +44,7 @@ class Chat:
 
     def __init__(self, conversation, name: str):
         self.conversation, self.name = conversation, name
-        self.waiting: list[str] = []  # images for the next question
+        self.waiting: list[Waiting] = []
         self.stats = "nothing was asked yet"
 
     def line(self, text: str) -> bool:
@@ -40,19 +53,18 @@ class Chat:
         Raises:
             ValueError: if it cannot be done.
         """
-        text = text.strip()
+        text = text.strip(" \t\r\n")  # not the narrow spaces of file names
         word, _, rest = text.partition(" ")
-        command = {"q": "/exit", "r": "/clear", "h": "/help"}.get(text, word)
-        if command == "/exit":
+        command = ALIASES.get(text, word)
+        if command == EXIT:
             return False
-        action = getattr(self, f"_{command[1:]}", None) if re.fullmatch("/[a-z]+", command) else None
-        if action is not None:
-            action(rest.strip())
+        if command in COMMANDS:
+            COMMANDS[command](self, rest.strip(" \t"))
             return True
-        if command.startswith("/") and not is_image(unescape(command)):
-            raise ValueError(f"{command}: no such command or image; /help lists the commands")
+        if re.fullmatch("/[a-z]+", word) and not os.path.lexists(word):
+            raise ValueError(f"{word}: no such command or image; /help lists the commands")
         images, question = find_images(text)
-        self._add(images)
+        self.add(images)
         if question:
             self.ask(question)
         return True
@@ -61,7 +73,8 @@ class Chat:
         """Put a question with the waiting images, and print the answer as it comes."""
         from .conversation import last_figures
 
-        stream = self.conversation.ask(question, self.waiting, self.waiting)
+        images, names = [each.image for each in self.waiting], [each.name for each in self.waiting]
+        stream = self.conversation.ask(question, images, names)
         response = None
         try:
             for response in stream:
@@ -77,31 +90,47 @@ class Chat:
         self.stats = last_figures(response, self.conversation)
         print(dim(self.stats))
 
-    def _add(self, paths: list[str]) -> None:
-        from .image import load_image, plan_tiles
+    def add(self, sources: Sequence) -> None:
+        """Take images for the next question: all of them, or none if one cannot be used."""
+        from PIL.Image import Image
 
-        for path in paths:
-            image = load_image(path)
-            tiles = plan_tiles(*image.size, self.conversation.processor.image_config)
-            tokens = self.conversation.processor.num_image_tokens(tiles)
-            self.waiting.append(path)
-            print(dim(f"{path}: {image.width}x{image.height}, {tiles.num_tiles} tiles, {tokens} tokens"))
+        from .image import expand, image_size, plan_tiles
+
+        processor = self.conversation.processor
+        images = [image for source in sources for image in expand(source)]
+        taken = len(self.conversation.ids) + sum(each.num_tokens for each in self.waiting)
+        processor.check_pages(images, self.conversation.context - taken)
+        waiting, lines = [], []
+        for image in images:
+            width, height = image_size(image, processor.image_config)
+            tiles = plan_tiles(width, height, processor.image_config)
+            tokens = processor.num_image_tokens(tiles)
+            waiting.append(Waiting(PASTED if isinstance(image, Image) else str(image), image, tokens))
+            lines.append(f"{waiting[-1].name}: {width}x{height}, {tiles.num_tiles} tiles, {tokens} tokens")
+        self.waiting += waiting
+        for line in lines:
+            print(dim(line))
 
     def _image(self, rest: str) -> None:
         try:
-            paths = shlex.split(rest)
+            paths = split_paths(rest)
         except ValueError as e:
             raise ValueError(f"/image {rest}: {e}") from None
         if not paths:
             raise ValueError("/image: give one or more paths")
-        self._add([str(Path(path).expanduser()) for path in paths])
+        self.add(paths)
+
+    def _paste(self, rest: str) -> None:
+        self.add(read_clipboard())
+        if rest:
+            self.ask(rest)
 
     def _images(self, rest: str) -> None:
         names = [name for turn in self.conversation.turns for name in turn.images]
         for i, name in enumerate(names, 1):
             print(f"{i}. {name}")
-        for name in self.waiting:
-            print(f"for the next question: {name}")
+        for each in self.waiting:
+            print(f"for the next question: {each.name}")
         if not names and not self.waiting:
             print("no images yet")
 
@@ -132,41 +161,26 @@ class Chat:
         print(HELP)
 
 
+COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+    "/image": Chat._image,
+    "/paste": Chat._paste,
+    "/images": Chat._images,
+    "/undo": Chat._undo,
+    "/clear": Chat._clear,
+    "/save": Chat._save,
+    "/load": Chat._load,
+    "/stats": Chat._stats,
+    "/help": Chat._help,
+}
+EXIT = "/exit"
+ALIASES = {"q": EXIT, "r": "/clear", "h": "/help"}
+
+
 def _file(text: str, command: str) -> Path:
     if not text:
         raise ValueError(f"{command}: give a file")
-    path = Path(unescape(text)).expanduser()
+    path = Path(unescape(text))
     return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-
-
-def unescape(text: str) -> str:
-    """A path as a terminal pastes it: in quotes, or with backslashes before spaces and the like."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    return re.sub(r"\\(.)", r"\1", text)
-
-
-def is_image(path: str) -> bool:
-    """Whether a path is a file that is called like an image."""
-    with contextlib.suppress(OSError, RuntimeError):
-        path = Path(path).expanduser()
-        return path.suffix.lower() in EXTENSIONS and path.is_file()
-    return False
-
-
-def find_images(text: str) -> tuple[list[str], str]:
-    """The paths of images in a line, and the rest of it."""
-    images = []
-
-    def take(match: re.Match) -> str:
-        path = unescape(match[0])
-        if not is_image(path):
-            return match[0]
-        images.append(str(Path(path).expanduser()))
-        return ""
-
-    rest = re.sub(r"'[^']*'|\"[^\"]*\"|(?:\\.|[^\s\\])+", take, text)
-    return images, " ".join(rest.split()) if images else text
 
 
 def dim(text: str) -> str:
@@ -174,29 +188,10 @@ def dim(text: str) -> str:
     return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
-@contextlib.contextmanager
-def history():
-    """Line editing, and the lines of earlier chats."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    with contextlib.suppress(OSError):
-        readline.read_history_file(HISTORY)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            HISTORY.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(HISTORY)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama3v chat", description="Chat with Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images for the first question")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images or PDFs for the first question")
     parser.add_argument("--system-prompt", help="goes before the first question (default: none)")
     add_generation_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
@@ -224,11 +219,11 @@ def chat(args: argparse.Namespace) -> None:
         mx.random.seed(args.seed)
     title = f"{name} with {args.adapter_path}" if args.adapter_path else name
     session = Chat(Conversation(model, processor, args.system_prompt, features, generation_options(args)), title)
-    session._add(args.image)
+    session.add(args.image)
     if sys.stdin.isatty():
         print("Ask about an image; drag its file into the line. /help lists what else there is, Ctrl-D leaves.")
     going_on, failed = True, False
-    with history():
+    with line_editing(HISTORY, (*COMMANDS, EXIT)):
         while going_on:
             try:
                 going_on = session.line(input(">> " if sys.stdin.isatty() else ""))

@@ -1,0 +1,248 @@
+"""Terminal input: paths that are typed or dragged into a line, completion, history, and the clipboard."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import unicodedata
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .files import find_path, is_junk
+
+# A word of a line: quoted where it begins with a quote, else with backslashes before spaces. Not split at \s, which has
+# U+202F, the narrow space in the names of a Mac's screenshots.
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*")(?:\\.|'[^']*'|"[^"]*"|[^ \t\\])*|(?:\\.|[^ \t\\])+|\\""")
+_PARTIAL = re.compile(r"""(?:^|(?<=[ \t]))('[^']*|"[^"]*|(?:\\.|[^ \t\\])*)$""")
+_SPECIAL = re.compile(r"""([ \t\\'"()&;|<>$`!*?\[\]{}])""")
+_PAGES = re.compile(r"(\.pdf)#[-0-9, ]*[-0-9]$", re.IGNORECASE)
+_PUNCTUATION = ".,;:!?)"
+
+_LIBEDIT = "_HiStOrY_V2_"
+_HISTORY_LINES = 1000
+# All files that Finder has copied; `the clipboard as «class furl»` would be the first of them alone.
+_COPIED_FILES = """\
+ObjC.import("AppKit");
+JSON.stringify(ObjC.deepUnwrap($.NSPasteboard.generalPasteboard.propertyListForType("NSFilenamesPboardType")) || [])"""
+
+
+def find_images(text: str) -> tuple[list[str], str]:
+    """The image files in a line, and the rest of it.
+
+    A path may be quoted, escaped with backslashes, have plain spaces, be a file:// URL, or begin with ~. A word that
+    looks like a path is taken for one, whether or not there is such an image: it is never left to be read as text.
+    """
+    words = list(_WORD.finditer(text))
+    ends = [j for j, word in enumerate(words) if _is_named_like_image(unescape(word[0].rstrip(_PUNCTUATION)))]
+    images, rest, i = [], [], 0
+    while i < len(words):
+        for j in [j for j in reversed(ends) if j >= i]:
+            path, after = _existing(text[words[i].start() : words[j].end()])
+            if path:
+                break
+        else:
+            j, (path, after) = i, _meant(words[i][0])
+        if path:
+            images.append(path)
+        if path and rest:
+            rest[-1] += after
+        elif not path:
+            rest.append(words[i][0])
+        i = j + 1
+    return images, " ".join(rest) if images else text
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths of a text that has nothing else in it.
+
+    Raises:
+        ValueError: if a quotation is not closed.
+    """
+    whole = unescape(text)
+    return [whole] if os.path.isfile(find_path(whole)) else [_local(part) for part in shlex.split(text)]
+
+
+def unescape(text: str) -> str:
+    """A path as it is on disk from what a terminal pastes: quoted, escaped, a file:// URL, or beginning with ~."""
+    try:
+        parts = shlex.split(text)
+    except ValueError:  # an apostrophe, say
+        parts = []
+    return _local(parts[0] if len(parts) == 1 else re.sub(r"\\(.)", r"\1", text))
+
+
+def _local(text: str) -> str:
+    """A path, of a file:// URL or one that begins with ~ too."""
+    if text.startswith("file://"):
+        text = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
+    return os.path.expanduser(text)
+
+
+def _is_named_like_image(path: str) -> bool:
+    """Whether a path is called like an image or a PDF, of a format that is read or not."""
+    from .image import EXTENSIONS, UNREAD
+    from .pdf import PDF
+
+    return Path(_PAGES.sub(r"\1", path)).suffix.lower() in EXTENSIONS | UNREAD | {PDF}
+
+
+def _existing(text: str) -> tuple[str | None, str]:
+    """The file that is called like an image and named by a text, and the punctuation after it; (None, "") if none."""
+    bare = text.rstrip(_PUNCTUATION)
+    for candidate, after in ((unescape(text), ""), (text, ""), (unescape(bare), text[len(bare) :])):
+        if _is_named_like_image(candidate) and any(
+            os.path.isfile(find_path(name)) for name in (candidate, _PAGES.sub(r"\1", candidate))
+        ):
+            return candidate, after
+    return None, ""
+
+
+def _meant(word: str) -> tuple[str | None, str]:
+    """The path that a word is meant to be, and the punctuation after it; (None, "") for text such as and/or or 1/2."""
+    bare = word.rstrip(_PUNCTUATION)
+    path = unescape(bare)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", bare) and not bare.startswith("file://"):
+        return None, ""
+    rooted = re.match(r"(/[^/]+/|~([A-Za-z_][\w.-]*)?/|\.\.?/|file://)[^/]", bare.lstrip("'\""))
+    exists = "/" in bare and bare.strip("/") and os.path.lexists(path)
+    if rooted or exists or _is_named_like_image(path):
+        return path, word[len(bare) :]
+    return None, ""
+
+
+def completions(line: str, begin: int, commands: Sequence[str]) -> list[str]:
+    """What could stand in a line from `begin` to the cursor, at its end: commands, folders and images.
+
+    Args:
+        line: the line up to the cursor.
+        begin: where the editor takes the word to begin, which may be after an escaped space.
+        commands: they are completed at the beginning of a line.
+    """
+    match = _PARTIAL.search(line)
+    if match is None:
+        return []
+    word, start = match[1], match.start(1)
+    found = [f"{name} " for name in commands if start == 0 and word and name.startswith(word)]
+    any_file = line.startswith(("/save ", "/load "))
+    quote = word[:1] if word[:1] in ("'", '"') else ""
+    head = word[: word.rfind("/") + 1] or quote
+    base = word[len(head) :] if quote else re.sub(r"\\(.)", r"\1", word[len(head) :])
+    folder = unescape(head + quote) if head != quote else "."
+    base = unicodedata.normalize("NFC", base)
+    with contextlib.suppress(OSError), os.scandir(find_path(folder)) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = entry.name
+            if not unicodedata.normalize("NFC", name).startswith(base) or is_junk(name):
+                continue
+            if name.startswith(".") and not base:
+                continue
+            if entry.is_dir():
+                end = "/"
+            elif any_file or _is_named_like_image(name):
+                end = f"{quote} "
+            else:
+                continue
+            found.append(head + (name if quote else _SPECIAL.sub(r"\\\1", name)) + end)
+    typed = line[start:begin]
+    return [candidate[len(typed) :] for candidate in found if candidate.startswith(typed)]
+
+
+@contextlib.contextmanager
+def line_editing(history: Path, commands: Sequence[str]) -> Iterator[None]:
+    """Edit the lines that `input` reads: earlier lines from a file, and Tab completes."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    matches: list[str] = []
+
+    def complete(text: str, state: int) -> str | None:
+        if state == 0:
+            line = readline.get_line_buffer()[: readline.get_endidx()]
+            matches[:] = completions(line, readline.get_begidx(), commands)
+        return matches[state] if state < len(matches) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" \t\n")
+    readline.parse_and_bind(_tab_binding(readline))
+    for line in read_history(history):
+        readline.add_history(line)
+    try:
+        yield
+    finally:
+        readline.set_completer(None)
+        items = map(readline.get_history_item, range(1, readline.get_current_history_length() + 1))
+        with contextlib.suppress(OSError):
+            write_history(history, [item for item in items if item])
+
+
+def _tab_binding(readline) -> str:
+    """What makes Tab complete; the `readline` of many Macs is libedit, which has a syntax of its own."""
+    is_libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
+    return "bind ^I rl_complete" if is_libedit else "tab: complete"
+
+
+def read_history(path: Path) -> list[str]:
+    """The lines of a history file; also of one that libedit has written, with \\040 for a space."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return []
+    lines = data.split(b"\n")
+    if lines[0] == _LIBEDIT.encode():
+        lines = [re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8) & 255]), line) for line in lines[1:]]
+    return [line.decode(errors="replace") for line in lines if line][-_HISTORY_LINES:]
+
+
+def write_history(path: Path, lines: Sequence[str]) -> None:
+    """Write a history file of plain lines, which any `readline` can be given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text("".join(f"{line}\n" for line in lines[-_HISTORY_LINES:]), encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+
+
+def read_clipboard() -> list:
+    """The paths of the files that were copied, or the image, as one PIL image.
+
+    Raises:
+        ValueError: if there is neither, or the program that is needed on Linux is not there.
+    """
+    from PIL import ImageGrab
+
+    if files := _copied_files():  # first: beside them, Finder puts an image of their icon
+        return files
+    try:
+        found = ImageGrab.grabclipboard()
+    except NotImplementedError:
+        raise ValueError("the clipboard needs wl-paste (package wl-clipboard) or xclip; install one of them") from None
+    except OSError as e:
+        raise ValueError(f"the clipboard cannot be read: {e}") from e
+    if not found:
+        raise ValueError("the clipboard holds no image, and no file")
+    return found if isinstance(found, list) else [found]
+
+
+def _copied_files() -> list[str]:
+    """The paths of the files on the clipboard."""
+    if sys.platform == "darwin":
+        return json.loads(_output("osascript", "-l", "JavaScript", "-e", _COPIED_FILES) or "[]")
+    kind = ("-t", "text/uri-list")
+    out = _output("wl-paste", *kind) or _output("xclip", "-selection", "clipboard", *kind, "-o")
+    return [_local(line.strip()) for line in out.splitlines() if line.startswith("file://")]
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing if it fails or is not there."""
+    if not shutil.which(command[0]):
+        return ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+        return done.stdout if done.returncode == 0 else ""
+    return ""
