@@ -317,7 +317,7 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         if is_heif and "HEIF" not in formats:
             raise ImageError(
-                f"{name}: HEIC and HEIF need pillow-heif: pip install 'llama3v-mlx[heif]', or {_CONVERT}"
+                f"{name}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the extra heif), or {_CONVERT}"
             ) from None
         raise ImageError(f"{name}: not an image, or damaged, or none of {', '.join(FORMATS)}") from None
     except Exception as e:
@@ -340,7 +340,7 @@ def _register_heif() -> bool:
 def _unread(data: bytes) -> str | None:
     """Why a file is not read whose first bytes say that it is of a well-known other format."""
     if b"%PDF-" in data[:1024]:
-        return "is a PDF; give the path of a file that ends in .pdf, and its pages are read"
+        return "is a PDF, not an image; its pages are read if it is given as the path of a .pdf file"
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return f"JPEG XL is not read; {_CONVERT}"
     if data.startswith(_RAW_MAGIC) or data[4:12] == b"ftypcrx " or (data[:2] == b"II" and data[8:10] == b"CR"):

@@ -133,7 +133,7 @@ def _opened(path: Path, name: str) -> Iterator:
     try:
         import pypdfium2
     except ImportError:
-        raise PdfError(f"{name}: PDF files need pypdfium2: pip install 'llama3v-mlx[pdf]'") from None
+        raise PdfError(f"{name}: PDF files need pypdfium2: pip install pypdfium2 (the extra pdf)") from None
     with _PDFIUM:
         try:
             with pypdfium2.PdfDocument(path) as document:

@@ -197,14 +197,16 @@ def read_history(path: Path) -> list[str]:
     lines = data.split(b"\n")
     if lines[0] == _LIBEDIT.encode():
         lines = [re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8) & 255]), line) for line in lines[1:]]
-    return [line.decode(errors="replace") for line in lines if line][-_HISTORY_LINES:]
+    return [line.decode(errors="surrogateescape") for line in lines if line][-_HISTORY_LINES:]
 
 
 def write_history(path: Path, lines: Sequence[str]) -> None:
     """Write a history file of plain lines, which any `readline` can be given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text("".join(f"{line}\n" for line in lines[-_HISTORY_LINES:]), encoding="utf-8", errors="replace")
+    partial.write_text(
+        "".join(f"{line}\n" for line in lines[-_HISTORY_LINES:]), encoding="utf-8", errors="surrogateescape"
+    )
     os.replace(partial, path)
 
 
@@ -214,7 +216,7 @@ def read_clipboard() -> list:
     Raises:
         ValueError: if there is neither, or the program that is needed on Linux is not there.
     """
-    from PIL import ImageGrab
+    from PIL import ImageGrab, UnidentifiedImageError
 
     if files := _copied_files():  # first: beside them, Finder puts an image of their icon
         return files
@@ -222,6 +224,8 @@ def read_clipboard() -> list:
         found = ImageGrab.grabclipboard()
     except NotImplementedError:
         raise ValueError("the clipboard needs wl-paste (package wl-clipboard) or xclip; install one of them") from None
+    except UnidentifiedImageError:  # xclip gives text where there is no image
+        found = None
     except OSError as e:
         raise ValueError(f"the clipboard cannot be read: {e}") from e
     if not found:

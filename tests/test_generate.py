@@ -132,7 +132,7 @@ def test_an_image_from_stdin(run_main, picture: Path, tmp_path: Path) -> None:
         figures = json.loads(done.stdout)
         assert figures["text"] == "Three blue circles on a white background." and figures["images"] == ["-"]
         assert figures["stored_images"] == stored
-    for data, message in ((b"", "the file is empty"), (b"%PDF-1.4", "is a PDF; give the path of a file")):
+    for data, message in ((b"", "the file is empty"), (b"%PDF-1.4", "is a PDF, not an image; its pages")):
         done = run_main(COMMAND[1], "--image", "-", input=data)
         assert done.returncode == 1 and done.stderr.startswith(f"error: image data: {message}")
     for args in (("--image", "-", "--prompt", "-"), ("--image", "-", "-")):

@@ -450,7 +450,7 @@ BAD_FILES = {
     "empty.png": (b"", "is empty"),
     "text.jpg": (b"Dear diary, today I was not an image.", "not an image"),
     "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not an image"),
-    "paper": (b"%PDF-1.7\n", "is a PDF; give the path of a file that ends in .pdf"),
+    "paper": (b"%PDF-1.7\n", "is a PDF, not an image; its pages are read if"),
     "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG, PNG"),
     "photo.jxl": (b"\xff\x0a" + bytes(50), "JPEG XL is not read; convert it first (on a Mac: sips -s format jpeg"),
     "boxed.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL is not read"),

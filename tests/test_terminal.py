@@ -190,8 +190,8 @@ def test_paste_on_linux(demo, program, capsys, name: str) -> None:
     program(name, 'case "$*" in *uri-list*) exit 1;; esac\necho no display >&2; exit 1')
     with pytest.raises(ValueError, match=f"the clipboard cannot be read: {name} error: no display"):
         read_clipboard()
-    program(name, 'case "$*" in *uri-list*) exit 1;; esac\necho rubbish')
-    with pytest.raises(ValueError, match="the clipboard cannot be read"):
+    program(name, 'case "$*" in *uri-list*) exit 1;; esac\necho text')
+    with pytest.raises(ValueError, match="holds no image"):
         read_clipboard()
 
 
@@ -301,5 +301,6 @@ def test_history_of_either_editor(tmp_path: Path) -> None:
     assert read_history(path) == lines[-1000:] and [*path.parent.iterdir()] == [path]
     path.write_text("_HiStOrY_V2_\nWhat\\040color\\040is\\040it?\nCaf\\303\\251\n", encoding="utf-8")
     assert read_history(path) == ["What color is it?", "Café"]
-    path.write_bytes(b"\xff\xfe\n")
-    assert read_history(path) == ["\ufffd\ufffd"]
+    path.write_bytes(b"Caf\xe9\n")  # not UTF-8, as a terminal without a locale leaves it
+    write_history(path, read_history(path))
+    assert path.read_bytes() == b"Caf\xe9\n"

@@ -46,7 +46,7 @@ class Skipped:
         if self.suffixes[LIBRARY]:
             hints.append(f"name a {LIBRARY} to take its originals")
         if self.suffixes[PDF] and not can_read_pdf():
-            hints.append("PDF files need pypdfium2: pip install 'llama3v-mlx[pdf]'")
+            hints.append("PDF files need pypdfium2: pip install pypdfium2 (the extra pdf)")
         return "; ".join([counts, *hints])
 
     def folder(self, error: OSError) -> None:
