@@ -31,7 +31,7 @@ from .checkpoint import (
     read_generation_config,
 )
 from .features.lookup import FeatureCache
-from .image import ImageSource
+from .image import ImageSource, expand
 from .models import llama3v as model_module
 from .models.llama3v import Model
 from .prompt import Processor, Prompt
@@ -179,7 +179,7 @@ def stream_generate(
         model: from `load`.
         processor: from `load`.
         prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or what that has made of them.
-        image: one image or several; none for text alone.
+        image: one image or several; none for text alone. The path of a PDF stands for its pages.
         system_prompt: goes before the question.
         max_tokens: at most so many, and no more than the context has room for.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
@@ -192,6 +192,8 @@ def stream_generate(
     """
     tic = time.perf_counter()
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    images = [each for source in images for each in expand(source)]
+    processor.check_pages(images, model.language_model.args.max_position_embeddings)
     tiler = features.tile if features else None
     encoded = _encode(dataclasses.replace(processor, tiler=tiler), prompt, images, system_prompt)
     length, context = len(encoded.ids), model.language_model.args.max_position_embeddings

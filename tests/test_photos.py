@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, ExifTags, Image
 
+from llama3v_mlx import stream_generate
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.features.sources import Skipped, count_sources, find_sources, read_named
 from llama3v_mlx.features.store import FeatureStore
@@ -361,7 +362,7 @@ def test_identity_of_pages(pdf: Path) -> None:
     assert image_sha256(f"{pdf}#2", config) not in found
 
 
-def test_pages_in_generate_and_chat(tmp_path: Path, run_main) -> None:
+def test_pages_in_generate_and_chat(demo, tmp_path: Path, run_main) -> None:
     pytest.importorskip("pypdfium2")
     path = tmp_path / "pictures.pdf"
     images = [Image.open(IMAGES / f"{name}.jpg").convert("RGB") for name in ("two-red-stars", "one-purple-cross")]
@@ -375,6 +376,8 @@ def test_pages_in_generate_and_chat(tmp_path: Path, run_main) -> None:
             assert figures["images"] == [f"{path}#{number}"]
     done = run_main("llama3v_mlx.generate", "--image", path, "--temp", "0", "--json")
     assert json.loads(done.stdout)["images"] == [f"{path}#1", f"{path}#2"]
+    asked = [response.prompt_tokens for response in stream_generate(*demo, "What?", path, max_tokens=1)]
+    assert asked == [response.prompt_tokens for response in stream_generate(*demo, "What?", images, max_tokens=1)]
     done = run_main("llama3v_mlx.chat", "--temp", "0", input=f"{path}#2 What is this image?\n/images\n")
     assert "One purple cross" in done.stdout and f"1. {path}#2" in done.stdout
 
