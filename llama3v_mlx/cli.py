@@ -76,11 +76,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v train")
     parser.add_argument("-m", "--max-tokens", type=positive, default=1024, help="length of the answer (default: 1024)")
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
-    sampling.add_argument("--temp", type=_share_or_more, help="temperature; 0: always the likeliest token")
+    sampling.add_argument("--temp", type=share_or_more, help="temperature; 0: always the likeliest token")
     sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
     sampling.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens; 0: all")
     sampling.add_argument("--min-p", type=float, help="draw from tokens of this share of the likeliest's probability")
-    sampling.add_argument("--repetition-penalty", type=_share_or_more, help="on tokens already generated; 1: none")
+    sampling.add_argument("--repetition-penalty", type=share_or_more, help="on tokens already generated; 1: none")
     sampling.add_argument("--seed", type=int, help="of the random numbers, to repeat an answer")
     cache = parser.add_argument_group("memory")
     cache.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the key-value cache")
@@ -103,7 +103,14 @@ def positive(text: str) -> int:
     return value
 
 
-def _share_or_more(text: str) -> float:
+def size(text: str) -> int:
+    """An option's number of bytes: 500000, 500k, 500M or 5G."""
+    units = {"k": 10**3, "m": 10**6, "g": 10**9}
+    unit = units.get(text[-1:].lower(), 1)
+    return positive(text[:-1] if unit > 1 else text) * unit
+
+
+def share_or_more(text: str) -> float:
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{value} is not 0 or more")

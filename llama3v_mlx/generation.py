@@ -49,12 +49,17 @@ class Sampling:
     min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
     repetition_penalty: float = 1.05  # on tokens already generated, never on the prompt's
 
-    def sampler(self) -> Callable[[mx.array], mx.array]:
-        """Log-probabilities (1, vocab_size) to a token, in Hugging Face's order: temperature, top-k, top-p, min-p."""
+    def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
+        """Log-probabilities (1, vocab_size) to a token, in Hugging Face's order: temperature, top-k, top-p, min-p.
+
+        Args:
+            key: of the random numbers of this sampler alone; by default they are MLX's global ones.
+        """
         if self.temperature == 0:
             return greedy_sampler
 
         def sample(logprobs: mx.array) -> mx.array:
+            nonlocal key
             logits = logprobs.astype(mx.float32) / self.temperature
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             if 0 < self.top_k < logprobs.shape[-1]:
@@ -63,7 +68,10 @@ class Sampling:
                 logprobs = apply_top_p(logprobs, self.top_p)
             if self.min_p > 0:
                 logprobs = apply_min_p(logprobs, self.min_p)
-            return mx.random.categorical(logprobs)
+            own = None
+            if key is not None:
+                key, own = mx.random.split(key)
+            return mx.random.categorical(logprobs, key=own)
 
         return sample
 
@@ -75,13 +83,10 @@ class Sampling:
         return [on_generated(penalize, num_prompt_tokens)]
 
 
-def on_generated(process: Callable, num_prompt_tokens: int | None = None) -> Callable:
-    """A logits processor that sees generated tokens alone; mlx-lm's batches first call it when there are none."""
+def on_generated(process: Callable, num_prompt_tokens: int) -> Callable:
+    """A logits processor that sees generated tokens alone."""
 
     def processed(tokens: mx.array, logits: mx.array) -> mx.array:
-        nonlocal num_prompt_tokens
-        if num_prompt_tokens is None:
-            num_prompt_tokens = len(tokens)
         return process(tokens[num_prompt_tokens:], logits)
 
     return processed

@@ -137,6 +137,21 @@ def load_image(
     return rgb
 
 
+def read_size(source: ImageSource) -> tuple[int, int]:
+    """The (width, height) in pixels that `load_image` would return, from the header: nothing is decoded.
+
+    Raises:
+        ImageError: if there is no usable header, or the image is over the limit of `load_image`.
+    """
+    name, image = _open(source)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: the image has no pixels ({width}x{height})")
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(f"{name}: {width}x{height} pixels are over the limit of {Image.MAX_IMAGE_PIXELS:,}")
+    return (height, width) if (_orientation(image) or 1) in (5, 6, 7, 8) else (width, height)
+
+
 def expand(source: ImageSource) -> list[ImageSource]:
     """The images that a source stands for: the pages that a path names if its file is a PDF, else the source alone.
 

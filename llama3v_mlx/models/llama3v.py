@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -58,6 +58,14 @@ class Model(nn.Module):
         patch = self.vision_tower.config.patch_size
         _, H, W, _ = tiles.shape
         return self.projector(self.vision_tower(mx.array(tiles)), (H // patch, W // patch))
+
+    def encode_steps(self, tiles: np.ndarray) -> Iterator[mx.array]:
+        """`encode_tiles` layer by layer, unevaluated; the last are the visual tokens."""
+        patch = self.vision_tower.config.patch_size
+        _, H, W, _ = tiles.shape
+        for x in self.vision_tower.steps(mx.array(tiles)):
+            yield x
+        yield self.projector(x, (H // patch, W // patch))
 
     def embed_inputs(self, inputs: mx.array, pixel_values: Sequence[TiledImage] = ()) -> mx.array:
         """The embeddings (L, hidden_size) of a prompt in which each image is one run of placeholder ids.

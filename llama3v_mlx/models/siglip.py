@@ -5,6 +5,7 @@
 head. The transformer blocks are the same.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -209,6 +210,14 @@ class VisionTower(nn.Module):
             (B, (height // patch)·(width // patch), hidden_size), row-major, in the dtype of the weights.
         """
         return self.post_layernorm(self.encoder(self.embeddings(pixels)))
+
+    def steps(self, pixels: mx.array) -> Iterator[mx.array]:
+        """The same layer by layer, unevaluated, so that other work may come in between; the last are the features."""
+        x = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            x = layer(x)
+            yield x
+        yield self.post_layernorm(x)
 
     def pool(self, features: mx.array) -> mx.array:
         """Patch features (B, L, hidden_size) to image embeddings (B, hidden_size); Google's tower only."""

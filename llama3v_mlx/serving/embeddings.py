@@ -1,9 +1,7 @@
-"""Embeddings for the server: requests that come together are computed together."""
+"""Embeddings for the server: requests that come together are computed together, on the thread that owns the models."""
 
 import queue
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,12 @@ import numpy as np
 
 from ..checkpoint import find_checkpoint
 from ..features.encoder import TextEncoder, load_encoder
-from ..image import TiledImage
+from ..image import ImageError, TiledImage
+from .prompts import DECODING
+from .validate import EmbeddingRequest, Limits, RequestImage, bad, read_image
 
-GATHER_SECONDS = 0.005  # how long the first of a batch waits for others
-BATCH_SIZE = 32
+BATCH_SIZE = 8
+MAX_CHARACTERS = 1 << 15  # of a text, of which SigLIP sees some 64 tokens
 
 
 @dataclass(frozen=True)
@@ -28,73 +28,89 @@ class _Wanted:
 
 
 class Embedder:
-    """A SigLIP on a thread of its own; `embed` may be called from any number of others.
+    """A SigLIP's two towers.
 
     Args:
         path_or_hf_repo: a SigLIP checkpoint with a pooling head.
+        run: has a generator run, step by step, by the thread that owns the models.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
     """
 
-    def __init__(self, path_or_hf_repo: str | Path):
-        self._path = path_or_hf_repo
-        self._queue: queue.Queue[_Wanted] = queue.Queue()
-        self._ready: Future = Future()
+    def __init__(self, path_or_hf_repo: str | Path, run: Callable[[Iterator[None]], None]):
+        self.name = Path(path_or_hf_repo).name
         self.batches: list[int] = []  # sizes of the last ones, for tests and figures
-        threading.Thread(target=self._run, daemon=True).start()
+        self._run = run
+        self._queue: queue.SimpleQueue[_Wanted] = queue.SimpleQueue()
+        self._encoder = load_encoder(path_or_hf_repo, "pooled")
+        try:
+            self._texts = TextEncoder(find_checkpoint(path_or_hf_repo), self._encoder.model)
+        except ValueError as e:
+            self._texts = e
 
-    def embed(self, inputs: Sequence[str]) -> tuple[list[np.ndarray], int]:
-        """The embeddings, float32 (width,) of length 1, of texts and of images given as data: URIs; and text tokens.
+    def embed(self, request: EmbeddingRequest, limits: Limits) -> tuple[list[Future], int]:
+        """The embeddings to be, float32 (width,) of length 1 each; and the number of text tokens.
 
         Raises:
-            ImageError: if an image cannot be used.
-            CheckpointError: if there is no such checkpoint, or it has no text tower for texts.
+            RequestError: if an image cannot be used, or the checkpoint has no text tower for texts.
         """
-        encoder, texts = self._ready.result()
-        num_tokens, wanted = 0, []
-        for text in inputs:
-            if text[:5].lower() == "data:":
-                thing = encoder.prepare(text)
+        images, num_tokens, pixels, wanted = {}, 0, 0, []
+        for i, given in enumerate(request.input):
+            if given[:5].lower() == "data:":
+                images[i] = image = read_image(given, f"input[{i}]")
+                pixels += image.size[0] * image.size[1]
+                if pixels > limits.max_pixels:
+                    message = f"images of over {limits.max_pixels:,} pixels together; send fewer at once"
+                    raise bad(f"input[{i}]", message, "too_many_pixels")
+            elif isinstance(self._texts, Exception):
+                raise bad(f"input[{i}]", str(self._texts))
+            elif len(given) > MAX_CHARACTERS:
+                raise bad(f"input[{i}]", f"has over {MAX_CHARACTERS:,} characters")
+        for i, given in enumerate(request.input):
+            if i in images:
+                thing = self._prepare(images[i])
             else:
-                if isinstance(texts, Exception):
-                    raise texts
-                thing = texts.tokenize([text])[0]
+                thing = self._texts.tokenize([given])[0]
                 num_tokens += int((thing != TextEncoder.EOS).sum()) + 1
             wanted.append(_Wanted(thing, Future()))
         for each in wanted:
             self._queue.put(each)
-        return [each.result.result() for each in wanted], num_tokens
+        self._run(self._compute_all())
+        return [each.result for each in wanted], num_tokens
 
-    def _run(self) -> None:
+    def _prepare(self, image: RequestImage) -> TiledImage:
         try:
-            encoder = load_encoder(self._path, "pooled")
-            try:
-                texts = TextEncoder(find_checkpoint(self._path), encoder.model)
-            except ValueError as e:
-                texts = e
-            self._ready.set_result((encoder, texts))
-        except Exception as e:
-            self._ready.set_exception(e)
-            return
-        while True:
-            batch = [self._queue.get()]
-            limit = time.monotonic() + GATHER_SECONDS
-            while len(batch) < BATCH_SIZE:
-                try:
-                    batch.append(self._queue.get(timeout=max(0.0, limit - time.monotonic())))
-                except queue.Empty:
-                    break
+            with DECODING:
+                return self._encoder.prepare(image.data)
+        except ImageError as e:
+            raise bad(image.where, str(e), "invalid_image") from e
+
+    def _compute_all(self) -> Iterator[None]:
+        """Compute whatever waits, a batch at a time."""
+        while batch := self._take():
             self.batches = [*self.batches[-99:], len(batch)]
             for kind in (TiledImage, np.ndarray):
-                chosen = [each for each in batch if isinstance(each.thing, kind)]
-                if chosen:
-                    self._compute(encoder, texts, chosen)
+                if chosen := [each for each in batch if isinstance(each.thing, kind)]:
+                    self._compute(chosen)
+                    yield
 
-    def _compute(self, encoder, texts, chosen: list[_Wanted]) -> None:
+    def _take(self) -> list[_Wanted]:
+        batch: list[_Wanted] = []
+        while len(batch) < BATCH_SIZE:
+            try:
+                batch.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return batch
+
+    def _compute(self, chosen: Sequence[_Wanted]) -> None:
         try:
             things = [each.thing for each in chosen]
             if isinstance(things[0], TiledImage):
-                rows = mx.concatenate([features.rows for features in encoder.encode(things)])
+                rows = mx.concatenate([features.rows for features in self._encoder.encode(things)])
             else:
-                rows = texts.model.text_tower(mx.array(np.stack(things)))
+                rows = self._texts.model.text_tower(mx.array(np.stack(things)))
             rows = np.array(rows.astype(mx.float32))
             for each, row in zip(chosen, rows / np.linalg.norm(rows, axis=1, keepdims=True), strict=True):
                 each.result.set_result(row)

@@ -1,19 +1,20 @@
 """OpenAI's `response_format`: only tokens that a JSON schema allows are drawn. The `json` extra brings llguidance."""
 
-from collections.abc import Callable, Sequence
+import json
+import threading
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 
+from .validate import RequestError
+
 COMPACT = {"whitespace_flexible": False}  # else a model that knows no JSON may write spaces without end
-
-
-class SchemaError(ValueError):
-    """A `response_format` that cannot be had."""
+MAX_SCHEMA = 1 << 16  # characters
 
 
 class Schemas:
-    """Makes logits processors of response formats.
+    """Makes logits processors of response formats; its methods may be called from any thread.
 
     Args:
         tokenizer: mlx-lm's wrapped tokenizer.
@@ -23,44 +24,64 @@ class Schemas:
     def __init__(self, tokenizer, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._guide = None  # takes a second for a large vocabulary
+        self._lock = threading.Lock()
 
-    def processor(self, response_format: dict) -> Callable[[Sequence[int], mx.array], mx.array] | None:
-        """A logits processor, which is to be given generated tokens alone; None if any text will do.
+    def matcher(self, response_format: dict | None):
+        """llguidance's matcher of a response format; None if any text will do.
 
         Raises:
-            SchemaError: if the format is unknown, its schema cannot be kept to, or llguidance is missing.
+            RequestError: if the format is unknown, its schema cannot be kept to, or llguidance is missing.
         """
-        kind = response_format.get("type") if isinstance(response_format, dict) else None
+        if response_format is None:
+            return None
+        kind = response_format.get("type")
         if kind == "text":
             return None
         if kind not in ("json_object", "json_schema"):
-            raise SchemaError(f"response_format has the type {kind!r}; it must be text, json_object or json_schema")
+            raise _error(f"type is {json.dumps(kind)[:50]}; it must be text, json_object or json_schema")
         schema = {"type": "object"}
         if kind == "json_schema":
-            schema = (response_format.get("json_schema") or {}).get("schema")
+            named = response_format.get("json_schema")
+            schema = named.get("schema") if isinstance(named, dict) else None
             if not isinstance(schema, dict):
-                raise SchemaError("response_format.json_schema.schema must be an object")
+                raise _error("json_schema.schema must be an object")
+            if len(json.dumps(schema)) > MAX_SCHEMA:
+                raise _error(f"json_schema.schema has over {MAX_SCHEMA:,} characters")
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError:
-            raise SchemaError("this server has no llguidance; pip install 'llama3v-mlx[json]' brings it") from None
-        if self._guide is None:
-            fast = self._tokenizer.backend_tokenizer
-            ends = sorted(self._tokenizer.eos_token_ids)
-            self._guide = LLTokenizer(fast.to_str(), n_vocab=self._vocab_size, eos_token=ends)
-        grammar = LLMatcher.grammar_from_json_schema(schema, COMPACT)
-        matcher = LLMatcher(self._guide, grammar, log_level=0)
+            raise _error("this server has no llguidance; pip install 'llama3v-mlx[json]' brings it") from None
+        with self._lock:
+            if self._guide is None:
+                fast = self._tokenizer.backend_tokenizer
+                ends = sorted(self._tokenizer.eos_token_ids)
+                self._guide = LLTokenizer(fast.to_str(), n_vocab=self._vocab_size, eos_token=ends)
+        try:
+            matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, COMPACT), log_level=0)
+        except Exception as e:  # whatever llguidance raises on a schema
+            raise _error(str(e)) from e
         if matcher.is_error():
-            raise SchemaError(f"response_format: {matcher.get_error()}")
-        consumed = 0
+            raise _error(matcher.get_error())
+        return matcher
 
-        def process(tokens: mx.array, logits: mx.array) -> mx.array:
-            nonlocal consumed
-            new = np.array(tokens[consumed:]).tolist()
-            consumed += len(new)
-            matcher.consume_tokens(new)
-            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-            allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
-            return mx.where(mx.array(allowed), logits, -mx.inf)
 
-        return process
+def keep_to(matcher) -> Callable[[mx.array, mx.array], mx.array]:
+    """A logits processor, for generated tokens alone, that allows what a matcher allows."""
+    matcher = matcher.deep_copy()
+    consumed = 0
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal consumed
+        new = np.array(tokens[consumed:]).tolist()
+        consumed += len(new)
+        matcher.consume_tokens(new)
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
+        return mx.where(mx.array(allowed), logits, -mx.inf)
+
+    return process
+
+
+def _error(message: str) -> RequestError:
+    text = " ".join(message.split())[:500]
+    return RequestError(400, f"response_format: {text}", "invalid_response_format", "response_format")

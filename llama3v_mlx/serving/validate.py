@@ -1,104 +1,495 @@
-"""What a request to the server may hold: its messages are checked before anything is computed for them."""
+"""Requests as frozen dataclasses, whose fields, types and ranges are all that the server accepts.
+
+A field's `metadata` holds its check. Whatever a body has beside these fields is refused by name.
+"""
 
 import base64
-import http.client
-import ipaddress
-import socket
-import ssl
-import time
-import urllib.parse
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from ..prompt import ROLES
+from ..image import ImageError, read_size
 
-FETCH_SECONDS = 20.0  # for a remote image, in all
+T = TypeVar("T")
+Check = Callable[[Any, str], Any]  # (value, where it stands) to the value that is used; raises RequestError
+
+MAX_DEPTH = 64  # of nested arrays and objects
+MAX_VALUES = 200_000  # in a body: a parsed value takes up to thirty times its text
+MAX_STOPS = 16
+MAX_CHOICES = 8
 
 
 class RequestError(ValueError):
-    """A request that cannot be served, and the HTTP status that says so."""
+    """A request that cannot be served.
 
-    def __init__(self, status: int, message: str, code: str):
+    Args:
+        status: of HTTP.
+        message: for the client, one line.
+        code: a name of the kind of error.
+        param: the field that is to blame.
+    """
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.param = status, code, param
 
 
-def check_messages(messages, allow_remote: bool, max_bytes: int) -> None:
-    """Check the form of a chat's messages, and put remote images into them as data URIs if they are allowed.
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for at most."""
+
+    vocab_size: int
+    context: int  # tokens
+    longest_token: int  # characters of the vocabulary's longest
+    max_images: int = 16
+    max_pixels: int = 100_000_000  # of all images of a request
+
+
+def bad(where: str, message: str, code: str = "invalid_value") -> RequestError:
+    return RequestError(400, f"{where}: {message}", code, where)
+
+
+# Checks of single values.
+
+
+def text(most: int = 1 << 20, least: int = 0) -> Check:
+    def check(value: Any, where: str) -> str:
+        if not isinstance(value, str):
+            raise bad(where, "must be text")
+        if not least <= len(value) <= most:
+            raise bad(where, f"must have {least} to {most:,} characters")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise bad(where, "is not Unicode: it has a lone surrogate") from None
+        return value
+
+    return check
+
+
+def number(low: float, high: float, above: bool = False) -> Check:
+    def check(value: Any, where: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise bad(where, "must be a number")
+        if not low <= value <= high or (above and value == low):
+            raise bad(where, f"must be {'above' if above else 'at least'} {low} and at most {high}")
+        return float(value)
+
+    return check
+
+
+def integer(low: int, high: int) -> Check:
+    def check(value: Any, where: str) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise bad(where, "must be a whole number")
+        if not low <= value <= high:
+            raise bad(where, f"must be from {low} to {high}")
+        return value
+
+    return check
+
+
+def boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise bad(where, "must be true or false")
+    return value
+
+
+def one_of(*values: Any) -> Check:
+    def check(value: Any, where: str) -> Any:
+        if not any(type(value) is type(each) and value == each for each in values):
+            raise bad(where, f"must be {' or '.join(map(json.dumps, values))}")
+        return value
+
+    return check
+
+
+def unsupported(*harmless: Any) -> Check:
+    """Refuse a field of OpenAI's, except for values that ask for nothing."""
+
+    def check(value: Any, where: str) -> None:
+        if not any(type(value) is type(each) and value == each for each in harmless):
+            raise bad(where, "is not supported by this server", "unsupported_field")
+
+    return check
+
+
+def anything(value: Any, where: str) -> None:
+    """Accept a field that has no influence on an answer."""
+
+
+def list_of(check: Check, least: int = 0, most: int = MAX_VALUES) -> Check:
+    def check_list(value: Any, where: str) -> tuple:
+        if not isinstance(value, list):
+            raise bad(where, "must be a list")
+        if not least <= len(value) <= most:
+            raise bad(where, f"must have {least} to {most:,} entries")
+        return tuple(check(each, f"{where}[{i}]") for i, each in enumerate(value))
+
+    return check_list
+
+
+def stops(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    return list_of(text(1000, least=1), most=MAX_STOPS)(value, where)
+
+
+def logit_bias(value: Any, where: str) -> dict[int, float]:
+    if not isinstance(value, dict) or len(value) > 1024:
+        raise bad(where, "must be an object of at most 1,024 token ids")
+    biases = {}
+    for key, bias in value.items():
+        if not re.fullmatch(r"\d{1,9}", key, re.ASCII):
+            raise bad(where, f"{key[:20]!r} is not a token id")
+        biases[int(key)] = number(-100, 100)(bias, f"{where}.{key}")
+    return biases
+
+
+def an_object(value: Any, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise bad(where, "must be an object")
+    return value
+
+
+def parse(kind: type[T], body: Any, where: str = "") -> T:
+    """An object of a request as the dataclass `kind`; null is as good as absent.
 
     Raises:
-        RequestError: if a role, a part or the place of an image cannot be used.
+        RequestError: if a field is unknown, missing, or not as its check wants it.
     """
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(400, "messages must be a list with at least one message", "invalid_messages")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise RequestError(400, f"role {role!r} is not one of {', '.join(ROLES)}", "invalid_role")
-        content = message.get("content")
-        if content is not None and not isinstance(content, (str, list)):
-            raise RequestError(400, "content must be text or a list of parts", "invalid_content")
-        for part in content if isinstance(content, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                continue
-            if kind not in ("image_url", "input_image", "image"):
-                raise RequestError(
-                    400, f"a part has the type {kind!r}; it must be text or image_url", "invalid_content"
-                )
-            source = part.get("image_url", part.get("image"))
-            url = source.get("url") if isinstance(source, dict) else source
-            if not isinstance(url, str):
-                raise RequestError(400, "an image part has no url", "invalid_image")
-            if url[:5].lower() != "data:":
-                if not allow_remote:
-                    raise RequestError(
-                        400,
-                        "images must be data: URIs; this server does not fetch any (--allow-remote-images)",
-                        "invalid_image",
-                    )
-                url = fetch(url, max_bytes)
-            part.clear()
-            part.update(type="image_url", image_url={"url": url})
+    if not isinstance(body, dict):
+        raise bad(where or "body", "must be an object")
+    known = {each.name: each for each in dataclasses.fields(kind)}
+    values = {}
+    for name, value in body.items():
+        path = f"{where}.{name}" if where else name
+        if name not in known:
+            raise bad(path[:200], "is not a field that this server knows", "unknown_field")
+        if value is not None:
+            values[name] = known[name].metadata["check"](value, path)
+    for name, each in known.items():
+        if name not in values and each.default is dataclasses.MISSING:
+            raise bad(f"{where}.{name}" if where else name, "is missing", "missing_field")
+    return kind(**values)
 
 
-def check_inputs(body: dict) -> tuple[list[str], str]:
-    """What a request for embeddings wants: texts and data: URIs, and the form of the answer.
+def required(check: Check) -> Any:
+    return field(metadata={"check": check})
+
+
+def optional(check: Check, default: Any = None) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+# Messages.
+
+
+@dataclass(frozen=True)
+class RequestImage:
+    """An image of a request, of which only the header was read."""
+
+    data: bytes  # the file
+    size: tuple[int, int]  # (width, height) in pixels, upright
+    where: str
+    overview_only: bool = False  # OpenAI's `detail: "low"`
+
+    @property
+    def sha256(self) -> bytes:
+        return hashlib.sha256(self.data).digest()
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image as a message has it."""
+
+    uri: str
+    where: str
+    detail: str = "auto"
+
+
+@dataclass(frozen=True)
+class ImageURL:
+    url: str = required(text(1 << 31, least=1))
+    detail: str = optional(one_of("auto", "low", "high"), "auto")
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: tuple[str | ImagePart, ...]
+
+
+@dataclass(frozen=True)
+class _RawMessage:
+    role: str = required(one_of("system", "developer", "user", "assistant"))
+    content: Any = optional(lambda value, where: _content(value, where), ())
+    name: None = optional(anything)
+    refusal: None = optional(unsupported(""))
+    annotations: None = optional(anything)
+    audio: None = optional(unsupported())
+    tool_calls: None = optional(unsupported([]))
+    function_call: None = optional(unsupported())
+
+
+def message(value: Any, where: str) -> Message:
+    raw = parse(_RawMessage, value, where)
+    if not raw.content and raw.role != "assistant":
+        raise bad(f"{where}.content", "is missing", "missing_field")
+    return Message("system" if raw.role == "developer" else raw.role, raw.content)
+
+
+def _content(value: Any, where: str) -> tuple[str | ImagePart, ...]:
+    if isinstance(value, str):
+        return (text(1 << 31)(value, where),)
+    return list_of(_part)(value, where)
+
+
+def _part(value: Any, where: str) -> str | ImagePart:
+    kind = an_object(value, where).get("type")
+    if kind == "text":
+        return text(1 << 31)(parse(_TextPart, value, where).text, f"{where}.text")
+    if kind in ("image_url", "input_image"):
+        part = parse(_ImagePart, value, where)
+        return ImagePart(part.image_url.url, f"{where}.image_url", part.detail or part.image_url.detail)
+    shown = json.dumps(kind)[:50] if isinstance(kind, str) else "missing or not text"
+    raise bad(f"{where}.type", f"is {shown}; it must be text or image_url", "invalid_content")
+
+
+def image_url(value: Any, where: str) -> ImageURL:
+    return parse(ImageURL, {"url": value} if isinstance(value, str) else value, where)
+
+
+@dataclass(frozen=True)
+class _TextPart:
+    type: str = required(anything)
+    text: str = required(text(1 << 31))
+
+
+@dataclass(frozen=True)
+class _ImagePart:
+    type: str = required(anything)
+    image_url: ImageURL = required(image_url)
+    detail: str | None = optional(one_of("auto", "low", "high"))
+
+
+def read_image(uri: str, where: str, overview_only: bool = False) -> RequestImage:
+    """An image given as a `data:` URI, its header read.
 
     Raises:
-        RequestError: if there is something else.
+        RequestError: if it is something else, or no image.
     """
-    inputs, form = body.get("input"), body.get("encoding_format") or "float"
-    inputs = inputs if isinstance(inputs, list) else [inputs]
-    if not inputs or not all(isinstance(text, str) and text for text in inputs):
-        raise RequestError(400, "input must be a text, a data: URI of an image, or a list of them", "invalid_input")
-    if form not in ("float", "base64"):
-        raise RequestError(400, f"encoding_format is {form!r}; it must be float or base64", "invalid_input")
-    return inputs, form
-
-
-def fetch(url: str, max_bytes: int) -> str:
-    """A remote image as a data URI, from a public address alone: it is resolved once, and connected to as resolved."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RequestError(400, f"{url[:200]}: only http and https images are fetched", "invalid_image")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if uri[:5].lower() != "data:":
+        raise bad(where, "images must be data: URIs; this server fetches none and reads no files", "invalid_image")
+    head, comma, body = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise bad(where, "must have the form data:image/png;base64,…", "invalid_image")
     try:
-        address = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0]
-        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
-            raise RequestError(400, f"{parts.hostname}: is not a public address", "invalid_image")
-        connection = http.client.HTTPConnection(parts.hostname, port, timeout=FETCH_SECONDS)
-        connection.sock = socket.create_connection((address, port), FETCH_SECONDS)
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
-        connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
-        response, data, limit = connection.getresponse(), b"", time.monotonic() + FETCH_SECONDS
-        if response.status != 200:
-            raise RequestError(400, f"{url[:200]}: the server said {response.status}", "invalid_image")
-        while block := response.read1(1 << 16):
-            data += block
-            if len(data) > max_bytes or time.monotonic() > limit:
-                raise RequestError(400, f"{url[:200]}: is too large or too slow", "invalid_image")
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        if isinstance(e, RequestError):
-            raise
-        raise RequestError(400, f"{url[:200]}: could not be fetched ({e})", "invalid_image") from e
-    return f"data:image/unknown;base64,{base64.b64encode(data).decode()}"
+        data = base64.b64decode("".join(body.split()), validate=True)
+        return RequestImage(data, read_size(data), where, overview_only)
+    except ImageError as e:
+        raise bad(where, str(e), "invalid_image") from e
+    except ValueError as e:
+        raise bad(where, f"bad base64 ({e})", "invalid_image") from e
+
+
+def read_images(messages: tuple[Message, ...], limits: Limits) -> dict[ImagePart, RequestImage]:
+    """The images of messages by their parts; bounds come first, and nothing is decoded.
+
+    Raises:
+        RequestError: if there are too many, in number or in pixels, or one is no image.
+    """
+    parts = [part for each in messages for part in each.content if isinstance(part, ImagePart)]
+    if len(parts) > limits.max_images:
+        raise bad("messages", f"{len(parts)} images are over the limit of {limits.max_images}", "too_many_images")
+    images, pixels = {}, 0
+    for part in parts:
+        images[part] = image = read_image(part.uri, part.where, part.detail == "low")
+        pixels += math.prod(image.size)
+        if pixels > limits.max_pixels:
+            raise bad(
+                part.where,
+                f"images of {pixels:,} pixels and more are over the limit of {limits.max_pixels:,}; resize them first",
+                "too_many_pixels",
+            )
+    return images
+
+
+# What an endpoint takes.
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    include_usage: bool = optional(boolean, False)
+    include_obfuscation: None = optional(anything)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What chat and plain completions have in common."""
+
+    model: str | None = optional(text(1000))  # whatever it is, the one model answers
+    max_tokens: int | None = optional(integer(1, 1 << 31))
+    temperature: float | None = optional(number(0, 2))
+    top_p: float | None = optional(number(0, 1))
+    top_k: int | None = optional(integer(0, 1 << 31))
+    min_p: float | None = optional(number(0, 1))
+    repetition_penalty: float | None = optional(number(0, 10, above=True))
+    presence_penalty: float = optional(number(-2, 2), 0.0)
+    frequency_penalty: float = optional(number(-2, 2), 0.0)
+    logit_bias: dict[int, float] | None = optional(logit_bias)
+    n: int = optional(integer(1, MAX_CHOICES), 1)
+    seed: int | None = optional(integer(-(1 << 63), (1 << 64) - 1))
+    stop: tuple[str, ...] = optional(stops, ())
+    stream: bool = optional(boolean, False)
+    stream_options: StreamOptions | None = optional(lambda value, where: parse(StreamOptions, value, where))
+    user: None = optional(anything)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self, limits: Limits) -> None:
+        """Check what fields mean together, and for this model.
+
+        Raises:
+            RequestError: if they cannot be had.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise bad("stream_options", "is allowed only with stream")
+        for token in self.logit_bias or ():
+            if token >= limits.vocab_size:
+                raise bad("logit_bias", f"{token} is not one of the model's {limits.vocab_size:,} tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest(GenerationRequest):
+    messages: tuple[Message, ...] = required(list_of(message, least=1, most=4096))
+    max_completion_tokens: int | None = optional(integer(1, 1 << 31))
+    max_image_tiles: int | None = optional(integer(1, 10))  # per image, the overview included
+    logprobs: bool = optional(boolean, False)
+    top_logprobs: int | None = optional(integer(0, 20))
+    response_format: dict | None = optional(an_object)
+    metadata: None = optional(anything)
+    store: None = optional(unsupported(False))
+    service_tier: None = optional(one_of("auto", "default"))
+    safety_identifier: None = optional(anything)
+    prompt_cache_key: None = optional(anything)
+    prompt_cache_retention: None = optional(anything)
+    parallel_tool_calls: None = optional(boolean)
+    modalities: None = optional(unsupported(["text"]))
+    tools: None = optional(unsupported([]))
+    tool_choice: None = optional(unsupported("none", "auto"))
+    functions: None = optional(unsupported([]))
+    function_call: None = optional(unsupported("none", "auto"))
+    audio: None = optional(unsupported())
+    prediction: None = optional(unsupported())
+    reasoning_effort: None = optional(unsupported("none"))
+    verbosity: None = optional(unsupported("medium"))
+    web_search_options: None = optional(unsupported())
+    chat_template: None = optional(unsupported())
+    chat_template_kwargs: None = optional(unsupported())
+
+    def check(self, limits: Limits) -> None:
+        super().check(limits)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad("top_logprobs", "is allowed only with logprobs")
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def prompt(value: Any, where: str) -> str | tuple[int, ...]:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
+    if isinstance(value, str):
+        return text(1 << 31, least=1)(value, where)
+    if not isinstance(value, list) or any(isinstance(each, (str, list)) for each in value):
+        raise bad(where, "must be one text, or one list of token ids", "invalid_prompt")
+    return list_of(integer(0, 1 << 31), least=1)(value, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionRequest(GenerationRequest):
+    prompt: str | tuple[int, ...] = required(prompt)
+    logprobs: int | None = optional(integer(0, 5))
+    echo: None = optional(unsupported(False))
+    suffix: None = optional(unsupported(""))
+    best_of: None = optional(unsupported(1))
+
+    def check(self, limits: Limits) -> None:
+        super().check(limits)
+        if not isinstance(self.prompt, str) and max(self.prompt) >= limits.vocab_size:
+            raise bad("prompt", f"{max(self.prompt)} is not one of the model's {limits.vocab_size:,} tokens")
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def inputs(value: Any, where: str) -> tuple[str, ...]:
+    return list_of(text(1 << 31, least=1), least=1, most=256)([value] if isinstance(value, str) else value, where)
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    input: tuple[str, ...] = required(inputs)  # texts, and images as data: URIs
+    model: str | None = optional(text(1000))
+    encoding_format: str = optional(one_of("float", "base64"), "float")
+    dimensions: None = optional(unsupported())
+    user: None = optional(anything)
+
+
+@dataclass(frozen=True)
+class TilesRequest:
+    """How would this image be cut? For the page."""
+
+    image: str = required(text(1 << 31, least=1))
+    max_image_tiles: int | None = optional(integer(1, 10))
+
+
+# Bodies.
+
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]},]', re.DOTALL)
+
+
+def read_json(data: bytes) -> Any:
+    """Parse a body, whose depth and number of values are bounded before any of it becomes an object.
+
+    Raises:
+        RequestError: if it is not JSON in UTF-8, or out of bounds.
+    """
+    depth = count = 0
+    for found in _TOKENS.finditer(data):
+        first = data[found.start()]
+        if first == 0x22:  # a quote
+            continue
+        count += 1
+        depth += (first in b"[{") - (first in b"]}")
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            what = f"is nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"has over {MAX_VALUES:,} values"
+            raise RequestError(400, f"the body {what}", "invalid_json")
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=constant)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(400, f"the body is not JSON: {e}", "invalid_json") from e

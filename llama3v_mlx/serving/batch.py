@@ -1,0 +1,79 @@
+"""All that the server takes of mlx-lm beyond its documented functions; `tests/test_batch.py` holds the contract.
+
+`BatchGenerator` runs one step for all answers at a time. A prompt is read into caches of its own first, all but the
+last token, and joins the batch with them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, generation_stream
+from mlx_lm.models.cache import KVCache
+from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_presence_penalty
+
+from ..generation import Sampling, on_generated
+
+__all__ = ["BatchGenerator", "KVCache", "generation_stream", "greedy_sampler"]
+
+ALL = 2**31 - 1  # tokens that a penalty looks back on
+
+
+def new_batch(model, eos_token_ids: Iterable[int], concurrency: int) -> BatchGenerator:
+    """An empty batch of up to `concurrency` answers, which end at any of `eos_token_ids`."""
+    return BatchGenerator(
+        model,
+        stop_tokens=[[token] for token in sorted(eos_token_ids)],
+        completion_batch_size=concurrency,
+        prefill_batch_size=concurrency,
+    )
+
+
+def new_caches(model, held: mx.array | None = None) -> list[KVCache]:
+    """Key-value caches of a model's layers, empty or with keys and values (layers, 2, 1, heads, length, head_dim)."""
+    caches = model.make_cache()
+    if held is not None:
+        for cache, (keys, values) in zip(caches, held, strict=True):
+            cache.update_and_fetch(keys, values)
+    return caches
+
+
+def held(caches: Sequence[KVCache], start: int, end: int) -> mx.array:
+    """The keys and values (layers, 2, 1, heads, end - start, head_dim) of caches from `start` to `end`, a copy."""
+    layers = [mx.stack([x[..., start:end, :] for x in cache.keys_and_values()]) for cache in caches]
+    copy = mx.stack(layers)
+    mx.eval(copy)
+    return copy
+
+
+def logits_processors(
+    sampling: Sampling, presence_penalty: float, frequency_penalty: float, logit_bias: dict[int, float] | None
+) -> list[Callable[[mx.array, mx.array], mx.array]]:
+    """What changes the logits (1, vocab_size) of an answer; penalties look at generated tokens alone.
+
+    A batch's answer begins with the prompt's last token, which is not generated.
+    """
+    processors = sampling.logits_processors(1)
+    if presence_penalty:
+        processors.append(on_generated(make_presence_penalty(presence_penalty, ALL), 1))
+    if frequency_penalty:
+        processors.append(on_generated(make_frequency_penalty(frequency_penalty, ALL), 1))
+    if logit_bias:
+        tokens, biases = mx.array(list(logit_bias)), mx.array(list(logit_bias.values()))
+        processors.append(lambda _, logits: logits.at[:, tokens].add(biases.astype(logits.dtype)))
+    return processors
+
+
+def sampler(sampling: Sampling, seed: int | None, choice: int) -> Callable[[mx.array], mx.array]:
+    """A sampler of its own random numbers, so that an answer does not depend on what else is in the batch.
+
+    Args:
+        sampling: temperature and cutoffs.
+        seed: any 64-bit integer; None: another one each time.
+        choice: which of a request's answers it is for.
+    """
+    if sampling.temperature == 0:
+        return greedy_sampler
+    key = None
+    if seed is not None:
+        key = mx.random.split(mx.random.key(seed % 2**64), choice + 1)[choice]
+    return sampling.sampler(key)
