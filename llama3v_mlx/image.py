@@ -114,13 +114,7 @@ def load_image(
         ImageError: if there is no usable image, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million).
     """
     source = _one_page(source)
-    name, image = _open(source, config)
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: the image has no pixels ({width}x{height})")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and width * height > limit:
-        raise ImageError(f"{name}: {width}x{height} pixels are over the limit of {limit:,}; resize it first")
+    name, image = _open_bounded(source, config)
     try:
         if draft is not None and image.format in ("JPEG", "MPO"):  # others would take a thumbnail
             image.draft(None, draft)
@@ -143,12 +137,8 @@ def read_size(source: ImageSource) -> tuple[int, int]:
     Raises:
         ImageError: if there is no usable header, or the image is over the limit of `load_image`.
     """
-    name, image = _open(source)
+    _, image = _open_bounded(source, ImageConfig())
     width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: the image has no pixels ({width}x{height})")
-    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ImageError(f"{name}: {width}x{height} pixels are over the limit of {Image.MAX_IMAGE_PIXELS:,}")
     return (height, width) if (_orientation(image) or 1) in (5, 6, 7, 8) else (width, height)
 
 
@@ -271,6 +261,18 @@ def _one_page(source: ImageSource) -> ImageSource:
     if len(images) > 1:
         raise ImageError(f"{source}: has {len(images)} pages, and one image is wanted; name a page: {images[0]}")
     return images[0]
+
+
+def _open_bounded(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
+    """As `_open`; ImageError if the image has no pixels, or too many."""
+    name, image = _open(source, config)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: the image has no pixels ({width}x{height})")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise ImageError(f"{name}: {width}x{height} pixels are over the limit of {limit:,}; resize it first")
+    return name, image
 
 
 def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
