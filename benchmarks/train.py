@@ -32,8 +32,9 @@ from llama3v_mlx.features.encoder import ImageEncoder
 from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
 from llama3v_mlx.image import ImageConfig
 from llama3v_mlx.models.llama3v import Model, ModelArgs
+from llama3v_mlx.training.batch import collate, count_answers
 from llama3v_mlx.training.data import Dialogue
-from llama3v_mlx.training.trainer import Trainer, collate, count_answers
+from llama3v_mlx.training.trainer import Trainer
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TINY_LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}

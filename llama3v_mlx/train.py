@@ -5,7 +5,6 @@ is embedded first; then neither the tower nor an image is needed again.
 """
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
@@ -28,10 +27,11 @@ def train(args: argparse.Namespace) -> None:
     from .checkpoint import name_of
     from .generation import load
     from .training.data import Dialogues
+    from .training.loop import Loop, LoopSettings
     from .training.prepare import agree, check_resume, prepare_features, say_rejected
     from .training.ranks import Ranks
     from .training.run import RunFolder
-    from .training.trainer import Loop, Trainer
+    from .training.trainer import Trainer
 
     ranks = Ranks()
     with ranks.together():
@@ -42,13 +42,12 @@ def train(args: argparse.Namespace) -> None:
             if args.plot:
                 import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
         args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
-        sets = [Dialogues(path, args.image_folder, args.strict) for path in (args.data, args.val) if path]
         model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
+        sets = [Dialogues(path, args.image_folder, processor, args.strict) for path in (args.data, args.val) if path]
     store, tiler = prepare_features(args.features, args.model, args.stage, sets, args.workers, ranks)
-    processor = dataclasses.replace(processor, tiler=tiler)
     with ranks.together():
         for rows in sets:
-            rows.measure(processor, min(args.max_seq_length, model.language_model.args.max_position_embeddings))
+            rows.find_images(tiler, min(args.max_seq_length, model.language_model.args.max_position_embeddings))
         if ranks.rank == 0:
             say_rejected(sets)
         per_epoch = max(1, len(sets[0]) // args.batch_size // args.grad_accumulation_steps)
@@ -88,7 +87,19 @@ def train(args: argparse.Namespace) -> None:
     if ranks.rank == 0:
         _say_start(model, sets, step, steps)
     with ranks.connected():
-        Loop(args, trainer, sets, store, processor, run_folder, adapter, state).run(step, steps, per_epoch)
+        intervals = {key: getattr(args, key) for key in ("report_every", "eval_every", "save_every")}
+        settings = LoopSettings(steps, per_epoch, args.batch_size, args.grad_accumulation_steps, args.seed, **intervals)
+        loop = Loop(
+            settings,
+            trainer,
+            data=sets[0],
+            validation=sets[1] if args.val else None,
+            store=store,
+            run_folder=run_folder,
+            adapter=adapter,
+            state=state,
+        )
+        loop.run(step)
     if ranks.rank == 0 and args.plot:
         plot(run_folder.metrics, args.plot)
 

@@ -20,7 +20,7 @@ COUNT = 8
 RANK = """
 import contextlib, io, json, os, shutil, signal, sys
 from llama3v_mlx import train
-from llama3v_mlx.training import trainer
+from llama3v_mlx.training.loop import Loop
 
 def die(loop, plan):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -31,7 +31,7 @@ for command in json.loads(sys.argv[2]):
     if command[0] == "resume" and os.path.exists("run"):
         shutil.move("run/checkpoints/step-0000004", "kept")
     if command[0] == "die":
-        trainer.Loop._step = die
+        Loop._step = die
     with contextlib.redirect_stderr(said):
         try:
             train.main(command[1:])

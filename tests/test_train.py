@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,9 +15,10 @@ from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
 from llama3v_mlx.features.store import FeatureStore
-from llama3v_mlx.image import load_image
+from llama3v_mlx.image import TiledImage, load_image
+from llama3v_mlx.training.batch import collate
 from llama3v_mlx.training.data import DataError, Dialogues, StoredTiler, messages_of
-from llama3v_mlx.training.trainer import Trainer, TrainingError, answer_loss, collate
+from llama3v_mlx.training.trainer import Trainer, TrainingError, answer_loss
 from tools.demo import world
 
 ROWS = 16
@@ -103,22 +103,25 @@ def test_marks_become_images() -> None:
     assert parts(None, "Hello") == [["Hello"]]
 
 
-def test_lists_and_lines_hold_the_same_rows(data: Path, tmp_path: Path) -> None:
+def test_lists_and_lines_hold_the_same_rows(data: Path, tmp_path: Path, demo) -> None:
+    _, processor = demo
     rows = [json.loads(line) for line in (data / "data.jsonl").read_text().splitlines()]
     rows[0]["conversations"][0]["value"] = '<image>\n"]}[{\\" What?'
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "lines.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    one, other = (Dialogues(tmp_path / name, "f") for name in ("list.json", "lines.jsonl"))
+    one, other = (Dialogues(tmp_path / name, "f", processor) for name in ("list.json", "lines.jsonl"))
     assert len(one) == len(other) == ROWS and one.image_paths == other.image_paths
-    assert [one._parse(*row[1:]) for row in one._rows] == [other._parse(*row[1:]) for row in other._rows]
+    for rows_of in (one, other):
+        rows_of.find_images(lambda path: TiledImage((), (2, 1), path.encode()), 1000)
+    assert one.examples_digest() == other.examples_digest() and len(set(one.digests)) > 1
 
     (tmp_path / "cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(DataError, match="cut short"):
-        Dialogues(tmp_path / "cut.json", "f")
+        Dialogues(tmp_path / "cut.json", "f", processor)
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{]\n")
-    assert "row 2: not JSON" in Dialogues(tmp_path / "bad.jsonl", "f").rejected[0]
+    assert "row 2: not JSON" in Dialogues(tmp_path / "bad.jsonl", "f", processor).rejected[0]
     with pytest.raises(DataError, match=r"bad.jsonl, row 2: not JSON"):
-        Dialogues(tmp_path / "bad.jsonl", "f", strict=True)
+        Dialogues(tmp_path / "bad.jsonl", "f", processor, strict=True)
 
 
 def test_answers_are_what_generation_would_say(demo, picture: Path) -> None:
@@ -140,8 +143,8 @@ def test_the_loss_is_that_of_the_whole_model(data: Path, demo, kind: str) -> Non
     rows = [json.loads(line) for line in (data / "data.jsonl").read_text().splitlines()[:2]]
     names = {name: sha256 for sha256, name in store.names()}
     expected, dialogues = 0.0, []
-    sets = Dialogues(data / "data.jsonl", data / "images")
-    known = replace(processor, tiler=StoredTiler(store, names, {}))
+    encoded = Dialogues(data / "data.jsonl", data / "images", processor)
+    encoded.find_images(StoredTiler(store, names, {}), 1000)
     for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
         prompt, answers = processor.encode_answered(messages_of(row, lambda _, path=path: load_image(path)))
         embeddings = model.embed_inputs(mx.array(prompt.ids), prompt.images)
@@ -149,15 +152,15 @@ def test_the_loss_is_that_of_the_whole_model(data: Path, demo, kind: str) -> Non
         places = np.flatnonzero(answers)
         targets = mx.array(np.array(prompt.ids)[places])
         expected += nn.losses.cross_entropy(logits[mx.array(places - 1)], targets).sum().item()
-        dialogues.append(sets.encode(i, known))
+        dialogues.append(encoded[i])
     assert prompt.images[0].grid is not None
     batch = collate(dialogues, store, processor.prompt_tokens.image, processor.num_queries)
     # The stores hold float16, of which features keep eleven bits.
     assert answer_loss(model, batch).item() == pytest.approx(expected, rel=2e-3)
 
 
-def test_batches_are_of_like_lengths_and_their_own_every_epoch(data: Path) -> None:
-    rows = Dialogues(data / "data.jsonl", data / "images")
+def test_batches_are_of_like_lengths_and_their_own_every_epoch(data: Path, demo) -> None:
+    rows = Dialogues(data / "data.jsonl", data / "images", demo[1])
     rows.lengths = np.random.default_rng(0).integers(10, 500, len(rows)).astype(np.int32)
     first, second = rows.batches(5, 0, 0), rows.batches(5, 0, 1)
     assert [b.tolist() for b in first] == [b.tolist() for b in rows.batches(5, 0, 0)]
@@ -317,9 +320,9 @@ def test_a_step_that_is_not_finite_changes_nothing(data: Path) -> None:
     model.projector.unfreeze()
     store = FeatureStore(data / "patch")
     names = {name: sha256 for sha256, name in store.names()}
-    rows = Dialogues(data / "data.jsonl", data / "images")
-    processor = replace(processor, tiler=StoredTiler(store, names, {}))
-    dialogues = [rows.encode(i, processor) for i in range(2)]
+    rows = Dialogues(data / "data.jsonl", data / "images", processor)
+    rows.find_images(StoredTiler(store, names, {}), 1000)
+    dialogues = [rows[i] for i in range(2)]
     batch = collate(dialogues, store, processor.prompt_tokens.image, processor.num_queries)
     optimizer = optim.AdamW(1e-3)
     optimizer.init(model.trainable_parameters())

@@ -11,8 +11,9 @@ from mlx.utils import tree_flatten
 
 from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
 from llama3v_mlx.models.llama3v import Model, ModelArgs
+from llama3v_mlx.training.batch import collate
 from llama3v_mlx.training.data import Dialogue
-from llama3v_mlx.training.trainer import answer_loss, collate
+from llama3v_mlx.training.trainer import answer_loss
 
 from .parity import below, relative_error, released
 from .test_projectors import LAYOUT, draw, named_as_ours, resample, sanitized, self_attention
