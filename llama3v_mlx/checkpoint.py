@@ -4,7 +4,6 @@ Two layouts are read: Hugging Face's (the released llama3v and MiniCPM-Llama3-V-
 writes. Only safetensors, JSON and the chat template are read; nothing from a checkpoint is ever run.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from .config import (
+    CheckpointError,
+    llama_config,
+    one_line,
+    read_dtype,
+    read_json,
+    read_token_ids,
+    sampling_config,
+)
 from .files import list_folder
 from .models.llama3v import Model, ModelArgs, rename
 from .prompt import EOT, PromptTokens, chat_template
@@ -22,33 +30,16 @@ RELEASED_TYPES = ("llama3v", "minicpmv")
 CONFIG, INDEX, GENERATION_CONFIG = "config.json", "model.safetensors.index.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
-DOWNLOADED += ("preprocessor_config.json", "spiece.model")  # of SigLIP
+DOWNLOADED += ("preprocessor_config.json", "processor_config.json", "spiece.model")  # of SigLIP
 
 # The bundled models, under the names that stores and conversations keep, wherever the package is installed.
 BUNDLED = {f"demo:{name}": Path(__file__).parent / "demo" / name for name in ("checkpoint", "siglip")}
 
-# The reference's sampling (`chat` with sampling=True).
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}
 
+# What a config in our layout has beside `text_config`.
+OUR_KEYS = ("vision_config", "projector_config", "image_config", "prompt_tokens", "bos_token_id", "eos_token_id")
 # What the released llama3v config leaves out is as in MiniCPM-Llama3-V-2.5, whose weights have the same structure.
 _VISION_DEFAULTS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-TEXT_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "tie_word_embeddings",
-)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why, and what to do."""
 
 
 def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
@@ -72,7 +63,7 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) ->
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, OSError) as e:
-        raise CheckpointError(f"{name}: no such folder, and the Hub could not give it ({_line(e)})") from e
+        raise CheckpointError(f"{name}: no such folder, and the Hub could not give it ({one_line(e)})") from e
     return find_checkpoint(path)
 
 
@@ -88,34 +79,35 @@ def read_config(folder: Path) -> dict:
     """The config of a checkpoint in our layout, translated if it is in the released one.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another model.
+        CheckpointError: if it is missing, damaged, of another model, or means what cannot be computed here.
     """
-    config = read_json(folder / CONFIG)
+    path = folder / CONFIG
+    config = read_json(path)
     kind = config.get("model_type")
     if kind not in RELEASED_TYPES:
         raise CheckpointError(
-            f"{folder / CONFIG}: model_type is {kind!r}; this package takes {' and '.join(RELEASED_TYPES)} checkpoints"
+            f"{path}: model_type is {kind!r}; this package takes {' and '.join(RELEASED_TYPES)} checkpoints"
         )
-    if "text_config" in config:
-        return config
-    missing = [key for key in TEXT_KEYS[:4] + ("vocab_size", "query_num") if key not in config]
-    if missing:
-        raise CheckpointError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
+    dtype = read_dtype(path, config, config.get("text_config"), config.get("vision_config"))
+    if config.get("text_config") is not None:
+        return _our_config(path, config, dtype)
+    text = llama_config(path, config)
+    if "query_num" not in config:
+        raise CheckpointError(f"{path}: lacks query_num")
     if kind == "minicpmv" and str(config.get("version", "2.5")) != "2.5":
-        raise CheckpointError(f"{folder / CONFIG}: MiniCPM-V {config['version']} is another architecture than 2.5")
+        raise CheckpointError(f"{path}: MiniCPM-V {config['version']} is another architecture than 2.5")
 
     slices = config.get("slice_config") or {}
     patch_size = config.get("patch_size", 14)
     vision = {**_VISION_DEFAULTS, "image_size": 70 * patch_size, "patch_size": patch_size}
     vision |= {**(config.get("vision_config") or {}), "model_type": "idefics2"}
-    text = {key: config[key] for key in TEXT_KEYS if key in config}
     ids = token_ids(folder, PromptTokens.TEXTS.values())
     return make_config(
         folder,
-        dtype=config.get("torch_dtype", "float16"),
+        dtype=dtype or "float16",
         text=text,
-        bos=config.get("bos_token_id", 128000),
-        eos=config.get("eos_token_id", 128001),
+        bos=read_token_ids(path, config, "bos_token_id", 128000)[0],
+        eos=read_token_ids(path, config, "eos_token_id", 128001),
         vision=vision,
         projector={"projector_type": "resampler", "num_queries": config["query_num"]},
         image={
@@ -127,12 +119,25 @@ def read_config(folder: Path) -> dict:
     )
 
 
+def _our_config(path: Path, config: dict, dtype: str | None) -> dict:
+    """A config in our layout, checked, and with its Llama's as mlx-lm reads it."""
+    if missing := [key for key in OUR_KEYS if key not in config]:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
+    llama = llama_config(path, config["text_config"], "text_config")
+    newer = ("rope_parameters", "dtype", "torch_dtype")
+    text = {key: value for key, value in config["text_config"].items() if key not in newer}
+    config = {key: value for key, value in config.items() if key not in newer}
+    config["text_config"] = {**text, **llama}
+    config["eos_token_id"] = read_token_ids(path, config, "eos_token_id", 128001)
+    return config if dtype is None else {**config, "dtype": dtype}
+
+
 def make_config(
     tokenizer: Path,
     dtype: str,
     text: dict,
     bos: int,
-    eos: int,
+    eos: list[int],
     vision: dict,
     projector: dict,
     image: dict,
@@ -146,8 +151,8 @@ def make_config(
         "architectures": ["Llama3V"],
         "dtype": dtype,
         "bos_token_id": bos,
-        "eos_token_id": list(dict.fromkeys([eos, token_ids(tokenizer, [EOT])[0]])),
-        "text_config": {"model_type": "llama", "tie_word_embeddings": False, **text},
+        "eos_token_id": list(dict.fromkeys([*eos, *token_ids(tokenizer, [EOT])])),
+        "text_config": text,
         "vision_config": vision,
         "projector_config": {
             "hidden_size": width,
@@ -161,11 +166,11 @@ def make_config(
 
 
 def read_generation_config(folder: Path, config: dict) -> dict:
-    """How to sample and where to stop: the folder's own file over the reference's values."""
+    """How to sample and where to stop: the folder's own file over the reference's values, see `sampling_config`."""
     path = folder / GENERATION_CONFIG
-    own = read_json(path) if path.exists() else {}
+    sampling = sampling_config(path, read_json(path) if path.exists() else {})
     # The released file names <|end_of_text|> alone, but turns end with <|eot_id|>.
-    return {**SAMPLING, **own, "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    return {**sampling, "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
@@ -207,7 +212,7 @@ def check_shard(path: Path) -> list[str]:
             return file.offset_keys()
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
-            f"{path}: not a safetensors file, damaged or cut short ({_line(e)}); download it again"
+            f"{path}: not a safetensors file, damaged or cut short ({one_line(e)}); download it again"
         ) from e
 
 
@@ -224,7 +229,7 @@ def build_model(config: dict, tensors: dict[str, mx.array] | None = None) -> Mod
     try:
         model = Model(ModelArgs.from_dict(config))
     except (TypeError, ValueError, KeyError) as e:
-        raise CheckpointError(f"config.json: {_line(e)}") from e
+        raise CheckpointError(f"config.json: {one_line(e)}") from e
     quantization = config.get("quantization")
     if quantization and tensors is not None:
 
@@ -286,7 +291,7 @@ def load_tokenizer(folder: Path, eos_token_ids: list[int]):
     try:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER), **config)
     except Exception as e:  # the Rust parser raises bare Exceptions
-        raise CheckpointError(f"{folder / TOKENIZER}: damaged ({_line(e)}); download it again") from e
+        raise CheckpointError(f"{folder / TOKENIZER}: damaged ({one_line(e)}); download it again") from e
     tokenizer.chat_template = chat_template(tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()))
     return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=eos_token_ids)
 
@@ -309,17 +314,6 @@ def tokenizer_config(folder: Path) -> dict:
     return kept
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; CheckpointError if it cannot be had."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({_line(e)})") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return value
-
-
 def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
     """The one id of each text in a folder's tokenizer."""
     from tokenizers import Tokenizer
@@ -330,7 +324,7 @@ def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:
-        raise CheckpointError(f"{path}: damaged ({_line(e)}); download it again") from e
+        raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
     ids = []
     for text in texts:
         encoded = tokenizer.encode(text, add_special_tokens=False).ids
@@ -343,7 +337,3 @@ def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
 def _some(noun: str, items: list[str], most: int = 10) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}: {', '.join(items[:most])}{more}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

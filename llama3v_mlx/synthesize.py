@@ -94,10 +94,17 @@ class LocalTeacher:
     """Text model of mlx-lm, run in batches."""
 
     def __init__(self, name: str, max_tokens: int, temperature: float):
+        from huggingface_hub import hf_hub_download
         from mlx_lm import load
         from mlx_lm.sample_utils import make_sampler
 
-        self.model, self.tokenizer = load(name)
+        from .checkpoint import CONFIG
+        from .config import older_rope, read_json
+
+        folder = Path(name).expanduser()
+        config = read_json(folder / CONFIG if folder.is_dir() else Path(hf_hub_download(name, CONFIG)))
+        path = str(folder) if folder.is_dir() else name
+        self.model, self.tokenizer = load(path, model_config=older_rope(config))
         self.options = {"max_tokens": max_tokens, "sampler": make_sampler(temperature, top_p=0.95)}
         self.max_tokens = max_tokens
 

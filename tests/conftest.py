@@ -26,11 +26,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from llama3v_mlx.checkpoint import read_tensors
+from llama3v_mlx.conversion.assemble import RELEASED_TOKENS
 from llama3v_mlx.demo import CHECKPOINT, SIGLIP
 from tools.demo.make import HF_CONFIG, build_model, save
 from tools.demo.tokenizer import make_tokenizer
 from llama3v_mlx.features.encoder import published_tensors
-from llama3v_mlx.generation import Sampling
+from llama3v_mlx.sampling import Sampling
 from llama3v_mlx.models.siglip import SigLIP, TextConfig, VisionConfig
 from llama3v_mlx.serving.app import App, Options
 from llama3v_mlx.serving.prefix_cache import PrefixCache
@@ -100,6 +102,27 @@ def siglip(tmp_path_factory) -> Path:
     size = {"height": 56, "width": 56}
     preprocessor = {"size": size, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """The demo's Llama as Meta publishes its own: names without a prefix, image tokens still reserved."""
+    folder = tmp_path_factory.mktemp("llama")
+    tensors = read_tensors(CHECKPOINT)
+    mx.save_safetensors(
+        str(folder / "model.safetensors"),
+        {name.removeprefix("llm."): tensor for name, tensor in tensors.items() if name.startswith("llm.")},
+    )
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("vision_config", "slice_config", "query_num")}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text())
+    first = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|begin_of_text|>")
+    for token in tokenizer["added_tokens"]:
+        if token["id"] - first in RELEASED_TOKENS:
+            token["content"] = f"<|reserved_special_token_{token['id'] - first + 100}|>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 

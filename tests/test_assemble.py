@@ -10,30 +10,8 @@ from PIL import Image
 
 from llama3v_mlx import load, stream_generate
 from llama3v_mlx.checkpoint import read_tensors
-from llama3v_mlx.conversion.assemble import RELEASED_TOKENS
 from llama3v_mlx.convert import main
 from llama3v_mlx.demo import CHECKPOINT, SIGLIP
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    """The demo's Llama as Meta publishes its own: names without a prefix, image tokens still reserved."""
-    folder = tmp_path_factory.mktemp("llama")
-    tensors = read_tensors(CHECKPOINT)
-    mx.save_safetensors(
-        str(folder / "model.safetensors"),
-        {name.removeprefix("llm."): tensor for name, tensor in tensors.items() if name.startswith("llm.")},
-    )
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in ("vision_config", "slice_config", "query_num")}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text())
-    first = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|begin_of_text|>")
-    for token in tokenizer["added_tokens"]:
-        if token["id"] - first in RELEASED_TOKENS:
-            token["content"] = f"<|reserved_special_token_{token['id'] - first + 100}|>"
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
 
 
 def join(llama: Path, out: Path, *args: str) -> Path:

@@ -13,7 +13,7 @@ import llama3v_mlx
 from llama3v_mlx import Llama3V, generate, load, stream_generate
 from llama3v_mlx.checkpoint import CheckpointError
 from llama3v_mlx.demo import CHECKPOINT
-from llama3v_mlx.generation import Sampling
+from llama3v_mlx.sampling import Sampling
 
 
 def test_public_names() -> None:

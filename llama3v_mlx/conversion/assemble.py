@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 from ..checkpoint import (
     CONFIG,
     RELEASED_TYPES,
-    TEXT_KEYS,
     TOKENIZER,
     TOKENIZER_CONFIG,
     CheckpointError,
@@ -24,6 +23,7 @@ from ..checkpoint import (
     token_ids,
     tokenizer_config,
 )
+from ..config import llama_config, read_dtype
 from ..features.encoder import vision_config
 from ..models.llama3v import rename
 from ..models.projector import ProjectorConfig, build_projector
@@ -62,13 +62,12 @@ def assemble(
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(f"{words}: is quantized; use the original, and quantize the result")
     if config.get("model_type") in RELEASED_TYPES:
-        text = read_config(words)["text_config"]
+        config = read_config(words)
+        text, dtype = config["text_config"], config.get("dtype")
     elif config.get("model_type") == "llama":
-        text = {key: config[key] for key in TEXT_KEYS if key in config}
+        text, dtype = llama_config(words / CONFIG, config), read_dtype(words / CONFIG, config)
     else:
         raise CheckpointError(f"{words / CONFIG}: model_type is {config.get('model_type')!r}; --llm takes a Llama 3")
-    if missing := [key for key in TEXT_KEYS[:4] if key not in text]:
-        raise CheckpointError(f"{words / CONFIG}: lacks {', '.join(missing)}")
 
     side = tower.image_size // tower.patch_size
     queries = NUM_QUERIES if projector == "resampler" else side * side
@@ -78,10 +77,10 @@ def assemble(
         ids = dict(zip(PromptTokens.TEXTS, token_ids(folder, PromptTokens.TEXTS.values()), strict=True))
         joined = make_config(
             folder,
-            dtype=config.get("torch_dtype") or config.get("dtype") or "float16",
+            dtype=dtype or "float16",
             text=text,
             bos=token_ids(folder, [BOS])[0],
-            eos=token_ids(folder, ["<|end_of_text|>"])[0],
+            eos=token_ids(folder, ["<|end_of_text|>"]),
             vision={**vars(tower), "vision_use_head": False},
             projector={"projector_type": projector, "num_queries": queries},
             image={

@@ -32,7 +32,7 @@ from ..models.siglip import SigLIP, TextConfig, VisionConfig
 from .store import FeatureError, Features, FeatureStore, StoreInfo
 
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
-PREPROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "spiece.model"
+PREPROCESSOR, PROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "processor_config.json", "spiece.model"
 # What Google's configs leave out is Hugging Face's default: the base model.
 _BASE_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _BASE_VISION |= {"image_size": 224, "patch_size": 16}
@@ -299,6 +299,9 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
 
     path = folder / PREPROCESSOR
     images = read_json(path) if path.exists() else {}
+    if not images and (folder / PROCESSOR).exists():  # where transformers 5 saves it with the tokenizer's settings
+        path = folder / PROCESSOR
+        images = read_json(path).get("image_processor") or {}
     half = [0.5] * 3
     side = model.vision_tower.config.image_size
     size = images.get("size", {"height": side, "width": side})

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from ..generation import Sampling
 from ..models.llama3v import Model
 from ..prompt import Processor
+from ..sampling import Sampling
 from .embeddings import Embedder
 from .engine import Engine, Job, Logprob, NeedImages, Settings, Token, internal_error
 from .json_schema import Schemas

@@ -11,7 +11,7 @@ from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_presence_penalty
 
-from ..generation import Sampling, on_generated
+from ..sampling import Sampling, on_generated
 
 __all__ = ["BatchGenerator", "KVCache", "generation_stream", "greedy_sampler"]
 

@@ -17,10 +17,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..generation import Sampling, on_generated
 from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
+from ..sampling import Sampling, on_generated
 from . import batch as mlx_lm
 from .json_schema import keep_to
 from .prefix_cache import PrefixCache

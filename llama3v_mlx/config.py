@@ -1,0 +1,239 @@
+"""Configs as Hugging Face writes them: checked, and in the one form that mlx-lm reads.
+
+transformers 5 writes `rope_parameters` and `dtype` where 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`.
+mlx-lm's Llama knows the older form alone, and takes a rope_theta that it does not find for 10000.
+"""
+
+import json
+import reprlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a number in a config must be."""
+
+    low: float
+    high: float = sys.float_info.max
+    whole: bool = False
+    above: bool = False  # over `low`, not equal to it
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise CheckpointError, with the name of the value, if it is anything else."""
+        is_number = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
+        if not is_number or not self.low <= value <= self.high or (self.above and value == self.low):
+            raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be {self}")
+
+    def __str__(self) -> str:
+        low = f"over {self.low}" if self.above else f"of {self.low} or more"
+        high = "" if self.high == sys.float_info.max else f" and {self.high} at most"
+        return f"a {'whole ' if self.whole else ''}number {low}{high}"
+
+
+SIZE, TOKEN_ID = Number(1, 2**31 - 1, whole=True), Number(0, 2**31 - 1, whole=True)
+POSITIVE = Number(0, above=True)
+
+# Of a Llama's config: what there must be, and what else mlx-lm's Llama takes, beside the rope.
+REQUIRED = {key: SIZE for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+REQUIRED |= {"vocab_size": SIZE, "rms_norm_eps": POSITIVE}
+OPTIONAL = {key: SIZE for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+# The kinds of rope that mlx-lm computes as transformers does: what each must have, and what it may have.
+ROPES = {
+    "default": ({}, {}),
+    "linear": ({"factor": POSITIVE}, {}),
+    "llama3": (
+        {key: POSITIVE for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        | {"original_max_position_embeddings": SIZE},
+        {},
+    ),
+    "yarn": (
+        {"factor": POSITIVE, "original_max_position_embeddings": SIZE},
+        {"beta_fast": POSITIVE, "beta_slow": POSITIVE},
+    ),
+}
+ROPE_THETA = Number(1, above=True)
+
+# The reference's sampling (`chat` with sampling=True), and Hugging Face's without it.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
+SAMPLING_RANGES = {
+    "temperature": Number(0),
+    "top_p": Number(0, 1, above=True),
+    "top_k": Number(0, whole=True),
+    "min_p": Number(0, 1),
+    "repetition_penalty": POSITIVE,
+}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; CheckpointError if it cannot be had."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(e)})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def read_dtype(path: Path, *configs: Any) -> str | None:
+    """The dtype that a checkpoint's config names: the first of these, of a model and of those nested in it, which does.
+
+    Raises:
+        CheckpointError: if one names two, as `dtype` and as `torch_dtype`.
+    """
+    for config in configs:
+        names = {}
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(config, dict) and config.get(key) is not None:
+                names[key] = str(config[key]).removeprefix("torch.")
+        _check_equal(f"{path}: ", names)
+        if names:
+            return next(iter(names.values()))
+    return None
+
+
+def read_token_ids(path: Path, config: dict, key: str, default: int) -> list[int]:
+    """The ids under a key that may have one or a list of them, or null for the default."""
+    ids = default if config.get(key) in (None, []) else config[key]
+    ids = ids if isinstance(ids, list) else [ids]
+    for each in ids:
+        TOKEN_ID.check(f"{path}: {key}", each)
+    return ids
+
+
+def llama_config(path: Path, config: Any, nested: str = "") -> dict:
+    """What mlx-lm's `llama.ModelArgs` takes, of a config that transformers 4 or 5 wrote.
+
+    Args:
+        path: the file, for messages.
+        config: a Llama's, perhaps with other keys beside.
+        nested: the key under which the file has it.
+
+    Raises:
+        CheckpointError: if something is missing, malformed, or means what mlx-lm's Llama does not compute.
+    """
+    where = f"{path}: {nested and nested + '.'}"
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: {nested} is {reprlib.repr(config)}; it must be an object")
+    given = {key: value for key, value in config.items() if value is not None}
+    rope = _rope(where, given)
+    if missing := [key for key in (*REQUIRED, "rope_theta") if key not in {**given, **rope}]:
+        raise CheckpointError(f"{path}: {nested and nested + ' '}lacks {', '.join(missing)}")
+    text = {}
+    for key, number in {**REQUIRED, **OPTIONAL}.items():
+        if key in given:
+            number.check(where + key, given[key])
+            text[key] = given[key]
+    for key in FLAGS:
+        text[key] = given.get(key, False)
+        if not isinstance(text[key], bool):
+            raise CheckpointError(f"{where}{key} is {reprlib.repr(text[key])}; it must be true or false")
+    if given.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise CheckpointError(f"{where}hidden_act is {reprlib.repr(given['hidden_act'])}, not Llama's silu")
+    return {"model_type": "llama", **text, **rope}
+
+
+def _rope(where: str, config: dict) -> dict:
+    """`rope_theta` and `rope_scaling`, from wherever a config has them; without the first if it has none."""
+    _check_whole_rotary(where, config)
+    thetas = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    scalings = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key, {})
+        if not isinstance(given, dict):
+            raise CheckpointError(f"{where}{key} is {reprlib.repr(given)}; it must be an object")
+        given = {name: value for name, value in given.items() if value is not None}
+        if "rope_theta" in given:
+            thetas[f"{key}.rope_theta"] = given.pop("rope_theta")
+        if given:
+            scalings[key] = _scaling(f"{where}{key}.", given)
+    for name, theta in thetas.items():
+        ROPE_THETA.check(where + name, theta)
+    _check_equal(where, thetas)
+    _check_equal(where, scalings)
+    rope = {"rope_scaling": next(iter(scalings.values()), None)}
+    return {**rope, "rope_theta": next(iter(thetas.values()))} if thetas else rope
+
+
+def _scaling(where: str, given: dict) -> dict | None:
+    """A checked rope_scaling; None for the default rope."""
+    types = {key: given[key] for key in ("rope_type", "type") if key in given}
+    _check_equal(where, types)
+    key, kind = next(iter(types.items()), ("rope_type", "default"))
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise CheckpointError(f"{where}{key} is {reprlib.repr(kind)}; it must be one of {', '.join(ROPES)}")
+    _check_whole_rotary(where, given)
+    required, optional = ROPES[kind]
+    scaling = {key: value for key, value in given.items() if key not in ("rope_type", "type", "partial_rotary_factor")}
+    if missing := [key for key in required if key not in scaling]:
+        raise CheckpointError(f"{where.removesuffix('.')} of type {kind} lacks {', '.join(missing)}")
+    for key, value in scaling.items():
+        if key not in required and key not in optional:
+            raise CheckpointError(f"{where}{key} is not understood for the type {kind}")
+        {**required, **optional}[key].check(where + key, value)
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise CheckpointError(f"{where}high_freq_factor must be over low_freq_factor")
+    return None if kind == "default" else {"rope_type": kind, **scaling}
+
+
+def _check_whole_rotary(where: str, config: dict) -> None:
+    if config.get("partial_rotary_factor", 1) != 1:
+        factor = reprlib.repr(config["partial_rotary_factor"])
+        raise CheckpointError(f"{where}partial_rotary_factor is {factor}; mlx-lm's Llama turns whole heads")
+
+
+def _check_equal(where: str, values: dict[str, Any]) -> None:
+    """Raise CheckpointError if a config says the same in two places, and not the same."""
+    for key, value in values.items():
+        first = next(iter(values))
+        if value != values[first]:
+            said = f"{first} is {reprlib.repr(values[first])}, but {key} is {reprlib.repr(value)}"
+            raise CheckpointError(f"{where}{said}; which is right?")
+
+
+def older_rope(config: dict) -> dict:
+    """What a config of any model has in `rope_parameters` alone, under the keys that transformers 4 had for it.
+
+    Given to mlx-lm's `load` as `model_config`: most of its models look for those, and have a default in their place.
+    """
+    given = config.get("rope_parameters")
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        return {}  # none, or one for each kind of layers, as the models that have those read it
+    apart = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in given.items() if key not in apart and value is not None}
+    older = {key: given[key] for key in apart if given.get(key) is not None}
+    older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return {key: value for key, value in older.items() if config.get(key) is None}
+
+
+def sampling_config(path: Path, config: dict) -> dict:
+    """A generation config with what it leaves open, or has as null: the reference's sampling.
+
+    The reference samples unless it is told not to, so `do_sample` is true where it is absent: the released files do not
+    have it. Where it is false, no other default than Hugging Face's, no penalty, takes effect.
+
+    Raises:
+        CheckpointError: if a value is of the wrong type or out of its range.
+    """
+    own = {key: value for key, value in config.items() if value is not None}
+    if not isinstance(own.get("do_sample", True), bool):
+        raise CheckpointError(f"{path}: do_sample is {reprlib.repr(own['do_sample'])}; it must be true or false")
+    for key, number in SAMPLING_RANGES.items():
+        if key in own:
+            number.check(f"{path}: {key}", own[key])
+    return {**(SAMPLING if own.get("do_sample", True) else GREEDY), **own}
+
+
+def one_line(error: Exception) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,66 @@
+"""How the next token is drawn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_repetition_penalty
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults are the reference's, which the checkpoint's generation config holds."""
+
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_p: float = 0.8  # of the likeliest tokens, those that make up this probability; 1: all
+    top_k: int = 100  # only this many of the likeliest; 0: all
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    repetition_penalty: float = 1.05  # on tokens already generated, never on the prompt's
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Sampling":
+        """What a checked generation config asks for: `do_sample: false` takes the likeliest token, at temperature 0."""
+        own = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        return cls(**own if config.get("do_sample", True) else {**own, "temperature": 0.0})
+
+    def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
+        """Log-probabilities (1, vocab_size) to a token, in Hugging Face's order: temperature, top-k, top-p, min-p.
+
+        Args:
+            key: of the random numbers of this sampler alone; by default they are MLX's global ones.
+        """
+        if self.temperature == 0:
+            return greedy_sampler
+
+        def sample(logprobs: mx.array) -> mx.array:
+            nonlocal key
+            logits = logprobs.astype(mx.float32) / self.temperature
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            if 0 < self.top_k < logprobs.shape[-1]:
+                logprobs = apply_top_k(logprobs, self.top_k)
+            if 0 < self.top_p < 1:
+                logprobs = apply_top_p(logprobs, self.top_p)
+            if self.min_p > 0:
+                logprobs = apply_min_p(logprobs, self.min_p)
+            own = None
+            if key is not None:
+                key, own = mx.random.split(key)
+            return mx.random.categorical(logprobs, key=own)
+
+        return sample
+
+    def logits_processors(self, num_prompt_tokens: int) -> list[Callable[[mx.array, mx.array], mx.array]]:
+        """mlx-lm's repetition penalty, on the generated tokens alone: the reference never sees the prompt's ids."""
+        if self.repetition_penalty in (0, 1):
+            return []
+        penalize = make_repetition_penalty(self.repetition_penalty, context_size=2**31 - 1)
+        return [on_generated(penalize, num_prompt_tokens)]
+
+
+def on_generated(process: Callable, num_prompt_tokens: int) -> Callable:
+    """A logits processor that sees generated tokens alone."""
+
+    def processed(tokens: mx.array, logits: mx.array) -> mx.array:
+        return process(tokens[num_prompt_tokens:], logits)
+
+    return processed
