@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from llama3v_mlx import stream_generate
-from llama3v_mlx.chat import Chat
+from llama3v_mlx.chat import COMMANDS, EXIT, HELP, Chat
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 
@@ -130,6 +131,33 @@ def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
         with pytest.raises(ValueError):
             chat.line(line)
     assert not chat.line("q") and not chat.line("/exit")
+
+
+def test_the_commands_are_those_of_the_help(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method is no command, whatever it is called."""
+    listed = set(re.findall(r"^  /(\w+)", HELP, re.MULTILINE))
+    chat = Chat(talk, "demo")
+    monkeypatch.setattr(chat, "ask", lambda question: pytest.fail(f"the model was asked {question}"))
+    names = {name.strip("_") for name in dir(chat)} | {"ask", "line", "add", "HELP", "Help", "image_", "", "etc/passwd"}
+    for name in sorted(names - listed):
+        for line in (f"/{name}", f"/{name} f", f"/{name}\t{STARS}"):
+            with pytest.raises(ValueError, match=f"^/{name}: no such command or image; /help lists the commands$"):
+                chat.line(line)
+    assert chat.waiting == []
+    assert {f"/{name}" for name in listed} == {*COMMANDS, EXIT}
+
+
+def test_a_line_may_begin_with_an_image(talk: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with one whose path a terminal has escaped."""
+    path = tmp_path / "two red.jpg"
+    path.write_bytes(STARS.read_bytes())
+    asked = []
+    chat = Chat(talk, "demo")
+    monkeypatch.setattr(chat, "ask", asked.append)
+    for text in (str(STARS), str(path).replace(" ", "\\ "), f"'{path}'"):
+        assert chat.line(f"{text} /what is it?")
+    assert asked == ["/what is it?"] * 3
+    assert chat.waiting == [str(STARS), str(path), str(path)]
 
 
 def test_the_command_in_a_pipe(run_python, run_main) -> None:
