@@ -130,7 +130,7 @@ def stream_generate(
         processor: from `load`.
         prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or what that has made of them.
         image: one image or several; none for text alone. The path of a PDF stands for its pages.
-        system_prompt: goes before the question.
+        system_prompt: goes before a question or messages; other prompts are complete without one.
         max_tokens: at most so many, and no more than the context has room for.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
         features: a store in which images are looked up, and to which new ones are added.
@@ -145,7 +145,7 @@ def stream_generate(
     images = [each for source in images for each in expand(source)]
     processor.check_pages(images, model.language_model.args.max_position_embeddings)
     tiler = features.tile if features else None
-    encoded = _encode(dataclasses.replace(processor, tiler=tiler), prompt, images, system_prompt)
+    encoded = dataclasses.replace(processor, tiler=tiler).encode(prompt, images, system_prompt)
     length, context = len(encoded.ids), model.language_model.args.max_position_embeddings
     cached = kwargs["prompt_cache"][0].offset if kwargs.get("prompt_cache") else 0
     if context and cached + length >= context:
@@ -291,18 +291,3 @@ class Llama3V:
             wrapped = TokenizerWrapper(tokenizer, eos_token_ids=list(processor.tokenizer.eos_token_ids))
             processor = dataclasses.replace(processor, tokenizer=wrapped)
         return generate(self.model, processor, message, image, **kwargs)
-
-
-def _encode(
-    processor: Processor,
-    prompt: str | Sequence[dict] | Sequence[int] | Prompt,
-    images: Sequence[ImageSource],
-    system_prompt: str | None,
-) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    if system_prompt is None:
-        return processor.encode(prompt, images)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": [*({"type": "image"} for _ in images), prompt]}]
-    return processor.encode([{"role": "system", "content": system_prompt}, *prompt], images)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -163,26 +165,45 @@ class Processor:
             grown += self.image_token * self.num_image_tokens(image) + part
         return grown, tiled
 
-    def encode(self, prompt: str | Sequence[dict] | Sequence[int], images: Sequence[ImageSource] = ()) -> Prompt:
+    def encode(
+        self,
+        prompt: str | Sequence[dict] | Sequence[int] | Prompt,
+        images: Sequence[ImageSource] = (),
+        system_prompt: str | None = None,
+    ) -> Prompt:
         """The prompt for a question, a conversation, or a text already templated.
 
         Args:
             prompt: a question of the user; or messages, dicts of `role` and `content`, whose image parts may hold
                 their image or stand for the next of `images`; or a templated text, which starts with
-                `<|begin_of_text|>`; or ids.
+                `<|begin_of_text|>`; or ids, in a list or an array; or what this has made of them.
             images: they go in front of a question, or fill the places of messages or of a templated text.
+            system_prompt: goes before a question or messages.
 
         Raises:
-            ValueError: if messages are malformed, or places and images do not match.
+            ValueError: if messages are malformed, places and images do not match, or there is a `system_prompt` and
+                no place for it.
             ImageError: if an image cannot be used.
         """
+        if not isinstance(prompt, (str, Prompt)):
+            prompt = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+            if not prompt:
+                raise ValueError("the prompt is empty: there are no messages and no ids in it")
+        is_ids = isinstance(prompt, list) and all(isinstance(i, Integral) for i in prompt)
+        is_templated = isinstance(prompt, str) and prompt.startswith(BOS)
+        if system_prompt is not None and (is_ids or is_templated or isinstance(prompt, Prompt)):
+            raise ValueError("a system prompt goes before a question or messages; ids and templated texts are complete")
+        if isinstance(prompt, Prompt):
+            return prompt
+        if is_ids:
+            return Prompt(list(map(int, prompt)), [self.tile(image) for image in images])
+        if is_templated:
+            text, tiled = self(prompt, images=images)
+            return Prompt(self.tokenizer.encode(text, add_special_tokens=False), tiled)
         if isinstance(prompt, str):
-            if prompt.startswith(BOS):
-                text, tiled = self(prompt, images=images)
-                return Prompt(self.tokenizer.encode(text, add_special_tokens=False), tiled)
             prompt, images = [{"role": "user", "content": [*map(_Image, images), prompt]}], ()
-        elif all(isinstance(i, int) for i in prompt):
-            return Prompt(list(prompt), [self.tile(image) for image in images])
+        if system_prompt is not None:
+            prompt = [{"role": "system", "content": system_prompt}, *prompt]
         return self._encode_messages(prompt, images)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -221,6 +242,8 @@ class Processor:
         self, message: dict, waiting: Iterable[ImageSource]
     ) -> tuple[list[int], list[int], list[TiledImage]]:
         """The ids of a message's header and of its content, and its images."""
+        if not isinstance(message, dict):
+            raise ValueError(f"a message is {reprlib.repr(message)}; it must be a dict of role and content")
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")

@@ -59,6 +59,29 @@ def test_text_alone_and_several_images(demo, circles: Image.Image) -> None:
     assert generate(*demo, "What is this image?", image=[circles, circles], temperature=0)
 
 
+def test_a_system_prompt_wants_a_question_or_messages(demo, circles: Image.Image) -> None:
+    """In front of ids, or of a text with a template's tokens in it, there is no place for one."""
+    model, processor = demo
+    text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    encoded = processor.encode("What is this image?", [circles])
+    for prompt in (encoded.ids, np.array(encoded.ids), mx.array(encoded.ids), text, encoded):
+        with pytest.raises(ValueError, match="a system prompt goes before a question or messages"):
+            generate(model, processor, prompt, image=circles, system_prompt="Answer briefly.")
+    messages = [{"role": "user", "content": [circles, "What is this image?"]}]
+    expected = processor.encode([{"role": "system", "content": "Answer briefly."}, *messages])
+    assert processor.encode("What is this image?", [circles], "Answer briefly.").ids == expected.ids
+    assert processor.encode(messages, (), "Answer briefly.").ids == expected.ids
+
+
+def test_ids_are_a_whole_prompt(demo, circles: Image.Image) -> None:
+    """In a list or an array, as mlx-lm's own functions take them."""
+    model, processor = demo
+    ids = processor.encode("What is this image?", [circles]).ids
+    for prompt in (ids, np.array(ids), mx.array(ids)):
+        answer = generate(model, processor, prompt, image=circles, temperature=0)
+        assert answer == "Three blue circles on a white background."
+
+
 def test_an_exclamation_mark_is_kept(demo) -> None:
     """The reference drops id 0, which is "!"."""
     assert generate(*demo, "Hello", temperature=0).startswith("Hello!")

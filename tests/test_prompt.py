@@ -1,5 +1,7 @@
 """The prompt, against the released format: exact text, exact ids."""
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -119,7 +121,10 @@ def test_template_gives_the_same_ids(processor: Processor) -> None:
 def test_templated_text_and_ids_are_taken_as_they_are(processor: Processor) -> None:
     text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<unk>\nHi<|eot_id|>"
     assert processor.encode(text, [RED]).ids.count(processor.prompt_tokens.image) == processor.num_queries + 2
-    assert processor.encode([1, 2, 3]).ids == [1, 2, 3]
+    for ids in ([1, 2, 3], (1, 2, 3), range(1, 4), np.arange(1, 4), list(np.arange(1, 4)), mx.arange(1, 4)):
+        encoded = processor.encode(ids)
+        assert encoded.ids == [1, 2, 3] and {type(i) for i in encoded.ids} == {int}
+        assert processor.encode(encoded) is encoded
 
 
 def test_images_go_before_the_last_question_if_a_templated_text_has_no_place(processor: Processor) -> None:
@@ -146,6 +151,10 @@ def test_max_tiles(processor: Processor) -> None:
         ([{"role": "user", "content": "x"}], (RED,), "1 images were given"),
         ([{"role": "user", "content": [{"type": "audio"}]}], (), "type 'audio'"),
         ("<|begin_of_text|><unk> and <unk>", (RED,), "places for 2 images, but 1"),
+        (["Hi"], (), "a message is 'Hi'; it must be a dict of role and content"),
+        ([[1, 2, 3]], (), r"a message is \[1, 2, 3\]; it must be a dict"),
+        ([], (), "the prompt is empty"),
+        (mx.array([]), (), "the prompt is empty"),
     ],
 )
 def test_malformed(processor: Processor, messages: list | str, images: tuple, message: str) -> None:

@@ -101,7 +101,7 @@ def test_logits_are_float32_of_embeddings_in_any_dtype(dtype: mx.Dtype) -> None:
     assert (logits.shape, logits.dtype) == ((2, 3), mx.float32)
     unit = [np.array(x.astype(mx.float32), np.float64) for x in (images, texts)]
     unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in unit]
-    np.testing.assert_allclose(logits, unit[0] @ unit[1].T * np.exp(scale) + bias, atol=1e-4)
+    np.testing.assert_allclose(logits, unit[0] @ unit[1].T * np.exp(scale) + bias, atol=1e-3)
 
 
 @pytest.mark.parametrize("stored", [mx.float32, mx.float16])
