@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,9 +60,9 @@ class Chat:
         if command in COMMANDS:
             COMMANDS[command](self, rest.strip(" \t"))
             return True
-        if re.fullmatch("/[a-z]+", word) and not os.path.lexists(word):
-            raise ValueError(f"{word}: no such command or image; /help lists the commands")
         images, question = find_images(text)
+        if word.startswith("/") and question.startswith(word):
+            raise ValueError(f"{word}: no such command or image; /help lists the commands")
         self.add(images)
         if question:
             self.ask(question)

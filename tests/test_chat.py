@@ -127,7 +127,17 @@ def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
     assert "taken back: What is this image?" in say("/undo")
     assert "Two red stars" in say(f"/load {tmp_path}/talk.safetensors")
     assert "started anew" in say("r") and "/undo" in say("h")
-    for line in ("/nothing", "/image", "/image 'x", "/image none.png", "/load", "/load none"):
+    for line in (
+        "/nothing",
+        "/Help",
+        "/ what is it?",
+        f"/what is {STARS}",
+        "/image",
+        "/image 'x",
+        "/image none.png",
+        "/load",
+        "/load none",
+    ):
         with pytest.raises(ValueError):
             chat.line(line)
     assert not chat.line("q") and not chat.line("/exit")

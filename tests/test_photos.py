@@ -1,12 +1,14 @@
 """What people have on their disks: HEIC photos, PDFs, libraries of Photos, and names in either Unicode form."""
 
 import base64
+import contextlib
 import io
 import json
 import os
 import shutil
 import sys
 import tarfile
+import threading
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -413,12 +415,24 @@ def test_embed_takes_a_page_each(pdf: Path, tmp_path: Path, run_main, siglip: Pa
     assert load_image(read_named(names[2])).size == load_image(names[2]).size
 
 
-def test_pages_are_rendered_in_threads(pdf: Path) -> None:
-    """PDFium alone must not be entered twice."""
-    pages, config = expand(pdf) * 25, ImageConfig(56, 8, 4)
-    with ThreadPoolExecutor(8) as pool:
+def test_threads_render_one_at_a_time(pdf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PDFium must not be entered twice at once: a page waits in vain for a second thread to come in."""
+    import pypdfium2
+
+    pages, config = expand(pdf) * 3, ImageConfig(56, 8, 4)
+    together, render, met = threading.Barrier(2), pypdfium2.PdfPage.render, []
+
+    def render_when_two_are_in(page, **options):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.3)
+            met.append(page)
+        return render(page, **options)
+
+    monkeypatch.setattr(pypdfium2.PdfPage, "render", render_when_two_are_in)
+    with ThreadPoolExecutor(4) as pool:
         images = list(pool.map(lambda page: load_image(page, config=config), pages))
-    assert [round(np.asarray(image).mean() / 50) for image in images] == [1, 2, 3, 4] * 25
+    assert [round(np.asarray(image).mean() / 50) for image in images] == [1, 2, 3, 4] * 3
+    assert met == []
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
