@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .cli import CACHE, DEMO_NOTE, add_generation_options, error_line, generation_options, note_slow_cpu, run
 from .demo import CHECKPOINT
@@ -53,17 +53,17 @@ class Chat:
             ValueError: if it cannot be done.
         """
         text = text.strip(" \t\r\n")  # not the narrow spaces of file names
-        word, _, rest = text.partition(" ")
-        command = ALIASES.get(text, word)
-        if command == EXIT:
+        word, *rest = text.split(maxsplit=1) or [""]
+        command = {"q": "/exit", "r": "/clear", "h": "/help"}.get(text, word)
+        if command == "/exit":
             return False
-        if command in COMMANDS:
-            COMMANDS[command](self, rest.strip(" \t"))
+        if command in self.COMMANDS:
+            self.COMMANDS[command](self, "".join(rest))
             return True
         images, question = find_images(text)
-        if word.startswith("/") and question.startswith(word):
+        if word.startswith("/") and question.split(maxsplit=1)[:1] == [word]:
             raise ValueError(f"{word}: no such command or image; /help lists the commands")
-        self.add(images)
+        self._add(images)
         if question:
             self.ask(question)
         return True
@@ -89,7 +89,7 @@ class Chat:
         self.stats = last_figures(response, self.conversation)
         print(dim(self.stats))
 
-    def add(self, sources: Sequence) -> None:
+    def _add(self, sources: Sequence) -> None:
         """Take images for the next question: all of them, or none if one cannot be used."""
         from PIL.Image import Image
 
@@ -117,10 +117,10 @@ class Chat:
             raise ValueError(f"/image {rest}: {e}") from None
         if not paths:
             raise ValueError("/image: give one or more paths")
-        self.add(paths)
+        self._add(paths)
 
     def _paste(self, rest: str) -> None:
-        self.add(read_clipboard())
+        self._add(read_clipboard())
         if rest:
             self.ask(rest)
 
@@ -159,20 +159,17 @@ class Chat:
     def _help(self, rest: str) -> None:
         print(HELP)
 
-
-COMMANDS: dict[str, Callable[[Chat, str], None]] = {
-    "/image": Chat._image,
-    "/paste": Chat._paste,
-    "/images": Chat._images,
-    "/undo": Chat._undo,
-    "/clear": Chat._clear,
-    "/save": Chat._save,
-    "/load": Chat._load,
-    "/stats": Chat._stats,
-    "/help": Chat._help,
-}
-EXIT = "/exit"
-ALIASES = {"q": EXIT, "r": "/clear", "h": "/help"}
+    COMMANDS: ClassVar[dict[str, Callable[["Chat", str], None]]] = {
+        "/image": _image,
+        "/paste": _paste,
+        "/images": _images,
+        "/undo": _undo,
+        "/clear": _clear,
+        "/save": _save,
+        "/load": _load,
+        "/stats": _stats,
+        "/help": _help,
+    }
 
 
 def _file(text: str, command: str) -> Path:
@@ -218,11 +215,11 @@ def chat(args: argparse.Namespace) -> None:
         mx.random.seed(args.seed)
     title = f"{name} with {args.adapter_path}" if args.adapter_path else name
     session = Chat(Conversation(model, processor, args.system_prompt, features, generation_options(args)), title)
-    session.add(args.image)
+    session._add(args.image)
     if sys.stdin.isatty():
         print("Ask about an image; drag its file into the line. /help lists what else there is, Ctrl-D leaves.")
     going_on, failed = True, False
-    with line_editing(HISTORY, (*COMMANDS, EXIT)):
+    with line_editing(HISTORY, (*Chat.COMMANDS, "/exit")):
         while going_on:
             try:
                 going_on = session.line(input(">> " if sys.stdin.isatty() else ""))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageGrab
 
-from llama3v_mlx.chat import COMMANDS, EXIT, Chat
+from llama3v_mlx.chat import Chat
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.image import ImageError
@@ -237,7 +237,7 @@ def test_a_pasted_image_is_remembered_by_name(demo, monkeypatch, capsys, tmp_pat
 def complete(line: str, delimiters: str = " \t\n") -> list[str]:
     """The whole lines that Tab offers, by a readline that knows nothing of backslashes."""
     begin = max((line.rfind(delimiter) for delimiter in delimiters), default=-1) + 1
-    return [line[:begin] + found for found in completions(line, begin, [*COMMANDS, EXIT])]
+    return [line[:begin] + found for found in completions(line, begin, [*Chat.COMMANDS, "/exit"])]
 
 
 def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
