@@ -1,7 +1,8 @@
 """Many clients at once, good ones and bad: does the server stay right, and its memory flat?
 
-    python benchmarks/soak.py                    # 1,000 requests of 8 clients to a server with the demo
+    python benchmarks/soak.py                    # 8,000 requests of 8 clients to a server with the demo
     python benchmarks/soak.py --clients 1,4,8    # the same questions about images, for requests per second
+    python benchmarks/soak.py --clients 8 --against ../old   # requests per second beside another checkout's server
     python benchmarks/soak.py --url http://127.0.0.1:8080 --requests 100
 
 A wrong answer is one that differs from what the same question got when it was asked alone. The last line is one JSON
@@ -13,6 +14,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import random
 import socket
 import statistics
@@ -23,6 +25,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from embed import machine, say  # isort: skip
 
@@ -92,11 +95,15 @@ class Client:
         status, said = self.post(rng.choice(bodies))
         return status == 400 and "Traceback" not in said and bool(json.loads(said)["error"]["message"])
 
+    def head(self, version: str, length: int) -> bytes:
+        lines = [f"POST {CHAT} {version}", f"Host: {self.host}:{self.port}", "Content-Type: application/json"]
+        return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
     def slow(self, rng: random.Random) -> bool:
         """A body that comes in drops."""
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}).encode()
         with socket.create_connection((self.host, self.port), timeout=120) as s:
-            s.sendall(f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+            s.sendall(self.head("HTTP/1.0", len(body)))
             for i in range(0, len(body), 16):
                 s.sendall(body[i : i + 16])
                 time.sleep(0.02)
@@ -108,7 +115,7 @@ class Client:
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
         sent = body[: rng.choice((len(body), len(body) // 2))]
         with socket.create_connection((self.host, self.port), timeout=120) as s:
-            s.sendall(f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + sent)
+            s.sendall(self.head("HTTP/1.1", len(body)) + sent)
             time.sleep(0.05 * rng.random())
         return True
 
@@ -131,6 +138,14 @@ def resident(process: subprocess.Popen | None) -> float | None:
     return int(said) / 1024 if said else None
 
 
+def left_over(process: subprocess.Popen | None) -> dict[str, int]:
+    """A process's threads and open files; empty where /proc does not tell."""
+    folder = Path(f"/proc/{process.pid}") if process else None
+    if folder is None or not folder.exists():
+        return {}
+    return {"threads": len(list((folder / "task").iterdir())), "files": len(list((folder / "fd").iterdir()))}
+
+
 def soak(
     client: Client, process: subprocess.Popen | None, said: Sequence[str], requests: int, clients: int, seed: int
 ) -> dict:
@@ -139,6 +154,7 @@ def soak(
     names = rng.choices(list(KINDS), [share for share, _ in KINDS.values()], k=requests)
     wrong: Counter[str] = Counter()
     memory = []
+    before = left_over(process)
     start = time.perf_counter()
 
     def one(numbered: tuple[int, str]) -> None:
@@ -158,10 +174,17 @@ def soak(
     traceback = any("Traceback" in line for line in said) if process else None
     figures = {"requests": Counter(names), "wrong": {k: v for k, v in wrong.items() if v}, "seconds": seconds}
     figures |= {"traceback": traceback, "memory_mb": memory}
+    for _ in range(100):  # clients that left are noticed a moment later
+        after = left_over(process)
+        if all(after[name] <= before[name] for name in after):
+            break
+        time.sleep(0.1)
+    figures |= {"before": before, "after": after}
     say(f"{requests} requests of {clients} clients in {seconds:.0f} s: {wrong.total()} wrong, traceback: {traceback}")
     if process:
         half = [m for m in memory[len(memory) // 2 :]]
         say(f"memory: {memory[0]:.0f} MB at first, {min(half):.0f} to {max(half):.0f} MB in the second half")
+        say(f"before: {before}; after: {after}")
     return figures
 
 
@@ -188,10 +211,23 @@ def throughput(client: Client, clients: list[int], requests: int) -> list[dict]:
     return rows
 
 
+def beside(client: Client, other: Client, clients: int, requests: int, rounds: int = 5) -> dict:
+    """Requests per second of two servers that answer in turn, so that whatever else the machine does hits both."""
+    rates: dict[str, list[float]] = {"ours": [], "other": []}
+    for _ in range(rounds):
+        for name, one in (("ours", client), ("other", other)):
+            rates[name].append(throughput(one, [clients], requests)[0]["requests_per_second"])
+    figures = {name: statistics.median(values) for name, values in rates.items()}
+    ours, theirs = figures["ours"], figures["other"]
+    say(f"medians: {ours:.1f} and {theirs:.1f} requests/s: {ours / theirs:.2f}x")
+    return {**figures, "rates": rates}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a server that runs (default: one is started with the demo)")
-    parser.add_argument("--requests", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--against", metavar="DIR", help="another checkout, whose server is measured in turn")
+    parser.add_argument("--requests", type=int, default=8000, help="(default: 8000)")
     parser.add_argument("--clients", default="8", help="at once; several numbers measure throughput (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -206,12 +242,18 @@ def main() -> None:
         client = Client(host, port)
         client.learn()
         result = {"benchmark": "soak", "machine": machine()}
-        if len(clients) > 1:
+        if args.against:
+            env = {**os.environ, "PYTHONPATH": args.against}
+            _, other_port, _ = stack.enter_context(served("llama3v_mlx.server", cwd=args.against, env=env))
+            other = Client(host, other_port)
+            other.learn()
+            result["against"] = beside(client, other, clients[0], args.requests)
+        elif len(clients) > 1:
             result["throughput"] = throughput(client, clients, args.requests)
         else:
             result["soak"] = soak(client, process, said, args.requests, clients[0], args.seed)
     print(json.dumps(result))
-    if len(clients) == 1 and (result["soak"]["wrong"] or result["soak"]["traceback"]):
+    if "soak" in result and (result["soak"]["wrong"] or result["soak"]["traceback"]):
         sys.exit(1)
 
 

@@ -29,9 +29,9 @@ from .validate import RequestError
 
 log = logging.getLogger(__name__)
 
-SMALL_STEP = 32  # tokens that are prefilled at once while others are answered
-IDLE_TILES = 4  # tiles that are encoded at once while nobody is
-SLICE = 0.5  # of a step of all answers: time for reading before the next one
+SLICE = 1.0  # steps of all answers: the time for reading between two of them
+LEAST_TOKENS = 8  # that are prefilled at once, however long they take
+IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ class Engine:
         self._parked: set[Job] = set()  # whose images are being decoded
         self._reading: deque[tuple[Job | None, Iterator[None]]] = deque()
         self._answers: dict[int, _Answer] = {}
-        self._step_seconds = 0.0
+        self._step_seconds = 0.0  # of a step of all answers
+        self._token_seconds = 0.0  # of a token that is prefilled meanwhile
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -298,11 +299,14 @@ class Engine:
         if not self._reading:
             return
         job, work = self._reading[0]
-        end = time.perf_counter() + SLICE * self._step_seconds
+        begin = before = time.perf_counter()
         try:
-            next(work)
-            while self._answers and time.perf_counter() < end:
+            while True:
                 next(work)
+                now = time.perf_counter()
+                if not self._answers or now - begin + (now - before) > SLICE * self._step_seconds:
+                    break
+                before = now
             self._reading.rotate(-1)
         except StopIteration:
             self._reading.popleft()
@@ -326,15 +330,24 @@ class Engine:
         start = 0
         while start < len(ids):
             job.progress = f"reading the prompt, token {start + 1} of {len(ids)}"
-            end = start + (SMALL_STEP if self._answers else self._step_size)
-            part = embeddings[None, start:end]
+            part = embeddings[None, start : start + self._num_tokens()]
+            begin = time.perf_counter()
             self._model(mx.zeros(part.shape[:2], mx.int32), job.caches, part)
             mx.eval([cache.state for cache in job.caches])
-            start = end
+            if self._answers:
+                self._token_seconds = _smoothed(self._token_seconds, (time.perf_counter() - begin) / part.shape[1])
+            start += part.shape[1]
             yield
         self._store(job.blocks, job.caches, len(job.prompt.ids) - 1)
         self._begin(job)
         mx.clear_cache()
+
+    def _num_tokens(self) -> int:
+        """How many tokens to prefill at once: while others are answered, what fits between two steps of theirs."""
+        if not self._answers:
+            return self._step_size
+        fitting = SLICE * self._step_seconds / self._token_seconds if self._token_seconds else 0
+        return max(LEAST_TOKENS, min(int(fitting), self._step_size))
 
     def _encode(self, job: Job, index: int, image: TiledImage) -> Generator[None, None, mx.array]:
         """The visual tokens of an image: a layer of one tile at a time while others are answered, else some tiles."""
@@ -397,7 +410,7 @@ class Engine:
         _, responses = self._batch.next()
         seconds = time.perf_counter() - start
         if responses:
-            self._step_seconds += 0.2 * (seconds - self._step_seconds) if self._step_seconds else seconds
+            self._step_seconds = _smoothed(self._step_seconds, seconds)
         for response in responses:
             answer = self._answers.get(response.uid)
             if answer is None:  # its job failed a moment ago
@@ -438,6 +451,10 @@ class Engine:
         # As in OpenAI's answers, what is impossible has -9999: JSON has no infinity.
         found = [Logprob(t, token_text(t, self._processor), max(-9999.0, float(logprobs[t]))) for t in tokens]
         return found[0], tuple(found[1:])
+
+
+def _smoothed(average: float, value: float) -> float:
+    return average + 0.2 * (value - average) if average else value
 
 
 def internal_error(error: Exception) -> RequestError:
