@@ -84,9 +84,9 @@ def load(
     if adapter_path is not None:
         load_adapters(model, adapter_path)
     tokenizer = load_tokenizer(folder, config["eos_token_id"])
+    sampling = Sampling.from_config(read_generation_config(folder, config))
     processor = Processor.from_config(config, tokenizer).with_max_tiles(max_image_tiles)
-    model.sampling = Sampling.from_config(read_generation_config(folder, config))
-    return model, processor
+    return model, dataclasses.replace(processor, sampling=sampling)
 
 
 def load_adapters(model: Model, folder: str | Path) -> None:
@@ -167,7 +167,7 @@ def stream_generate(
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     given |= {"repetition_penalty": repetition_penalty}
     chosen = {key: value for key, value in given.items() if value is not None}
-    sampling = dataclasses.replace(getattr(model, "sampling", Sampling()), **chosen)
+    sampling = dataclasses.replace(processor.sampling, **chosen)
     kwargs.setdefault("sampler", sampling.sampler())
     kwargs.setdefault("logits_processors", sampling.logits_processors(length))
     tiles = sum(image.num_tiles for image in encoded.images)

@@ -18,6 +18,7 @@ import numpy as np
 
 from .image import ImageConfig, ImageSource, TiledImage, Tiling, page_zoom, plan_tiles, tile_image
 from .pdf import PdfPage
+from .sampling import Sampling
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
@@ -99,7 +100,8 @@ class Processor:
     num_queries: int  # visual tokens per tile
     prompt_tokens: PromptTokens
     tokenizer: Any = None  # None where mlx-lm, which has its own, made the processor
-    tiler: Callable[[ImageSource], TiledImage] | None = None  # in the place of `tile_image`: a feature store's
+    tiler: Callable[[ImageSource], TiledImage] | None = None  # instead of `tile_image`: a feature store's
+    sampling: Sampling = Sampling()  # of the checkpoint's generation config
 
     image_token: ClassVar[str] = PromptTokens.TEXTS["image"]
 

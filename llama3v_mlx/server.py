@@ -64,7 +64,7 @@ def _serve(args: argparse.Namespace) -> None:
     folder = Path(args.prompt_cache_dir).expanduser() if args.prompt_cache_dir else None
     own = fingerprint(model, (model.args, processor.prompt_tokens)) if folder else ""
     prefixes = PrefixCache(args.prompt_cache_bytes, folder, own, args.prompt_cache_dir_bytes)
-    app.listen(model, processor, prefixes, dataclasses.replace(model.sampling, **given))
+    app.listen(model, processor, prefixes, dataclasses.replace(processor.sampling, **given))
 
     told = threading.Event()
     for number in STOP:

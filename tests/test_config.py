@@ -8,8 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from llama3v_mlx.encoder import load_encoder
-from llama3v_mlx.engine import Sampling
 from PIL import Image
 
 from llama3v_mlx import load, stream_generate
@@ -17,6 +15,8 @@ from llama3v_mlx.checkpoint import CheckpointError, read_config, read_tensors
 from llama3v_mlx.config import older_rope, sampling_config
 from llama3v_mlx.convert import convert
 from llama3v_mlx.demo import SIGLIP
+from llama3v_mlx.features.encoder import load_encoder
+from llama3v_mlx.sampling import Sampling
 from llama3v_mlx.synthesize import LocalTeacher
 
 THETA = 500000.0
@@ -236,7 +236,7 @@ def test_a_siglip_whose_image_settings_are_in_processor_config(siglip: Path, tmp
 
 def sampling(folder: Path, text: str) -> Sampling:
     (folder / "generation_config.json").write_text(text)
-    return load(folder)[0].sampling
+    return load(folder)[1].sampling
 
 
 def test_do_sample_false_is_greedy(folder: Path, circles: Image.Image, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_null_and_absent_are_the_defaults(folder: Path) -> None:
     for config in ({}, nulls, {"bos_token_id": 1, "_from_model_config": True}):
         assert sampling(folder, json.dumps(config)) == Sampling()
     (folder / "generation_config.json").unlink()
-    assert load(folder)[0].sampling == Sampling()
+    assert load(folder)[1].sampling == Sampling()
 
 
 @pytest.mark.parametrize(

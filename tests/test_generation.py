@@ -115,9 +115,9 @@ def test_too_long_a_prompt_names_both_lengths(demo, capsys) -> None:
 
 
 def test_sampling_comes_from_the_checkpoint(folder: Path) -> None:
-    assert load(CHECKPOINT)[0].sampling == Sampling(0.7, 0.8, 100, 0.0, 1.0)
+    assert load(CHECKPOINT)[1].sampling == Sampling(0.7, 0.8, 100, 0.0, 1.0)
     (folder / "generation_config.json").write_text('{"temperature": 0.2, "top_k": 5}')
-    assert load(folder)[0].sampling == Sampling(0.2, 0.8, 5, 0.0, 1.05)
+    assert load(folder)[1].sampling == Sampling(0.2, 0.8, 5, 0.0, 1.05)
 
 
 def test_sampler_keeps_hugging_face_order() -> None:
