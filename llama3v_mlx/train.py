@@ -1,7 +1,7 @@
 """Train a Llama3-V from stored features: `llama3v train --stage pretrain|finetune …`.
 
-pretrain: the projector learns, from patch features. finetune: Llama learns, from visual tokens. What the store lacks
-is embedded first; then neither the tower nor an image is needed again.
+pretrain: the projector is trained on patch features. finetune: Llama is trained on visual tokens. Missing features are
+embedded first; after that, neither the tower nor the images are needed.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from .cli import note_slow_cpu, positive, run
 LEARNING_RATES = {"pretrain": 1e-3, "lora": 2e-4, "full": 2e-5}
 DTYPES = ("float16", "bfloat16", "float32")
 SCHEDULES = ("cosine", "linear", "constant")
-# What a run that is resumed must have been asked, too.
+# Options that must be the same when a run is resumed.
 OPTIONS = ("stage", "batch_size", "grad_accumulation_steps", "learning_rate", "warmup", "lr_schedule", "weight_decay")
 OPTIONS += ("max_seq_length", "seed", "dtype", "lora_rank", "lora_layers", "lora_scale", "lora_dropout", "dora", "full")
 
 
 def train(args: argparse.Namespace) -> None:
-    """Prepare, train, save."""
+    """Prepare the data, train, save."""
     import mlx.core as mx
 
     from .checkpoint import name_of
@@ -40,7 +40,7 @@ def train(args: argparse.Namespace) -> None:
         if ranks.rank == 0:
             note_slow_cpu()
             if args.plot:
-                import matplotlib  # noqa: F401  (so that its lack is said before hours of training)
+                import matplotlib  # noqa: F401  (to fail before hours of training)
         args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
         model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
         sets = [Dialogues(path, args.image_folder, processor, args.strict) for path in (args.data, args.val) if path]
@@ -54,12 +54,12 @@ def train(args: argparse.Namespace) -> None:
         steps = args.iters or per_epoch * args.epochs
         args.warmup = round(0.03 * steps) if args.warmup is None else args.warmup
         options = _options(args, steps, sets, store)
-    # In the order of causes: the number of steps follows from the rows, and the default of --warmup from that.
+    # Causes first: the number of steps follows from the rows, and the default of --warmup from that.
     facts = {key: getattr(args, key) for key in ("iters", "epochs", "eval_every")}
     facts |= {key: value for key, value in options.items() if key not in ("warmup", "steps")}
     agree(ranks, facts | {"warmup": args.warmup}, sets)
     if len(sets[0]) < args.batch_size:
-        raise ValueError(f"{args.data}: its {len(sets[0])} rows do not fill a batch of {args.batch_size}")
+        raise ValueError(f"{args.data}: {len(sets[0])} rows do not fill a batch of {args.batch_size}")
 
     with ranks.together():
         notes = {"model": name_of(args.model)}
@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace, steps: int, sets: list, store) -> dict:
-    """What the steps depend on: what ranks must agree about, and a run that is resumed with its beginning."""
+    """Everything the steps depend on, which must be equal on all ranks and when a run is resumed."""
     from .training.run import weights_digest
 
     options = {key: getattr(args, key) for key in OPTIONS} | {"steps": steps}
@@ -115,7 +115,7 @@ def _options(args: argparse.Namespace, steps: int, sets: list, store) -> dict:
 
 
 def _choose_parameters(model, args: argparse.Namespace, keep_projector: bool) -> dict:
-    """Freeze all but what the stage trains, drop what is not needed, and return the adapter's config."""
+    """Freeze everything but the parameters of the stage, drop unused modules, return the adapter's config."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -131,7 +131,7 @@ def _choose_parameters(model, args: argparse.Namespace, keep_projector: bool) ->
         return {"fine_tune_type": "full", "num_layers": 0, "lora_parameters": {}}
     if args.full:
         if any(isinstance(module, nn.QuantizedLinear) for module in model.language_model.modules()):
-            raise ValueError(f"{args.model}: is quantized; --full needs the original, LoRA does not")
+            raise ValueError(f"{args.model}: is quantized; --full needs the original checkpoint, LoRA does not")
         model.language_model.unfreeze()
         return {"fine_tune_type": "full", "num_layers": 0, "lora_parameters": {}}
     lora = {"rank": args.lora_rank, "scale": args.lora_scale, "dropout": args.lora_dropout}
@@ -159,8 +159,8 @@ def _say_start(model, sets: list, step: int, steps: int) -> None:
 
     trained = sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
     rows = " and ".join(f"{len(rows)} rows of {rows.path}" for rows in sets)
-    begun = f", from step {step} on" if step else ""
-    print(f"{trained / 1e6:.3f} M parameters are trained; {rows}; {steps} steps{begun}", file=sys.stderr)
+    begun = f", continued after step {step}" if step else ""
+    print(f"{trained / 1e6:.3f} M trainable parameters; {rows}; {steps} steps{begun}", file=sys.stderr)
 
 
 def plot(metrics: Path, picture: str) -> None:
@@ -184,7 +184,7 @@ def plot(metrics: Path, picture: str) -> None:
 
 
 def fuse(args: argparse.Namespace) -> None:
-    """Write a plain checkpoint: the model with an adapter's changes in it."""
+    """Merge an adapter into its model and write a plain checkpoint."""
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import save_model
@@ -195,7 +195,9 @@ def fuse(args: argparse.Namespace) -> None:
 
     folder, out = find_checkpoint(args.model), Path(args.out)
     if "text_config" not in read_json(folder / CONFIG):
-        raise ValueError(f"{args.model}: is not converted for MLX; llama3v convert --hf-path {args.model} does it")
+        raise ValueError(
+            f"{args.model}: not an MLX checkpoint; convert it first: llama3v convert --hf-path {args.model}"
+        )
     if out.exists():
         raise FileExistsError(f"{out} exists already; remove it, or give another --out")
     model = load_model(folder, read_config(folder), lazy=True)
@@ -209,50 +211,52 @@ def fuse(args: argparse.Namespace) -> None:
             if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
                 shutil.copyfile(path, partial / path.name)
         save_model(partial, model)
-    print(f"{out}: {args.model} with {args.adapter_path} in it; peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
+    print(f"{out}: {args.model} merged with {args.adapter_path}; peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v train",
-        description="Train a Llama3-V from stored features: first its projector, then its Llama.",
+        description="Train a Llama3-V on stored features: first its projector, then its Llama.",
     )
-    parser.add_argument("--stage", choices=("pretrain", "finetune"), help="train the projector, or Llama")
+    parser.add_argument("--stage", choices=("pretrain", "finetune"), help="train the projector or Llama")
     parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run, its checkpoints and adapters")
-    parser.add_argument("--fuse", action="store_true", help="write --model with --adapter-path in it to --out")
-    parser.add_argument("--adapter-path", metavar="DIR", help="what a run has written, for --fuse")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run: checkpoints, metrics, adapters")
+    parser.add_argument("--fuse", action="store_true", help="merge --adapter-path into --model and write it to --out")
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of a run, for --fuse")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="FILE", help="conversations in LLaVA's format, .json or .jsonl")
-    data.add_argument("--val", metavar="FILE", help="others, to validate with")
-    data.add_argument("--image-folder", metavar="DIR", help="what image paths start from")
-    data.add_argument("--features", metavar="STORE", help="store of the images' features; what it lacks is embedded")
+    data.add_argument("--val", metavar="FILE", help="conversations to validate with")
+    data.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
+    data.add_argument("--features", metavar="STORE", help="feature store of the images; missing features are embedded")
     data.add_argument("--workers", type=int, default=4, help="threads that decode images (default: 4)")
-    data.add_argument("--max-seq-length", type=positive, default=2048, help="tokens of a row; longer ones are left out")
-    data.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
-    what = parser.add_argument_group("what is trained in finetune (default: LoRA)")
-    what.add_argument("--full", action="store_true", help="all of Llama")
-    what.add_argument("--lora-rank", type=positive, default=16, help="(default: 16)")
-    what.add_argument("--lora-layers", type=positive, default=16, help="the last so many (default: 16)")
-    what.add_argument("--lora-scale", type=float, default=2.0, help="alpha / rank elsewhere (default: 2)")
-    what.add_argument("--lora-dropout", type=float, default=0.0, help="(default: 0)")
-    what.add_argument("--dora", action="store_true", help="DoRA in the place of LoRA")
-    how = parser.add_argument_group("how")
-    how.add_argument("--batch-size", type=positive, default=4, help="rows at once, in all ranks together (default: 4)")
+    data.add_argument(
+        "--max-seq-length", type=positive, default=2048, help="longest row in tokens; longer ones are skipped"
+    )
+    data.add_argument("--strict", action="store_true", help="stop at the first unusable row")
+    what = parser.add_argument_group("trained parameters of finetune (default: LoRA)")
+    what.add_argument("--full", action="store_true", help="train all of Llama")
+    what.add_argument("--lora-rank", type=positive, default=16, help="rank (default: 16)")
+    what.add_argument("--lora-layers", type=positive, default=16, help="number of last layers with LoRA (default: 16)")
+    what.add_argument("--lora-scale", type=float, default=2.0, help="scale, alpha / rank in other tools (default: 2)")
+    what.add_argument("--lora-dropout", type=float, default=0.0, help="dropout (default: 0)")
+    what.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
+    how = parser.add_argument_group("optimization")
+    how.add_argument("--batch-size", type=positive, default=4, help="rows per batch, over all ranks (default: 4)")
     how.add_argument("--grad-accumulation-steps", type=positive, default=1, help="batches per step (default: 1)")
-    how.add_argument("--iters", type=positive, help="steps; in the place of --epochs")
-    how.add_argument("--epochs", type=positive, default=1, help="(default: 1)")
+    how.add_argument("--iters", type=positive, help="steps, instead of --epochs")
+    how.add_argument("--epochs", type=positive, default=1, help="passes over the data (default: 1)")
     how.add_argument("--learning-rate", type=float, help="(default: 1e-3 for pretrain, 2e-4 for LoRA, 2e-5 for --full)")
-    how.add_argument("--warmup", type=int, help="steps with a rising rate (default: 3%% of all)")
-    how.add_argument("--lr-schedule", choices=SCHEDULES, default="cosine", help="(default: cosine)")
+    how.add_argument("--warmup", type=int, help="warm-up steps (default: 3%% of all)")
+    how.add_argument("--lr-schedule", choices=SCHEDULES, default="cosine", help="decay of the rate (default: cosine)")
     how.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
-    how.add_argument("--grad-checkpoint", action="store_true", help="less memory for more computation")
+    how.add_argument("--grad-checkpoint", action="store_true", help="recompute activations to save memory")
     how.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="(default: bfloat16; float32 on a CPU)"
     )
     how.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    keep = parser.add_argument_group("what is said and kept")
-    keep.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    keep = parser.add_argument_group("reports and checkpoints")
+    keep.add_argument("--resume", action="store_true", help="continue the run in --out")
     keep.add_argument("--save-every", type=positive, default=100, metavar="STEPS", help="(default: 100)")
     keep.add_argument("--eval-every", type=positive, default=200, metavar="STEPS", help="(default: 200)")
     keep.add_argument("--report-every", type=positive, default=10, metavar="STEPS", help="(default: 10)")

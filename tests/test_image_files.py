@@ -15,7 +15,7 @@ from llama3v_mlx import embed, train
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.features.image_files import known_images, look_up
 from llama3v_mlx.features.store import FeatureStore, FeatureWriter
-from llama3v_mlx.training import trainer
+from llama3v_mlx.training.loop import Loop
 
 COUNT = 4
 
@@ -58,9 +58,9 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable
         monkeypatch.setattr(Path, "read_bytes", lambda path: (read.add(path.name), whole(path))[1])
 
         def note_images(loop, *_) -> None:
-            seen.extend(sha256 for i in range(len(loop.data)) for sha256 in loop.data.encode(i, loop.processor).images)
+            seen.extend(sha256 for i in range(len(loop._data)) for sha256 in loop._data[i].images)
 
-        monkeypatch.setattr(trainer.Loop, "run", note_images)
+        monkeypatch.setattr(Loop, "run", note_images)
         data = write_rows(tmp_path / "rows.jsonl", images or [f"{i}.bmp" for i in range(COUNT)])
         options = {"--stage": "finetune", "--model": CHECKPOINT, "--data": data, "--image-folder": image_folder}
         options |= {"--features": tmp_path / store, "--out": tmp_path / "run", "--batch-size": 1, "--iters": 1}
@@ -161,7 +161,7 @@ def test_images_that_are_deleted(tmp_path: Path, prepare) -> None:
     prepare(tmp_path, "images")  # by now 3.bmp has been two images
     shutil.rmtree(images)
     left = prepare(tmp_path, "images")
-    assert left.images == expected[:3] and "note: 3 images are no longer there" in left.said
+    assert left.images == expected[:3] and "note: 3 images no longer exist" in left.said
     assert "3.bmp: no such file" in left.said
 
 

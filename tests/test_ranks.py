@@ -56,7 +56,7 @@ def fill(disk: Path) -> Path:
 
 
 def options(before: str = "", **changes: object) -> list[str]:
-    """Those of a short run in the working directory, with changes; True is for a flag, None leaves one out."""
+    """Arguments of a short run in the working directory, with changes: True for a flag, None to omit an option."""
     given = {"stage": "finetune", "model": "model", "data": "data.jsonl", "image_folder": "images", "iters": 4}
     given |= {"features": "store", "out": "run", "batch_size": 4, "lora_layers": 1, "save_every": 2}
     words = [before, "--dtype", "float32"]
@@ -71,13 +71,13 @@ DIFFERING = {
     "a missing image": (
         options(image_folder="missing", iters=None),  # so that the number of steps differs, too
         options(image_folder="missing", iters=None),
-        "rank 1 (HOST) differs from rank 0 (HOST) in the rows that it can use: it leaves row 4 of data.jsonl out; "
+        "rank 1 (HOST) differs from rank 0 (HOST) in its usable rows: it skips row 4 of data.jsonl; "
         "give every machine the same images",
     ),
     "another image": (
         options(image_folder="changed"),
         options(image_folder="changed"),
-        "in the rows that it can use: row 6 of data.jsonl has another image, or other tokens; give every machine",
+        "in its usable rows: row 6 of data.jsonl has another image or other tokens; give every machine",
     ),
     "other data": (
         options(data="other.jsonl"),
@@ -103,17 +103,17 @@ DIFFERING = {
     "no data": (
         options(),
         options(data="gone.jsonl"),
-        "rank 1 (HOST) has stopped: gone.jsonl: no such file, or an empty one",
+        "rank 1 (HOST) failed: gone.jsonl: no such file, or an empty one",
     ),
     "no store": (
         options(),
         options(features="images"),
-        "rank 1 (HOST) has stopped: images: is not a feature store and not empty",
+        "rank 1 (HOST) failed: images: is not a feature store and not empty",
     ),
     "no place for the run": (
         options(out="images"),
         options(out="images"),
-        "rank 0 (HOST) has stopped: images: is not empty, and holds no run",
+        "rank 0 (HOST) failed: images: is not empty and contains no run",
     ),
     "a later checkpoint": (
         options(out="later", resume=True),
@@ -188,7 +188,7 @@ def test_all_ranks_resume_from_rank_0s_checkpoint(disks, results) -> None:
 
 def test_ranks_share_a_store_where_images_have_other_paths(disks, results) -> None:
     codes, said = results["shared"]
-    assert codes == (0, 0) and "left out" not in said[0], said
+    assert codes == (0, 0) and "skipped" not in said[0], said
     assert len(FeatureStore(disks[0] / "shared")) == COUNT
     assert [path.stat().st_size > 0 for path in sorted((disks[0] / "shared").glob("manifest-*"))] == [True, True]
     assert not list(disks[0].parent.glob("*/*/store.json.*"))
@@ -201,11 +201,11 @@ def test_ranks_that_differ_all_stop(disks, results, case: str) -> None:
     assert codes == (1, 1), said
     for text in said:
         (line,) = (line for line in text.splitlines() if line.startswith("error: "))
-        own = reason.partition("has stopped: ")[2]  # what the rank that has failed says itself
+        own = reason.partition("failed: ")[2]  # the failed rank's own message
         assert reason.replace("HOST", platform.node()) in line or (own and line.startswith(f"error: {own}")), said
 
 
 def test_a_rank_that_is_killed_ends_the_other(results) -> None:
     codes, said = results["killed"]
     assert codes == (1, -signal.SIGKILL)
-    assert said[0].splitlines()[-1].startswith("error: another rank has ended, or its machine cannot be reached")
+    assert said[0].splitlines()[-1].startswith("error: lost the connection to another rank")

@@ -1,4 +1,4 @@
-"""Before the first step of a run: embed what the feature store lacks, and compare the ranks with each other."""
+"""Preparation of a run: embed missing features, and check that all ranks agree."""
 
 import sys
 from collections.abc import Sequence
@@ -15,41 +15,41 @@ from ..features.store import STORE, FeatureError, FeatureStore, FeatureWriter
 from .data import Dialogues, StoredTiler
 from .ranks import RankError, Ranks
 
-BATCH_SIZE = 8  # tiles that are embedded at once
+BATCH_SIZE = 8  # tiles embedded at once
 
-# What else than an option may differ among ranks: its name, and what to do.
+# Differences between ranks other than options: description and remedy.
 _REMEDIES = {
     "data": ("the file of --data", "copy it from one machine to the others"),
     "val": ("the file of --val", "copy it from one machine to the others"),
     "weights": ("the weights or the config of --model", "copy its folder from one machine to the others"),
-    "features": ("the weights, dtype or preprocessing behind --features", "give another folder to make it anew"),
-    "store_dtype": ("the dtype of the rows in --features", "give another folder to make it anew"),
-    "examples": ("the rows that it can use", "give every machine the same images"),
+    "features": ("the weights, dtype or preprocessing behind --features", "use another folder to embed again"),
+    "store_dtype": ("the dtype of the rows in --features", "use another folder to embed again"),
+    "examples": ("its usable rows", "give every machine the same images"),
 }
 
 
 def prepare_features(
     folder: str, model: str, stage: str, sets: Sequence[Dialogues], workers: int, ranks: Ranks
 ) -> tuple[FeatureStore, StoredTiler]:
-    """Embed the images of `sets` that a store lacks.
+    """Embed the images of `sets` that are missing in a store.
 
-    Ranks that see the same store share this work, and a rank with a store on its own disk does all of it. What is
-    missing then, because an image has another path on each machine, each rank looks up for itself.
+    Ranks that share a store split this work; a rank with a store on its own disk does all of it. Images that are still
+    missing, because their paths differ between machines, are embedded by each rank for itself.
 
     Args:
-        folder: the store; made if it is not there.
+        folder: the store; created if it does not exist.
         model: folder or Hub repository of the checkpoint that encodes.
-        stage: "pretrain" needs patch features, "finetune" takes patch features or visual tokens.
+        stage: "pretrain" needs patch features, "finetune" patch features or visual tokens.
         sets: data sets, the same on all ranks.
-        workers: threads that decode.
-        ranks: all of which must call this.
+        workers: number of decoding threads.
+        ranks: all of them must call this.
 
     Returns:
-        The store, and a tiler that finds images there by their paths.
+        The store, and a tiler that finds images in it by their paths.
 
     Raises:
-        FeatureError: if the folder is something else, or a store of another model, kind or preprocessing.
-        RankError: if this has failed on another rank.
+        FeatureError: if the folder is not a store, or one of another model, kind or preprocessing.
+        RankError: if another rank failed.
     """
     with ranks.together():
         encoder, store = _open(folder, model, stage)
@@ -66,12 +66,12 @@ def prepare_features(
             sources = [source for source in sources if source.name not in failed]
         if not shares or not any(ranks.gather(len(sources))):
             break
-        with ranks.together():  # no rank may add anything before all of them have made their lists
+        with ranks.together():  # no rank may add anything before all have listed what is missing
             failed |= _embed(sources[shares.pop(0)], encoder, store, workers, silent=ranks.rank > 0)
     unusable = {p: f.problem or failed.get(f.path, "could not be embedded") for p, f in files.items() if p not in known}
     gone = sum(files[path].is_gone for path in known)
     if gone and ranks.rank == 0:
-        print(f"note: {gone} images are no longer there; {folder} has their features", file=sys.stderr)
+        print(f"note: {gone} images no longer exist; their features in {folder} are used", file=sys.stderr)
     return store, StoredTiler(store, known, unusable)
 
 
@@ -90,7 +90,7 @@ def _open(folder: str, model: str, stage: str) -> tuple[ImageEncoder, FeatureSto
 def _embed(
     sources: list[Source], encoder: ImageEncoder, store: FeatureStore, workers: int, silent: bool
 ) -> dict[str, str]:
-    """Add the features of images to a store, and return the reasons of those that failed."""
+    """Add the features of images to a store; return the reasons of failures by path."""
     if not sources:
         return {}
     bar = tqdm(total=len(sources), unit="image", disable=True if silent else None)
@@ -100,24 +100,24 @@ def _embed(
 
 
 def say_rejected(sets: Sequence[Dialogues]) -> None:
-    """Print which rows are left out, and why."""
+    """Print the skipped rows and the reasons."""
     for rows in sets:
         if rows.rejected:
-            print(f"{rows.path}: {len(rows.rejected)} rows are left out:", file=sys.stderr)
+            print(f"{rows.path}: {len(rows.rejected)} rows are skipped:", file=sys.stderr)
             print("\n".join(f"  {reason}" for reason in rows.rejected[:10]), file=sys.stderr)
 
 
 def agree(ranks: Ranks, facts: dict[str, object], sets: Sequence[Dialogues]) -> None:
-    """Compare what the steps depend on, so that no rank trains on other rows, features or weights than the others.
+    """Check that all ranks train on the same rows, features and weights with the same options.
 
     Args:
-        ranks: all of which must call this.
-        facts: options by name, and digests as in `_REMEDIES`; causes before effects, since the first difference is
+        ranks: all of them must call this.
+        facts: options by name, and digests as in `_REMEDIES`; causes before effects, because the first difference is
             reported.
-        sets: the data sets, measured.
+        sets: the data sets, their images found.
 
     Raises:
-        RankError: on every rank, with the same words, if a rank differs from rank 0.
+        RankError: on every rank, with the same message, if a rank differs from rank 0.
     """
     everyone = ranks.gather(facts)
     pairs = [(rank, key) for key in facts for rank, other in enumerate(everyone) if other[key] != everyone[0][key]]
@@ -130,38 +130,38 @@ def agree(ranks: Ranks, facts: dict[str, object], sets: Sequence[Dialogues]) -> 
         tables = ranks.gather([[rows.numbers.tolist(), rows.digests.tolist()] for rows in sets])
         what = f"{what}: {_first_difference(sets, tables[rank], tables[0])}"
         if ranks.rank == rank:
-            say_rejected(sets)  # as rank 0 has done
+            say_rejected(sets)  # rank 0 has printed its own
     raise RankError(f"{ranks.name(rank)} differs from {ranks.name(0)} in {what}; {remedy}")
 
 
 def _first_difference(sets: Sequence[Dialogues], *tables: list) -> str:
-    """The first row that two ranks, the second of them rank 0, do not use alike."""
+    """Describe the first row that differs between a rank and rank 0."""
     for rows, *pair in zip(sets, *tables, strict=True):
         one, first = (dict(zip(*table, strict=True)) for table in pair)
         differing = [number for number in one.keys() | first.keys() if one.get(number) != first.get(number)]
         if differing:
             row = f"row {min(differing)} of {rows.path}"
             if min(differing) not in one:
-                return f"it leaves {row} out"
-            return f"{row} has another image, or other tokens" if min(differing) in first else f"only it can use {row}"
+                return f"it skips {row}"
+            return f"{row} has another image or other tokens" if min(differing) in first else f"only it can use {row}"
     return ""
 
 
 def check_resume(ranks: Ranks, folder: str, step: int) -> None:
-    """Check that no rank has come further than rank 0, from whose checkpoint all ranks go on.
+    """Check that no rank is ahead of rank 0, whose checkpoint all ranks resume from.
 
     Args:
-        ranks: all of which must call this.
-        folder: the run's, on each rank's disk.
-        step: of the newest checkpoint there; 0 if there is none, or the run is a new one.
+        ranks: all of them must call this.
+        folder: folder of the run, on each rank's disk.
+        step: step of the newest checkpoint there; 0 if there is none or the run is new.
 
     Raises:
-        RankError: on every rank, with the same words.
+        RankError: on every rank, with the same message.
     """
     steps = ranks.gather(step)
     furthest = max(range(ranks.size), key=steps.__getitem__)
     if steps[furthest] > steps[0]:
         raise RankError(
             f"{ranks.name(furthest)} has {folder} at step {steps[furthest]}, {ranks.name(0)} at step {steps[0]}, and "
-            f"--resume goes on with that of rank 0; make the former machine rank 0, or move its {folder} away"
+            f"--resume continues from rank 0's; make the former machine rank 0, or move its {folder} away"
         )

@@ -1,7 +1,7 @@
-"""Ranks of a distributed run: fail together, compare what must be equal, and take over the state of rank 0.
+"""Ranks of a distributed run: stop together on errors, compare values, broadcast the state of rank 0.
 
-Under `mlx.launch` each rank may run on a machine of its own, with its own disk. A collective waits for all ranks, so
-every rank must make the same calls here in the same order; none may hang on what only one of them knows.
+Under `mlx.launch` each rank may run on a machine with its own disk. A collective waits for all ranks, so every rank
+must make the same calls in the same order.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from ..features.store import STORE
 
 
 class RankError(ValueError):
-    """Another rank has failed, cannot be reached, or differs; the same on all ranks that have not failed themselves."""
+    """Raised on all other ranks when a rank fails, differs, or cannot be reached."""
 
 
 class Ranks:
-    """The ranks of this run, of which this process is one; without `mlx.launch` the only one."""
+    """The ranks of this run; without `mlx.launch`, this process only."""
 
     def __init__(self) -> None:
         self.group = mx.distributed.init()
@@ -32,11 +32,11 @@ class Ranks:
         self._hosts = self.gather(platform.node())
 
     def name(self, rank: int) -> str:
-        """A rank with its machine, for people."""
+        """A rank and its machine, for messages."""
         return f"rank {rank} ({self._hosts[rank]})"
 
     def gather(self, value: object) -> list:
-        """Exchange a JSON value, and return those of all ranks in their order. A barrier.
+        """Gather a JSON value from every rank, in order of ranks. A barrier.
 
         Raises:
             RankError: if the connection to a rank is lost.
@@ -53,10 +53,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block without collectives on every rank; an error in one of them ends all.
+        """Run a block without collectives on every rank; an error on one stops all.
 
         Raises:
-            RankError: if another rank has failed; what it raised is raised there.
+            RankError: if another rank failed; that rank raises its own error.
         """
         error = None
         try:
@@ -68,23 +68,22 @@ class Ranks:
             raise error
         for rank, failure in enumerate(failures):
             if failure:
-                raise RankError(f"{self.name(rank)} has stopped: {failure}")
+                raise RankError(f"{self.name(rank)} failed: {failure}")
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
-        """Run a block with collectives, and turn MLX's words for a lost connection into a RankError."""
+        """Run a block with collectives; turn MLX's error for a lost connection into a RankError."""
         try:
             yield
         except RuntimeError as e:
             if "peer" in str(e):
-                raise RankError("another rank has ended, or its machine cannot be reached; see what it said") from e
+                raise RankError("lost the connection to another rank; see its output") from e
             raise
 
     def sharing(self, folder: Path) -> list[int]:
-        """The ranks that see the same `folder` as this one, itself included: each leaves a file, and looks for all.
+        """Ranks that share `folder` with this one, itself included: each creates a file and looks for the others'.
 
-        The files have random names, so a network disk cannot remember that they were not there. Ranks that may not
-        write to the folder share nothing: they have no work to share.
+        Random names defeat negative caching on network disks. Ranks without permission to write share nothing.
         """
         if self.size == 1:
             return [0]
@@ -94,16 +93,13 @@ class Ranks:
                 own.touch()
             names = self.gather(own.name)
             seen = [rank for rank, name in enumerate(names) if rank == self.rank or (folder / name).exists()]
-            self.gather(None)  # all have looked
+            self.gather(None)  # all have looked before files are removed
             return seen
         finally:
             own.unlink(missing_ok=True)
 
     def take_first(self, tree: dict) -> dict:
-        """Rank 0's arrays, in a tree of the same names, shapes and dtypes on all ranks.
-
-        This sends as much as a step sends for as many gradients.
-        """
+        """Broadcast rank 0's arrays in a tree whose names, shapes and dtypes are the same on all ranks."""
         if self.size == 1:
             return tree
         taken = []

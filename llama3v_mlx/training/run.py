@@ -1,7 +1,7 @@
-"""The folder of a training run: what it was asked, its figures, and checkpoints to go on from after any end.
+"""The folder of a training run: options, metrics, and checkpoints to resume from.
 
-`run.json` are the options, `metrics.jsonl` the figures, `checkpoints/step-N` the newest two and the best, to which
-`best` leads. Those, and in the end the folder itself, are adapters in mlx-lm's form.
+`run.json` has the options, `metrics.jsonl` the metrics, `checkpoints/step-N` the newest two checkpoints and the best,
+which the link `best` points to. Checkpoints, and at the end the folder itself, are adapters in mlx-lm's form.
 """
 
 import errno
@@ -25,37 +25,37 @@ from ..files import list_folder, new_folder
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
-NEWEST = 2  # checkpoints that are kept, besides the best
+NEWEST = 2  # checkpoints kept, besides the best
 
 
 class RunFolder:
-    """A run's folder; only the rank that writes has `writes`.
+    """Folder of a run, written by one rank.
 
     Args:
-        folder: made, by the rank that writes, if it is not there.
-        options: what the run is asked to do, in JSON.
-        resume: go on with the run that is there.
+        folder: created by the writing rank if it does not exist.
+        options: everything the steps depend on, as JSON.
+        resume: continue the run in the folder.
         writes: whether this process writes.
-        notes: what is kept with the options, for people; a run that is resumed may have others.
+        notes: saved with the options for information; they may differ when a run is resumed.
 
     Raises:
-        ValueError: if the folder has a run and `resume` is not set, or one of other options.
+        ValueError: if the folder has a run and `resume` is not set, or a run with other options.
     """
 
     def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool, notes: dict | None = None):
         self.folder, self.writes = Path(folder), writes
         if not writes:
-            return  # the rank that writes may have begun already
+            return  # the writing rank may have started already
         path = self.folder / RUN
         if path.exists():
             if not resume:
-                raise ValueError(f"{folder}: holds a run; go on with it by --resume, or give another --out")
+                raise ValueError(f"{folder}: contains a run; continue it with --resume, or use another --out")
             old = read_json(path)
             if differing := [key for key in options if old.get(key) != options[key]]:
                 was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
-                raise ValueError(f"{folder}: --resume goes on with the same data and options only; {was}")
+                raise ValueError(f"{folder}: --resume needs the same data and options; {was}")
         elif self.folder.is_file() or (self.folder.is_dir() and list_folder(self.folder)):
-            raise ValueError(f"{folder}: is not empty, and holds no run; give another --out")
+            raise ValueError(f"{folder}: is not empty and contains no run; use another --out")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_beside(path, (json.dumps({**(notes or {}), **options}, indent=2) + "\n").encode())
@@ -66,7 +66,7 @@ class RunFolder:
         return int(steps[-1].name[5:]) if steps else 0
 
     def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, state: dict, adapter: dict) -> None:
-        """Keep all that the next steps depend on; checkpoints that are no longer needed go."""
+        """Save a checkpoint; remove old ones."""
         if not self.writes:
             return
         weights = dict(tree_flatten(model.trainable_parameters()))
@@ -83,7 +83,7 @@ class RunFolder:
                 shutil.rmtree(old)
 
     def _point_to_best(self, state: dict) -> Path:
-        """Let the link `best` lead to the best checkpoint, also after an interruption between the two; return it."""
+        """Point the link `best` to the best checkpoint and return it; repairs a link left by an interruption."""
         best = self.folder / "checkpoints" / f"step-{state.get('best_step') or 0:07}"
         link = self.folder / BEST
         if best.exists() and link.resolve() != best.resolve():
@@ -94,10 +94,10 @@ class RunFolder:
         return best
 
     def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> dict:
-        """Load the newest checkpoint into model and optimizer, and drop the figures of steps that come again.
+        """Load the newest checkpoint into model and optimizer, and drop the metrics of steps that will be repeated.
 
         Returns:
-            The state that was saved with it, its "step" included; empty if there is no checkpoint.
+            The state saved with it, including "step"; empty if there is no checkpoint.
         """
         state = {}
         if steps := self._steps():
@@ -109,14 +109,14 @@ class RunFolder:
         return state
 
     def finish(self) -> None:
-        """Make the newest checkpoint's adapters the folder's own."""
+        """Copy the newest checkpoint's adapters to the run's folder."""
         if self.writes:
             for name in (ADAPTERS, ADAPTER_CONFIG):
                 shutil.copyfile(self._steps()[-1] / name, self.folder / f"{name}.partial")
                 os.replace(self.folder / f"{name}.partial", self.folder / name)
 
     def log(self, figures: dict) -> None:
-        """Append a line to the metrics; on a full disk, nothing of it."""
+        """Append a line to the metrics, all of it or nothing."""
         if not self.writes:
             return
         line = (json.dumps(figures) + "\n").encode()
@@ -127,7 +127,7 @@ class RunFolder:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as e:
                 file.truncate(end)
-                raise OSError(f"{self.metrics}: {e.strerror}; make room, and go on by --resume") from e
+                raise OSError(f"{self.metrics}: {e.strerror}; make room, then continue with --resume") from e
 
     def _forget_after(self, step: int) -> None:
         if self.metrics.exists():
@@ -143,7 +143,7 @@ class RunFolder:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of the metrics; infinity if a kill or a loss of power has damaged it."""
+    """Step of a line of the metrics; infinity if the line is damaged."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, TypeError, KeyError):
@@ -151,10 +151,10 @@ def _step_of(line: bytes) -> float:
 
 
 def weights_digest(path_or_hf_repo: str | Path) -> str:
-    """SHA-256, in hex, of a checkpoint's config and weights, wherever it lies."""
+    """SHA-256, in hex, of a checkpoint's config and weights."""
     folder = find_checkpoint(path_or_hf_repo)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        digests = pool.map(_sha256, [folder / CONFIG, *sorted(folder.glob("*.safetensors"))])
+        digests = pool.map(_sha256, [folder / CONFIG, *list_folder(folder, "*.safetensors")])
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
