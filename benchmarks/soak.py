@@ -223,14 +223,14 @@ def beside(client: Client, other: Client, clients: int, requests: int, rounds: i
     return {**figures, "rates": rates}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a server that runs (default: one is started with the demo)")
     parser.add_argument("--against", metavar="DIR", help="another checkout, whose server is measured in turn")
     parser.add_argument("--requests", type=int, default=8000, help="(default: 8000)")
     parser.add_argument("--clients", default="8", help="at once; several numbers measure throughput (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     clients = [int(n) for n in args.clients.split(",")]
     with contextlib.ExitStack() as stack:
         if args.url:

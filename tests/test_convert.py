@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -485,18 +484,24 @@ def test_help_loads_nothing(run_python) -> None:
 
 @pytest.fixture
 def slow_run(source: Path, tmp_path: Path) -> subprocess.Popen:
-    """A conversion in another process that has written a shard and will take long over the rest."""
+    """A conversion in another process that has written a shard and stops there."""
     code = """
-import sys, time, llama3v_mlx.conversion.shard_writer as streaming
+import os, sys
+import llama3v_mlx.conversion.shard_writer as streaming
 from llama3v_mlx.convert import main
 streaming.SHARD_BYTES, convert = 300_000, streaming._convert
-streaming._convert = lambda *args: time.sleep(0.1) or convert(*args)
+def wait(*args):
+    if os.path.exists(sys.argv[-1] + ".partial/model-00001.safetensors"):
+        print("waiting", flush=True)
+        sys.stdin.read()
+    return convert(*args)
+streaming._convert = wait
 main(sys.argv[1:])
 """
     command = [sys.executable, "-c", code, "--hf-path", str(source), "--mlx-path", str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "out.partial" / "model-00001.safetensors").exists():
-        time.sleep(0.02)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "waiting\n", process.communicate()
     yield process
     process.kill()
     process.communicate()

@@ -71,12 +71,14 @@ def test_text_alone(converted: Path) -> None:
     )
 
 
-def test_generate_command(converted: Path, picture: Path, run_python) -> None:
+def test_generate_command(converted: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """`mlx_lm.generate --image`, its main called after `register()`."""
-    code = "import llama3v_mlx; llama3v_mlx.register(); from mlx_lm.generate import main; main()"
+    from mlx_lm.generate import main
+
     flags = ["--model", converted, "--image", picture, "--prompt", QUESTION, "--verbose", "False", "--max-tokens", "50"]
-    done = run_python("-c", code, *flags)
-    assert done.stdout.strip().splitlines()[-1] == ANSWER
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", *map(str, flags)])
+    main()
+    assert capsys.readouterr().out.strip().splitlines()[-1] == ANSWER
 
 
 def test_server(converted: Path, circles: Image.Image) -> None:

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from conftest import ROOT
@@ -26,26 +27,32 @@ RECIPE = [line for line in commands(DEMO) if "world" in line or " mine" in line 
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_blocks_run(run_python, code: str) -> None:
-    done = run_python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert "hree blue circles" in done.stdout
+def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, code: str) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert "hree blue circles" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder for the commands one after another: what they write stays out of the clone."""
+    """A folder that looks like the clone: what commands write stays out of that."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("llama3v_mlx", "tools"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
 
+@pytest.fixture(scope="module")
+def results(run_main, workplace: Path) -> dict[str, CompletedProcess]:
+    """Of all commands, one after another: what one writes another reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        return {line: run_main("llama3v_mlx.__main__", *shlex.split(line)[1:]) for line in dict.fromkeys(HERE)}
+
+
 @pytest.mark.parametrize("command", dict.fromkeys(HERE))
-def test_commands_run(run_main, monkeypatch: pytest.MonkeyPatch, workplace: Path, command: str) -> None:
-    monkeypatch.chdir(workplace)
-    done = run_main("llama3v_mlx.__main__", *shlex.split(command)[1:])
-    assert done.returncode == 0, done.stderr
+def test_commands_run(results: dict[str, CompletedProcess], command: str) -> None:
+    assert results[command].returncode == 0, results[command].stderr
 
 
 @pytest.mark.parametrize("command", [line for line in OURS if line not in HERE])
@@ -73,11 +80,10 @@ def test_the_recipe_on_a_small_scale(run_main, run_python, monkeypatch, workplac
     assert done.stdout.splitlines()[0].split()[:4] == ["all", done.stdout.split()[1], "of", "5"]
 
 
-def test_quick_start_output_is_the_real_one(run_python) -> None:
+def test_quick_start_output_is_the_real_one(results: dict[str, CompletedProcess]) -> None:
     """But for the figures, which differ from run to run."""
     shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1].splitlines()
-    done = run_python("-m", "llama3v_mlx", *shlex.split(HERE[0])[1:])
-    real = (done.stderr + done.stdout).splitlines()
+    real = (results[HERE[0]].stderr + results[HERE[0]].stdout).splitlines()
     assert [re.sub(r"[\d.]+", "0", line) for line in shown] == [re.sub(r"[\d.]+", "0", line) for line in real]
 
 
