@@ -107,9 +107,10 @@ class Trainer:
             part, new = self._gradient(batch.grids)(batch.arrays(), scale)
             loss, grads = loss + part, new if grads is None else tree_map(mx.add, grads, new)
             mx.eval(loss, grads)
-        grads, norm = self._clip(nn.average_gradients(grads))
-        loss = mx.distributed.all_sum(loss) / self.group.size()
-        mx.eval(loss, norm)
+        loss, grads = mx.distributed.all_sum(loss) / self.group.size(), nn.average_gradients(grads)
+        for _, array in [("loss", loss), *tree_flatten(grads)]:
+            mx.eval(array)  # one collective at a time: after a lost peer, MLX's ring never ends the next one
+        grads, norm = self._clip(grads)
         if not np.isfinite(loss.item()) or not np.isfinite(norm.item()):
             self.skipped, self._bad = self.skipped + 1, self._bad + 1
             if self._bad == self.MOST_BAD_STEPS:
