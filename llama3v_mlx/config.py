@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Number:
-    """What a number in a config must be."""
+    """The range of a number in a config."""
 
     low: float
     high: float = sys.float_info.max
@@ -26,7 +26,7 @@ class Number:
     above: bool = False  # over `low`, not equal to it
 
     def check(self, name: str, value: Any) -> None:
-        """Raise CheckpointError, with the name of the value, if it is anything else."""
+        """Raise CheckpointError, with the name of the value, unless it is such a number."""
         is_number = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
         if not is_number or not self.low <= value <= self.high or (self.above and value == self.low):
             raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be {self}")
@@ -86,10 +86,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_dtype(path: Path, *configs: Any) -> str | None:
-    """The dtype that a checkpoint's config names: the first of these, of a model and of those nested in it, which does.
+    """The dtype that the first of `configs` has which has any: a model's, then those nested in it.
 
     Raises:
-        CheckpointError: if one names two, as `dtype` and as `torch_dtype`.
+        CheckpointError: if `dtype` and `torch_dtype` of one differ.
     """
     for config in configs:
         names = {}
@@ -103,7 +103,7 @@ def read_dtype(path: Path, *configs: Any) -> str | None:
 
 
 def read_token_ids(path: Path, config: dict, key: str, default: int) -> list[int]:
-    """The ids under a key that may have one or a list of them, or null for the default."""
+    """The ids under a key: one or a list of them, or the default for null."""
     ids = default if config.get(key) in (None, []) else config[key]
     ids = ids if isinstance(ids, list) else [ids]
     for each in ids:
@@ -112,7 +112,7 @@ def read_token_ids(path: Path, config: dict, key: str, default: int) -> list[int
 
 
 def llama_config(path: Path, config: Any, nested: str = "") -> dict:
-    """What mlx-lm's `llama.ModelArgs` takes, of a config that transformers 4 or 5 wrote.
+    """The keys of mlx-lm's `llama.ModelArgs`, from a config that transformers 4 or 5 wrote.
 
     Args:
         path: the file, for messages.
@@ -120,7 +120,7 @@ def llama_config(path: Path, config: Any, nested: str = "") -> dict:
         nested: the key under which the file has it.
 
     Raises:
-        CheckpointError: if something is missing, malformed, or means what mlx-lm's Llama does not compute.
+        CheckpointError: if a key is missing or malformed, or asks for what mlx-lm's Llama does not compute.
     """
     where = f"{path}: {nested and nested + '.'}"
     if not isinstance(config, dict):
@@ -144,7 +144,7 @@ def llama_config(path: Path, config: Any, nested: str = "") -> dict:
 
 
 def _rope(where: str, config: dict) -> dict:
-    """`rope_theta` and `rope_scaling`, from wherever a config has them; without the first if it has none."""
+    """`rope_theta`, if there is one, and `rope_scaling`, from wherever a config has them."""
     _check_whole_rotary(where, config)
     thetas = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
     scalings = {}
@@ -189,11 +189,11 @@ def _scaling(where: str, given: dict) -> dict | None:
 def _check_whole_rotary(where: str, config: dict) -> None:
     if config.get("partial_rotary_factor", 1) != 1:
         factor = reprlib.repr(config["partial_rotary_factor"])
-        raise CheckpointError(f"{where}partial_rotary_factor is {factor}; mlx-lm's Llama turns whole heads")
+        raise CheckpointError(f"{where}partial_rotary_factor is {factor}; mlx-lm's Llama rotates whole heads")
 
 
 def _check_equal(where: str, values: dict[str, Any]) -> None:
-    """Raise CheckpointError if a config says the same in two places, and not the same."""
+    """Raise CheckpointError unless these values, which mean the same, are equal."""
     for key, value in values.items():
         first = next(iter(values))
         if value != values[first]:
@@ -202,9 +202,9 @@ def _check_equal(where: str, values: dict[str, Any]) -> None:
 
 
 def older_rope(config: dict) -> dict:
-    """What a config of any model has in `rope_parameters` alone, under the keys that transformers 4 had for it.
+    """`rope_theta`, `rope_scaling` and `partial_rotary_factor` of a config that has them in `rope_parameters` alone.
 
-    Given to mlx-lm's `load` as `model_config`: most of its models look for those, and have a default in their place.
+    For mlx-lm's `load`, as `model_config`: most of its models read these keys only, and have defaults for them.
     """
     given = config.get("rope_parameters")
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
@@ -217,10 +217,10 @@ def older_rope(config: dict) -> dict:
 
 
 def sampling_config(path: Path, config: dict) -> dict:
-    """A generation config with what it leaves open, or has as null: the reference's sampling.
+    """A checked generation config, with defaults for what is absent or null.
 
-    The reference samples unless it is told not to, so `do_sample` is true where it is absent: the released files do not
-    have it. Where it is false, no other default than Hugging Face's, no penalty, takes effect.
+    The defaults are the reference's, which samples: the released files have no `do_sample`, and Hugging Face's default,
+    false, is not taken for it. Where it is false, the repetition penalty defaults to Hugging Face's 1.0.
 
     Raises:
         CheckpointError: if a value is of the wrong type or out of its range.

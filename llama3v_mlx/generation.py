@@ -221,7 +221,7 @@ def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) ->
 
 @contextlib.contextmanager
 def _wired_limit(model: Model, streams: list[mx.Stream] | None = None) -> Iterator[None]:
-    """mlx-lm's, which warns of a model close to the size of the memory by a print into the answer: here on stderr."""
+    """mlx-lm's `wired_limit`, but its warning of a model close to the memory's size goes to stderr, once."""
     warning = io.StringIO()
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stdout(warning):

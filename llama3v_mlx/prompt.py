@@ -178,13 +178,12 @@ class Processor:
         Args:
             prompt: a question of the user; or messages, dicts of `role` and `content`, whose image parts may hold
                 their image or stand for the next of `images`; or a templated text, which starts with
-                `<|begin_of_text|>`; or ids, in a list or an array; or what this has made of them.
+                `<|begin_of_text|>`; or ids, in a list or an array; or a Prompt, which is returned.
             images: they go in front of a question, or fill the places of messages or of a templated text.
             system_prompt: goes before a question or messages.
 
         Raises:
-            ValueError: if messages are malformed, places and images do not match, or there is a `system_prompt` and
-                no place for it.
+            ValueError: if messages are malformed, places and images do not match, or `system_prompt` has no place.
             ImageError: if an image cannot be used.
         """
         if not isinstance(prompt, (str, Prompt)):

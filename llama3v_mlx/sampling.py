@@ -19,7 +19,7 @@ class Sampling:
 
     @classmethod
     def from_config(cls, config: dict) -> "Sampling":
-        """What a checked generation config asks for: `do_sample: false` takes the likeliest token, at temperature 0."""
+        """The sampling of a checked generation config; `do_sample: false` is temperature 0, the likeliest token."""
         own = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         return cls(**own if config.get("do_sample", True) else {**own, "temperature": 0.0})
 

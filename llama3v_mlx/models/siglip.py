@@ -60,7 +60,7 @@ def strip_ids(num_patches: int, side: int) -> mx.array:
 
 
 def _torch_arange(start: float, step: float, count: int) -> np.ndarray:
-    """The float32 values of torch.arange: pairs of vectors of 8 from their rounded first value on, and single ones."""
+    """torch.arange's float32 values: two vectors of 8 at a time, each from its rounded first value, the rest singly."""
     i = np.arange(count)
     lane = i % 8
     in_vector = (start + (i - lane) * step).astype(np.float32) + lane * step
