@@ -29,7 +29,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from llama3v_mlx.features.encoder import ImageEncoder, load_encoder, matmul_peak, published_tensors
+from llama3v_mlx.device import chip, cores, matmul_peak, on_gpu
+from llama3v_mlx.features.encoder import ImageEncoder, load_encoder, published_tensors
 from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
 from llama3v_mlx.image import TiledImage
 from llama3v_mlx.models.siglip import SigLIP, VisionConfig
@@ -53,19 +54,10 @@ def say(text: str = "") -> None:
 
 def machine() -> dict:
     """What this is run on."""
-    chip = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        chip = next((name for name in names if "CPU" in name or "Processor" in name), chip)
-    elif sys.platform == "darwin":
-        chip = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
-        ).stdout.strip()
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = on_gpu()
     return {
-        "chip": str(mx.device_info().get("device_name", chip)) if gpu else chip,
-        "backend": "gpu" if gpu else f"cpu, {cores} cores" + (", OpenBLAS" if HAS_OPENBLAS else ""),
+        "chip": chip(),
+        "backend": "gpu" if gpu else f"cpu, {cores()} cores" + (", OpenBLAS" if HAS_OPENBLAS else ""),
         "system": f"{platform.system()} {platform.release()}",
         "mlx": mx.__version__,
         "python": platform.python_version(),
@@ -118,7 +110,7 @@ def peers(encoder: ImageEncoder, batch: int, repeats: int, dtypes: list[str], py
     for name in PEERS:
         for dtype in dtypes if name.startswith("torch") else [str(encoder.dtype).removeprefix("mlx.core.")]:
             # As their users get them on a CPU: a minute and more for one image, so they are asked for one.
-            slow = name.startswith("mlx") and mx.default_device() == mx.Device(mx.cpu)
+            slow = name.startswith("mlx") and not on_gpu()
             size = 1 if slow else batch
             interpreter = python if name.startswith("mlx") else sys.executable
             command = [interpreter, str(PEER_PROGRAM), name, dtype, config, str(size), str(repeats)]
@@ -308,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a SigLIP checkpoint, in the place of random weights")
     parser.add_argument("--random", choices=SHAPES, default="so400m-384", help="a shape (default: so400m-384)")
-    gpu = mx.default_device() == mx.Device(mx.gpu)
+    gpu = on_gpu()
     batches = "1,2,4,8,16,32" if gpu else "1,2,4"
     parser.add_argument("--batch", default=batches, help=f"batch sizes; '' for no sweep (default here: {batches})")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(default: what suits the device)")

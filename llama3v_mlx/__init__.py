@@ -5,8 +5,10 @@ model, processor = load("path/or/repo")
 print(generate(model, processor, "What is this image?", image="photo.jpg"))
 """
 
+import contextlib
 import ctypes
 import importlib
+import os
 import sys
 
 __version__ = "0.1.0"
@@ -47,3 +49,10 @@ def _prefer_openblas() -> bool:
 
 
 HAS_OPENBLAS = _prefer_openblas()
+
+if os.environ.get("LLAMA3V_DEVICE"):
+    from .device import select
+
+    # A command says what is wrong with the value in one line, `load` in its exception.
+    with contextlib.suppress(ValueError):
+        select()

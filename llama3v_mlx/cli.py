@@ -26,6 +26,10 @@ def run(command: Callable[[], None], debug: bool = False) -> None:
     if not debug:
         _hush_libraries()
     try:
+        if os.environ.get("LLAMA3V_DEVICE"):
+            from .device import select
+
+            select()
         command()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -52,11 +56,10 @@ def error_line(error: Exception) -> str:
 
 def note_slow_cpu() -> None:
     """Say once, on Linux without a GPU, what makes float32 matmul fast there."""
-    import mlx.core as mx
-
     from . import HAS_OPENBLAS
+    from .device import on_gpu
 
-    if sys.platform == "linux" and mx.default_device() == mx.cpu and not HAS_OPENBLAS:
+    if sys.platform == "linux" and not on_gpu() and not HAS_OPENBLAS:
         print(
             "note: MLX is 40 to 80 times slower on this CPU without OpenBLAS: apt-get install libopenblas0-pthread",
             file=sys.stderr,

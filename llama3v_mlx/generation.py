@@ -29,6 +29,7 @@ from .checkpoint import (
     read_config,
     read_generation_config,
 )
+from .device import on_gpu, select
 from .features.lookup import FeatureCache
 from .image import ImageSource, expand
 from .models import llama3v as model_module
@@ -75,10 +76,12 @@ def load(
 
     Raises:
         CheckpointError: if there is no usable checkpoint.
+        ValueError: if `LLAMA3V_DEVICE` names no device that is there.
     """
     folder = find_checkpoint(path_or_hf_repo, revision)
     config = read_config(folder)
-    if dtype is None and mx.default_device() == mx.cpu:
+    select()
+    if dtype is None and not on_gpu():
         dtype = mx.float32
     model = load_model(folder, config, dtype, lazy)
     if adapter_path is not None:

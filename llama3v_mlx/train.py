@@ -25,6 +25,7 @@ def train(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from .checkpoint import name_of
+    from .device import on_gpu
     from .generation import load
     from .training.data import Dialogues
     from .training.loop import Loop, LoopSettings
@@ -41,7 +42,7 @@ def train(args: argparse.Namespace) -> None:
             note_slow_cpu()
             if args.plot:
                 import matplotlib  # noqa: F401  (to fail before hours of training)
-        args.dtype = args.dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16")
+        args.dtype = args.dtype or ("bfloat16" if on_gpu() else "float32")
         model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
         sets = [Dialogues(path, args.image_folder, processor, args.strict) for path in (args.data, args.val) if path]
     store, tiler = prepare_features(args.features, args.model, args.stage, sets, args.workers, ranks)

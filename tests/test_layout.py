@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module or subpackage may import from itself and from the rows above it.
 LAYERS = (
+    ("device",),
     ("llama3v_mlx",),
     ("files", "cli"),
     ("pdf",),

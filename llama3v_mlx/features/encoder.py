@@ -1,10 +1,8 @@
 """From image files and texts to features with any SigLIP: Google's checkpoints, and the tower of a llama3v one."""
 
-import functools
 import hashlib
 import json
 import string
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from ..checkpoint import (
     read_json,
     read_tensors,
 )
+from ..device import on_gpu
 from ..image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
 from ..models import linux_cpu
 from ..models.llama3v import Model, encode_by_size
@@ -225,7 +224,7 @@ def load_encoder(
     folder = find_checkpoint(path_or_hf_repo, revision)
     name = name_of(path_or_hf_repo)
     if dtype is None:
-        dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+        dtype = mx.float16 if on_gpu() else mx.float32
     if read_json(folder / CONFIG).get("model_type") in SIGLIP_TYPES:
         model, resample = load_siglip(folder, dtype)
         kind = kind or ("pooled" if model.vision_tower.config.vision_use_head else "patch")
@@ -320,19 +319,3 @@ def published_tensors(model: SigLIP) -> dict[str, mx.array]:
         tensor = tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
         tensors[name.replace(".in_proj.", ".in_proj_")] = mx.contiguous(tensor)
     return tensors
-
-
-@functools.cache
-def matmul_peak(dtype: mx.Dtype) -> float:
-    """The most floating-point operations per second of large square matrix products here, measured once a process."""
-    n = 1024 if mx.default_device() == mx.cpu else 8192
-    if mx.default_device() == mx.cpu and dtype != mx.float32:
-        n = 256
-    a, b = mx.random.normal((n, n)).astype(dtype), mx.random.normal((n, n)).astype(dtype)
-    mx.eval(a @ b)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval([a @ (b + i) for i in range(2)])
-        best = min(best, (time.perf_counter() - start) / 2)
-    return 2 * n**3 / best

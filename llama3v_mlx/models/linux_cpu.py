@@ -8,7 +8,6 @@ is shared among as many streams as there are cores. The tower's results are the 
 import contextlib
 import ctypes
 import functools
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import HAS_OPENBLAS
+from ..device import cores, on_gpu
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 HEADS_AT_ONCE = 4  # their scores stay in a core's cache
@@ -27,7 +27,7 @@ _THREAD = threading.local()
 
 def applies(x: mx.array) -> bool:
     """Whether this is the backend, and `x` of the type, that the rest of this file is for."""
-    return sys.platform == "linux" and x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu)
+    return sys.platform == "linux" and x.dtype == mx.float32 and not on_gpu()
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -101,7 +101,7 @@ def _streams() -> list[mx.Stream]:
     """A stream per core of the calling thread, to which MLX binds them."""
     if not hasattr(_THREAD, "streams"):
         _keep_memory()
-        _THREAD.streams = [mx.new_stream(mx.cpu) for _ in os.sched_getaffinity(0)]
+        _THREAD.streams = [mx.new_stream(mx.cpu) for _ in range(cores())]
     return _THREAD.streams
 
 

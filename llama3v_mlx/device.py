@@ -1,0 +1,84 @@
+"""The device that MLX computes on. `LLAMA3V_DEVICE=cpu` or `gpu` chooses it, here and in all processes started here."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+DEVICE = "LLAMA3V_DEVICE"
+# For tests: the CPU takes every branch of a GPU, such as half precision.
+PRETEND = "LLAMA3V_PRETEND_GPU"
+
+
+def select() -> None:
+    """Make the device that `LLAMA3V_DEVICE` names MLX's default; without it, MLX's own choice stays.
+
+    Raises:
+        ValueError: if it names no device, or one that is not there.
+    """
+    name = os.environ.get(DEVICE)
+    if not name:
+        return
+    if name not in ("cpu", "gpu"):
+        raise ValueError(f"{DEVICE} is {name!r}; it must be cpu or gpu")
+    device = mx.Device(getattr(mx, name))
+    if not mx.is_available(device):
+        raise ValueError(f"{DEVICE} is gpu, but MLX has no GPU here; leave it out, or set it to cpu")
+    mx.set_default_device(device)
+
+
+def on_gpu() -> bool:
+    """Whether to compute as suits a GPU: in half precision, and with none of `models.linux_cpu`."""
+    return os.environ.get(PRETEND) == "1" or mx.default_device() == mx.Device(mx.gpu)
+
+
+def chip() -> str:
+    """The name of the chip that is computed on."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return str(mx.device_info()["device_name"])
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limit() -> int:
+    """Bytes that computation may take: a GPU's recommended working set, else the machine's memory."""
+    return int(mx.device_info().get("max_recommended_working_set_size", 0)) or memory()
+
+
+def matmul_peak(dtype: mx.Dtype) -> float:
+    """Floating-point operations per second of a large square matrix product, measured.
+
+    The matrices are the smallest that keep the device busy for 10 ms, of 256 to 8192 rows.
+    """
+    n, best = 128, 0.0
+    while best < 0.01 and n < 8192:
+        n *= 2
+        a, b = mx.random.normal((2, n, n)).astype(dtype)
+        mx.eval(a @ b)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            mx.eval([a @ (b + i) for i in range(2)])
+            times.append((time.perf_counter() - start) / 2)
+        best = min(times)
+    return 2 * n**3 / best

@@ -1,0 +1,81 @@
+"""The device switch: by the environment, for every command and the processes it starts; and a pretended GPU."""
+
+import ast
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import llama3v_mlx
+from llama3v_mlx import device, load
+from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
+from llama3v_mlx.features.encoder import load_encoder
+from llama3v_mlx.models import linux_cpu
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "is_available", lambda device: device == mx.Device(mx.cpu))
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr(mx, "set_default_device", chosen.append)
+    for value in ("", "gpu", "cpu"):
+        monkeypatch.setenv(device.DEVICE, value)
+        device.select()
+    assert chosen == [mx.Device(mx.gpu), mx.Device(mx.cpu)]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("tpu", "LLAMA3V_DEVICE is 'tpu'; it must be cpu or gpu"), ("gpu", "LLAMA3V_DEVICE is gpu, but MLX has no GPU")],
+)
+def test_a_wrong_value_is_one_line(value: str, said: str, no_gpu, monkeypatch, run_main) -> None:
+    monkeypatch.setenv(device.DEVICE, value)
+    done = run_main("llama3v_mlx.generate", "--image", IMAGES / "42.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match=said):
+        load(CHECKPOINT)
+
+
+def test_the_package_selects_when_it_is_imported(run_python) -> None:
+    """Before anything is computed, in a process that a command started; a wrong value is not yet an error."""
+    code = "import sys, llama3v_mlx; print('mlx.core' in sys.modules)"
+    for value, imported in (("cpu", "True"), ("", "False")):
+        env = {**os.environ, "LLAMA3V_DEVICE": value}
+        done = run_python("-c", code, env=env)
+        assert (done.stdout.strip(), done.stderr) == (imported, "")
+    help = run_python("-m", "llama3v_mlx.generate", "--help", env={**env, "LLAMA3V_DEVICE": "tpu"})
+    assert help.returncode == 0 and help.stderr == ""
+
+
+def test_a_pretended_gpu_takes_its_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device.PRETEND, "1")
+    model, _ = load(CHECKPOINT)
+    assert model.language_model.model.embed_tokens.weight.dtype == mx.float16
+    assert load_encoder(SIGLIP).dtype == mx.float16
+    assert not linux_cpu.applies(mx.ones(1))
+    monkeypatch.setenv(device.PRETEND, "")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert load_encoder(SIGLIP).dtype == mx.float32
+
+
+def test_one_function_asks_for_the_device() -> None:
+    """Else a branch of a GPU is one that no test here can take."""
+    package = Path(llama3v_mlx.__file__).parent
+    asks = set()
+    for path in package.rglob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        if names & {"default_device", "is_available", "metal"}:
+            asks.add(path.name)
+    assert asks == {"device.py"}
+
+
+def test_the_chip_has_a_name_and_memory() -> None:
+    assert device.chip()
+    assert 0 < device.memory_limit() <= device.memory()
+    assert device.cores() >= 1
