@@ -1,11 +1,14 @@
 """What the commands share: exit codes, errors in one line, quiet libraries, and the options of generation."""
 
 import argparse
+import contextlib
 import logging
 import os
+import shutil
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DEMO_NOTE = (
@@ -18,10 +21,11 @@ GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
 GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
 
 
-def run(command: Callable[[], None], debug: bool = False) -> None:
+def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -> None:
     """Run a command and exit: 0 when it is done, 1 with one `error:` line when it fails, 130 on Ctrl-C.
 
-    With `debug`, a failure shows its traceback in place of the line, and libraries may warn.
+    With `debug`, a failure shows its traceback in place of the line, and libraries may warn. With `awake`, a Mac does
+    not sleep before the command has ended.
     """
     if not debug:
         _hush_libraries()
@@ -30,7 +34,8 @@ def run(command: Callable[[], None], debug: bool = False) -> None:
             from .device import select
 
             select()
-        command()
+        with keep_awake() if awake else contextlib.nullcontext():
+            command()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -44,6 +49,24 @@ def run(command: Callable[[], None], debug: bool = False) -> None:
             raise
         print(f"error: {error_line(e)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def keep_awake() -> Iterator[None]:
+    """Keep a Mac from sleeping while it is idle; elsewhere, do nothing."""
+    program = shutil.which("caffeinate")
+    if program is None:
+        yield
+        return
+    # -w: should this process be killed, caffeinate ends by itself. Ctrl-C is for this process to answer.
+    command = [program, "-i", "-w", str(os.getpid())]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def error_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import run
-from .files import flush, list_folder, new_folder
+from .files import new_folder
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         check_sources(options["hf_path"], new, options["verify"])
     except ValueError as e:
         parser.error(str(e))
-    run(lambda: convert(**options), debug)
+    run(lambda: convert(**options), debug, awake=True)
 
 
 def convert(
@@ -223,7 +223,7 @@ def _new_config(folder: Path, dtype: str | None) -> dict:
 
 
 def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[str, str]:
-    """Text files of the conversion besides the index and tokenizer.json, in the order they are written."""
+    """Text files of the conversion besides the index and tokenizer.json."""
     from . import checkpoint as ck
 
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **ck.tokenizer_config(folder)}
@@ -232,7 +232,7 @@ def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[st
         ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config["eos_token_id"]).chat_template,
         ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
         "README.md": _model_card(source, name, config),
-        ck.CONFIG: _json(config),  # last: a folder without it is no checkpoint
+        ck.CONFIG: _json(config),
     }
 
 
@@ -248,11 +248,8 @@ def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan
     with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
         write_tensors(tensors, plan, writer, bar.update)
     shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
-    for path in list_folder(partial):
-        flush(path)
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
-        flush(partial / name)
     return len(writer.shards)
 
 

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.export and (Path(args.out) / "store.json").exists():
                 export(args.out, args.export)
 
-    run(command, args.debug)
+    run(command, args.debug, awake=True)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", metavar="PNG", help="draw the scores; needs matplotlib")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     args = parser.parse_args(argv)
-    run(lambda: evaluate(args), args.debug)
+    run(lambda: evaluate(args), args.debug, awake=True)
 
 
 if __name__ == "__main__":

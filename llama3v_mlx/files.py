@@ -1,6 +1,7 @@
 """Files and folders: created atomically, listed without what macOS leaves in them, found in either Unicode form."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -8,10 +9,12 @@ import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 # In a folder that is being written, and locked while it is: what tells a leftover from somebody's folder.
 MARKER = ".writing"
+# What exFAT, SMB and NFS answer to a flush that they do not offer, above all a folder's.
+_NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 
 
 @contextlib.contextmanager
@@ -36,8 +39,10 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         with (partial / MARKER).open("w") as marker:
-            _lock(marker, partial)
+            _take(marker, partial)
             yield partial
+            for file in partial.rglob("*"):
+                flush(file)
             flush(partial)
             os.rename(partial, path)
             flush(partial.parent)
@@ -52,29 +57,57 @@ def _remove_leftover(partial: Path) -> None:
     if not partial.is_dir() or (list_folder(partial) and not (partial / MARKER).is_file()):
         raise FileExistsError(f"{partial} is in the way, and is not left by an earlier run; move it away")
     with contextlib.suppress(FileNotFoundError), (partial / MARKER).open() as marker:
-        _lock(marker, partial)
+        _take(marker, partial)
         for path in partial.iterdir():
             if path.name != MARKER:  # it goes last: a leftover stays one, should this be killed too
                 path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its own
     shutil.rmtree(partial)
 
 
-def _lock(marker: TextIO, partial: Path) -> None:
+def _take(marker: IO, partial: Path) -> None:
+    if not lock(marker, wait=False):
+        raise FileExistsError(f"{partial} is being written by another process")
+
+
+def lock(file: IO, wait: bool = True) -> bool:
+    """Lock an open file until it is closed; False if another process has it and `wait` is not set.
+
+    On a file system without locks every process gets it.
+    """
     try:
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise FileExistsError(f"{partial} is being written by another process") from e
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError:
-        return  # a file system without locks
+        pass
+    return True
 
 
 def flush(path: Path) -> None:
-    """Have a file or folder on the disk, whatever happens to the machine next."""
+    """Flush a file or folder to the disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk; a file system that does not offer that is left alone.
+
+    Raises:
+        OSError: if the data could not be written.
+    """
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the data in the drive's cache
+    if full is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, full)
+            return
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _NOT_OFFERED:
+            raise
 
 
 def is_junk(name: str) -> bool:

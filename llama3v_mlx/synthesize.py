@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     server.add_argument("--image-folder", metavar="DIR", help="send the images too; folder that their paths start from")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     args = parser.parse_args(argv)
-    run(lambda: synthesize(args), args.debug)
+    run(lambda: synthesize(args), args.debug, awake=True)
 
 
 if __name__ == "__main__":

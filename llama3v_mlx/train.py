@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.learning_rate is None:
         kind = "pretrain" if args.stage == "pretrain" else "full" if args.full else "lora"
         args.learning_rate = LEARNING_RATES[kind]
-    run(lambda: fuse(args) if args.fuse else train(args), args.debug)
+    run(lambda: fuse(args) if args.fuse else train(args), args.debug, awake=True)
 
 
 if __name__ == "__main__":

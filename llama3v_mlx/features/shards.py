@@ -6,7 +6,6 @@ the file is renamed to `.safetensors`. Nothing is written twice, and a sealed sh
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import struct
@@ -19,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..files import flush
+from ..files import flush, lock, sync
 
 # One entry of a manifest.
 RECORD = np.dtype(
@@ -53,9 +52,7 @@ def shard_path(folder: Path, writer: int, number: int) -> Path:
 def take_manifest(folder: Path, writer: int) -> FileIO | None:
     """A writer's manifest, opened to append and locked; None if another process has it."""
     manifest = (folder / f"manifest-{writer:03}.bin").open("ab", buffering=0)
-    try:
-        fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(manifest, wait=False):
         manifest.close()
         return None
     return manifest
@@ -203,7 +200,7 @@ class OpenShard:
         self._file.seek(0)
         # safetensors lets the header be padded with spaces, which keeps the rows where they are.
         _write(self._file, struct.pack("<Q", HEADER_BYTES - 8) + header.ljust(HEADER_BYTES - 8))
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
         self.close()
         os.rename(self._path, self._path.with_suffix(SEALED))
         flush(self._path.parent)
@@ -301,7 +298,7 @@ def write_beside(path: Path, data: bytes) -> None:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -320,7 +317,6 @@ def ends_a_line(path: Path) -> bool:
 @contextlib.contextmanager
 def store_lock(folder: Path) -> Iterator[None]:
     """Hold the store's lock: one process at a time looks for duplicates and appends."""
-    with (folder / LOCK).open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / LOCK).open("w") as file:
+        lock(file)
         yield

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import read_json
-from ..files import list_folder
+from ..files import list_folder, sync
 from .shards import (
     LOCK,
     OPEN,
@@ -303,7 +303,7 @@ class FeatureWriter:
         self._manifest.close()
 
     def _seal(self) -> None:
-        os.fsync(self._manifest.fileno())
+        sync(self._manifest.fileno())
         self._shard.seal()
         self._next, self._shard = self._shard.number + 1, None
 

@@ -1,7 +1,8 @@
 """The folder of a training run: options, metrics, and checkpoints to resume from.
 
 `run.json` has the options, `metrics.jsonl` the metrics, `checkpoints/step-N` the newest two checkpoints and the best,
-which the link `best` points to. Checkpoints, and at the end the folder itself, are adapters in mlx-lm's form.
+which the link `best` points to (a copy of its adapters where links are not supported). Checkpoints, and at the end the
+folder itself, are adapters in mlx-lm's form.
 """
 
 import errno
@@ -83,14 +84,20 @@ class RunFolder:
                 shutil.rmtree(old)
 
     def _point_to_best(self, state: dict) -> Path:
-        """Point the link `best` to the best checkpoint and return it; repairs a link left by an interruption."""
+        """Point the link `best` to the best checkpoint and return that; repairs a link left by an interruption."""
         best = self.folder / "checkpoints" / f"step-{state.get('best_step') or 0:07}"
         link = self.folder / BEST
         if best.exists() and link.resolve() != best.resolve():
             partial = self.folder / f"{BEST}.partial"
             partial.unlink(missing_ok=True)
-            partial.symlink_to(best.relative_to(self.folder))
-            os.replace(partial, link)
+            try:
+                partial.symlink_to(best.relative_to(self.folder))
+                os.replace(partial, link)
+            except OSError:  # a file system without links
+                shutil.rmtree(link, ignore_errors=True)
+                with new_folder(link, 0) as copy:
+                    for name in (ADAPTERS, ADAPTER_CONFIG, STATE):
+                        shutil.copyfile(best / name, copy / name)
         return best
 
     def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> dict:

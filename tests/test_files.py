@@ -1,0 +1,149 @@
+"""Files on disks that lack flushes, locks or links (exFAT, SMB, NFS), on macOS, and while a Mac would sleep."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+from mlx import nn
+
+from llama3v_mlx import files
+from llama3v_mlx.cli import keep_awake
+from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo, verify
+from llama3v_mlx.training.run import RunFolder
+
+
+def refuse(code: int):
+    def refused(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    return refused
+
+
+@pytest.fixture(params=[errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def poor_disk(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without flushes, locks and links."""
+    for module, name in ((os, "fsync"), (os, "symlink"), (fcntl, "flock")):
+        monkeypatch.setattr(module, name, refuse(request.param))
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse(request.param))
+
+
+def test_a_folder_is_written_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "new", 0) as partial:
+        (partial / "file").write_text("data")
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_a_store_is_written_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "store", StoreInfo("model", "patch", "0", 4, "float16"))
+    with FeatureWriter(store) as writer:
+        assert writer.add([(bytes(32), Features(mx.ones((3, 4)), (3, 1)))]) == 1
+    assert verify(tmp_path / "store").good == 1
+
+
+def test_a_run_keeps_its_best_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {}, resume=False, writes=True)
+    model, optimizer = nn.Linear(2, 2), optim.Adam(1e-3)
+    optimizer.init(model.trainable_parameters())
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        model.weight = mx.full((2, 2), step)
+        folder.save(step, model, optimizer, {"best_step": best}, {"kind": "test"})
+    kept = tmp_path / "run" / "best"
+    assert mx.load(str(kept / "adapters.safetensors"))["weight"][0, 0].item() == 2
+    assert sorted(os.listdir(kept)) == ["adapter_config.json", "adapters.safetensors", "state.json"]
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-0000004", "step-0000005"]
+
+
+def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse(errno.ENOTSUP))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        files.flush(tmp_path)
+
+
+def test_macos_flushes_the_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of a new folder, and the folder, by F_FULLFSYNC."""
+    flushed = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, what: flushed.append((os.fstat(fd).st_ino, what)))
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with files.new_folder(tmp_path / "new", 0) as partial:
+        (partial / "file").write_text("data")
+    for path in (tmp_path / "new" / "file", tmp_path / "new", tmp_path):
+        assert (path.stat().st_ino, 51) in flushed
+
+
+def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
+        assert files.lock(first)
+        assert not files.lock(second, wait=False)
+        first.close()
+        assert files.lock(second, wait=False)
+
+
+@pytest.fixture
+def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a stand-in for macOS's `caffeinate` notes: its arguments, and how it ended."""
+    program = tmp_path / "bin" / "caffeinate"
+    program.parent.mkdir()
+    # Like the real one, it ends when the process does that -w names.
+    program.write_text(
+        f"#!{shutil.which('sh')}\n"
+        f'echo "$@" > {tmp_path}/notes.partial; mv {tmp_path}/notes.partial {tmp_path}/notes\n'
+        f"trap 'echo stopped > {tmp_path}/end; exit' TERM\n"
+        f"while kill -0 $3 2>/dev/null; do sleep 0.02; done; echo alone > {tmp_path}/end\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+    return path.read_text().strip()
+
+
+def test_a_mac_is_kept_awake_as_long_as_a_command_runs(caffeinate: Path) -> None:
+    with pytest.raises(ValueError), keep_awake():
+        assert wait_for(caffeinate / "notes") == f"-i -w {os.getpid()}"
+        raise ValueError
+    assert wait_for(caffeinate / "end") == "stopped"
+
+
+def test_a_killed_command_lets_a_mac_sleep(caffeinate: Path) -> None:
+    code = "import sys; from llama3v_mlx.cli import run; run(sys.stdin.read, awake=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        assert wait_for(caffeinate / "notes") == f"-i -w {process.pid}"
+        process.send_signal(signal.SIGKILL)
+    assert wait_for(caffeinate / "end") == "alone"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("embed", ["nowhere.jpg", "--out", "store"]),
+        ("train", ["--stage", "pretrain", "--model", "nowhere", "--data", "d", "--features", "f", "--out", "o"]),
+        ("convert", ["--hf-path", "nowhere"]),
+        ("synthesize", ["--teacher", "nowhere", "--captions", "nowhere", "--out", "o"]),
+        ("evaluate", ["--lmms-eval", "nowhere"]),
+    ],
+)
+def test_long_commands_keep_a_mac_awake(module: str, arguments: list[str], monkeypatch, run_main, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("llama3v_mlx.cli.shutil.which", lambda name: asked.append(name))
+    assert run_main(f"llama3v_mlx.{module}", *arguments).returncode == 1
+    assert asked[0] == "caffeinate"
