@@ -60,7 +60,7 @@ def test_a_run_keeps_its_best_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:
     kept = tmp_path / "run" / "best"
     assert mx.load(str(kept / "adapters.safetensors"))["weight"][0, 0].item() == 2
     assert sorted(os.listdir(kept)) == ["adapter_config.json", "adapters.safetensors", "state.json"]
-    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-0000004", "step-0000005"]
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"step-{i:07}" for i in (2, 4, 5)]
 
 
 def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +99,8 @@ def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Like the real one, it ends when the process does that -w names.
     program.write_text(
         f"#!{shutil.which('sh')}\n"
+        f"trap 'echo stopped > {tmp_path}/end.partial; mv {tmp_path}/end.partial {tmp_path}/end; exit' TERM\n"
         f'echo "$@" > {tmp_path}/notes.partial; mv {tmp_path}/notes.partial {tmp_path}/notes\n'
-        f"trap 'echo stopped > {tmp_path}/end; exit' TERM\n"
         f"while kill -0 $3 2>/dev/null; do sleep 0.02; done; echo alone > {tmp_path}/end\n"
     )
     program.chmod(0o755)

@@ -87,7 +87,7 @@ class RunFolder:
         """Point the link `best` to the best checkpoint and return that; repairs a link left by an interruption."""
         best = self.folder / "checkpoints" / f"step-{state.get('best_step') or 0:07}"
         link = self.folder / BEST
-        if best.exists() and link.resolve() != best.resolve():
+        if best.exists() and not _is_same(link, best):
             partial = self.folder / f"{BEST}.partial"
             partial.unlink(missing_ok=True)
             try:
@@ -147,6 +147,13 @@ class RunFolder:
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def _is_same(link: Path, best: Path) -> bool:
+    """Whether `link` points to the checkpoint `best`, or is a copy of it."""
+    if link.resolve() == best.resolve():
+        return True
+    return (link / STATE).is_file() and (link / STATE).read_bytes() == (best / STATE).read_bytes()
 
 
 def _step_of(line: bytes) -> float:
