@@ -1,16 +1,18 @@
 """Embed images with SigLIP in batches, once: `llama3v embed photos/ --out photos.features`."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
-from .cli import CACHE, note_slow_cpu, run
+from .cli import CACHE, note_slow_cpu, positive, run
 from .demo import SIGLIP
+from .files import write_beside
 
 DEMO_NOTE = (
     "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
@@ -33,7 +35,7 @@ def best_batch_size(encoder) -> int:
     c = encoder.config
     device = chip() if on_gpu() else f"cpu{cores()}"
     key = f"{device}/mlx {mx.__version__}/{c.hidden_size}x{c.num_hidden_layers}@{side}/{encoder.dtype}"
-    known = json.loads(BATCH_SIZES_FILE.read_text()) if BATCH_SIZES_FILE.exists() else {}
+    known = _known_batch_sizes()
     if key in known:
         return known[key]
     speeds = {}
@@ -48,11 +50,21 @@ def best_batch_size(encoder) -> int:
         if times[-1] > 2 or speeds[size] < 0.9 * max(speeds.values()):
             break
     best = next(size for size, speed in speeds.items() if speed >= 0.97 * max(speeds.values()))
-    BATCH_SIZES_FILE.parent.mkdir(parents=True, exist_ok=True)
-    partial = BATCH_SIZES_FILE.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({**known, key: best}, indent=1))
-    os.replace(partial, BATCH_SIZES_FILE)
+    with contextlib.suppress(OSError):  # only a cache: a full disk or a read-only home costs the next run a few seconds
+        BATCH_SIZES_FILE.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(BATCH_SIZES_FILE, json.dumps({**known, key: best}, indent=1).encode())
     return best
+
+
+def _known_batch_sizes() -> dict[str, int]:
+    """The batch sizes that were measured before; what is damaged is left out, and measured again."""
+    try:
+        known = json.loads(BATCH_SIZES_FILE.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: size for key, size in known.items() if type(size) is int and size in BATCH_SIZES}
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -65,6 +77,12 @@ def embed(args: argparse.Namespace) -> None:
     from .features.sources import Skipped, count_sources, find_sources
     from .features.store import FeatureStore, FeatureWriter
 
+    skipped = Skipped()
+    sources = find_sources(args.paths, skipped)
+    first = next(sources, None)
+    if first is None:
+        found = f"; skipped: {skipped}" if skipped.suffixes else ""
+        raise ValueError(f"{', '.join(args.paths)}: no images there{found}")
     group = mx.distributed.init()
     if group.rank() == 0:
         note_slow_cpu()
@@ -75,8 +93,7 @@ def embed(args: argparse.Namespace) -> None:
     encoder.all_cores = True
     store = FeatureStore.create(args.out, encoder.store_info(args.store_dtype))
     batch_size = args.batch_size or best_batch_size(encoder)
-    skipped = Skipped()
-    sources = islice(islice(find_sources(args.paths, skipped), args.limit), group.rank(), None, group.size())
+    sources = islice(islice(chain([first], sources), args.limit), group.rank(), None, group.size())
     with tqdm(unit="image", smoothing=0.05, disable=True if args.json or group.rank() else None) as bar:
 
         def count() -> None:
@@ -100,9 +117,6 @@ def embed(args: argparse.Namespace) -> None:
     counts = [report.new, report.known, len(report.failed)]
     sums = mx.distributed.all_sum(mx.array([*counts, report.flops, *report.seconds.values()]), stream=mx.cpu).tolist()
     new, known, failed = (round(n) for n in sums[:3])
-    if new + known + failed == 0:
-        found = f"; skipped: {skipped}" if skipped.suffixes else ""
-        raise ValueError(f"{', '.join(args.paths)}: no images there{found}")
     if group.rank() == 0:
         store.refresh()  # the other ranks are done: the sum has waited for them
         figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
@@ -132,43 +146,48 @@ def table(figures: dict) -> str:
     return "\n".join([*lines, f"  {'wall':7} {figures['seconds']:9.2f} s"])
 
 
-def export(store_folder: str, folder: Path) -> None:
+def export(store_folder: str, folder: Path, json_only: bool) -> None:
     """Write a store as `embeddings.npy` (rows × width, float32) and `index.jsonl` (path, sha256, row)."""
+    import mlx.core as mx
     import numpy as np
 
     from .features.store import FeatureStore
 
     store = FeatureStore(store_folder)
+    if mx.distributed.init().rank():
+        return
     names: dict[bytes, list[str]] = {}
     for sha256, name in store.names():
         names.setdefault(sha256, []).append(name)
     folder.mkdir(parents=True, exist_ok=True)
     matrix, index = folder / "embeddings.npy", folder / "index.jsonl"
     partial = [path.with_name(f"{path.name}.partial") for path in (matrix, index)]
-    shape = (store.num_rows, store.info.width)
-    rows = np.lib.format.open_memmap(partial[0], "w+", np.float32, shape) if store.num_rows else None
-    end = 0
-    for block in store.matrix():
-        rows[end : end + len(block)] = block
-        end += len(block)
-    if rows is None:
-        np.save(partial[0].open("wb"), np.zeros(shape, np.float32))
-    else:
-        rows.flush()
-    with partial[1].open("w", encoding="utf-8") as file:
-        row = 0
-        for sha256, count in store.sizes():
-            paths = list(dict.fromkeys(names.get(sha256, [])))
-            entry = {"path": paths[0] if paths else None, "sha256": sha256.hex(), "row": row}
-            if count > 1:
-                entry["rows"] = count
-            if len(paths) > 1:
-                entry["paths"] = paths
-            file.write(json.dumps(entry) + "\n")
-            row += count
-    for path, ready in zip((matrix, index), partial, strict=True):
-        os.replace(ready, path)
-    print(f"{folder}: {row} rows of {store.info.width}")
+    try:
+        with partial[0].open("wb") as file:
+            shape = (store.num_rows, store.info.width)
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for rows in store.matrix():
+                file.write(np.ascontiguousarray(rows).data)
+        with partial[1].open("w", encoding="utf-8") as file:
+            row = 0
+            for sha256, count in store.sizes():
+                paths = list(dict.fromkeys(names.get(sha256, [])))
+                entry = {"path": paths[0] if paths else None, "sha256": sha256.hex(), "row": row}
+                if count > 1:
+                    entry["rows"] = count
+                if len(paths) > 1:
+                    entry["paths"] = paths
+                file.write(json.dumps(entry) + "\n")
+                row += count
+        for path, ready in zip((matrix, index), partial, strict=True):
+            os.replace(ready, path)
+    except OSError as e:
+        e.filename = e.filename or str(folder)  # a full disk, say, without a word on which
+        raise
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    print(f"{folder}: {row} rows of {store.info.width}", file=sys.stderr if json_only else sys.stdout)
 
 
 def check(folder: str) -> None:
@@ -197,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=("pooled", "patch", "visual-tokens"), help="(default: pooled, or else patch)")
     parser.add_argument("--batch-size", type=_batch_size, default="auto", help="tiles at once, or auto (default)")
     workers = min(16, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=workers, help=f"threads that decode (default: {workers})")
+    parser.add_argument("--workers", type=positive, default=workers, help=f"threads that decode (default: {workers})")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(default: what suits the device)")
     parser.add_argument(
         "--store-dtype", choices=("float16", "bfloat16", "float32", "int8"), help="of rows on disk (default: half)"
@@ -205,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft", action="store_true", help="decode large JPEGs smaller: off by under 1 of 255 in the mean"
     )
-    parser.add_argument("--limit", type=int, help="stop after so many images")
+    parser.add_argument("--limit", type=positive, help="stop after so many images")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the store as embeddings.npy and index.jsonl")
     parser.add_argument("--verify", metavar="STORE", help="check every entry of a store, and repair it")
     parser.add_argument("--json", action="store_true", help="print one JSON object with all figures")
@@ -225,6 +244,8 @@ def _batch_size(text: str) -> int | None:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.verify and (args.paths or args.out or args.export):
+        parser.error("--verify STORE takes no images, no --out and no --export")
     if not args.verify and not args.out:
         parser.error("give --out STORE (or --verify STORE)")
     if not args.verify and not args.paths and not args.export:
@@ -238,8 +259,9 @@ def main(argv: list[str] | None = None) -> None:
             if args.paths:
                 embed(args)
         finally:
-            if args.export and (Path(args.out) / "store.json").exists():
-                export(args.out, args.export)
+            # A run that has failed before there was a store says that, and not that there is none.
+            if args.export and (not args.paths or (Path(args.out) / "store.json").exists()):
+                export(args.out, args.export, args.json)
 
     run(command, args.debug, awake=True)
 

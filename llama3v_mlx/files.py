@@ -8,6 +8,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -108,6 +109,61 @@ def sync(descriptor: int) -> None:
     except OSError as e:
         if e.errno not in _NOT_OFFERED:
             raise
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Write a file beside `path` and rename it into place."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            sync(file.fileno())
+        os.rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def write_at(file: FileIO, data: bytes, offset: int) -> None:
+    """Write all of `data` at a byte offset."""
+    view = memoryview(data)
+    try:
+        while view:
+            # A nearly full disk takes less at a time, and macOS refuses 2 GiB.
+            count = os.pwrite(file.fileno(), view[: 1 << 30], offset)
+            view, offset = view[count:], offset + count
+    except OSError as e:
+        e.filename = file.name  # a full disk, say, without a word on which
+        raise
+
+
+def append(file: FileIO, data: bytes) -> None:
+    """Append all of `data`, or nothing: an exception of any kind takes back what was written of it.
+
+    An exception during that leaves a part of it at the end of the file.
+    """
+    end = os.fstat(file.fileno()).st_size
+    try:
+        write_at(file, data, end)
+    except BaseException:
+        if os.fstat(file.fileno()).st_size < end + len(data):
+            os.ftruncate(file.fileno(), end)
+        raise
+
+
+def cut_half_line(file: FileIO) -> None:
+    """Cut what follows the last newline: a line that a full disk or a kill has cut short."""
+    size = end = os.fstat(file.fileno()).st_size
+    while end:
+        start = max(0, end - 4096)
+        newline = os.pread(file.fileno(), end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(file.fileno(), end)
 
 
 def is_junk(name: str) -> bool:

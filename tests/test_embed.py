@@ -1,6 +1,7 @@
 """The embed command on real files: what it stores, what it skips, and how it ends."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from conftest import tolerance
 from PIL import Image
 
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
-from llama3v_mlx.embed import main
+from llama3v_mlx.embed import best_batch_size, main
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.features.sources import count_sources
 from llama3v_mlx.features.store import FeatureStore
@@ -119,6 +120,22 @@ def test_export(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
     assert sorted(Path(path).name for path in twins) == ["1.png", "twin.png"]
 
 
+def test_export_to_a_full_disk(tmp_path: Path, photos: Path, siglip: Path, run_main) -> None:
+    """One file may have 1500 bytes: enough for the matrix, not for the index; or 300, which neither fits."""
+    store, folder = tmp_path / "store", tmp_path / "export"
+    main([str(photos), "--out", str(store), "--model", str(siglip), "--batch-size", "8"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (1500, 300):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            done = run_main("llama3v_mlx.embed", "--out", store, "--export", folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and done.stderr.endswith(f"too large: '{folder}'\n")
+        assert list(folder.iterdir()) == []
+
+
 def test_bad_images_are_listed_and_the_rest_goes_on(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
     (photos / "empty.png").write_bytes(b"")
     (photos / "cut.png").write_bytes((photos / "7.png").read_bytes()[:500])
@@ -148,6 +165,98 @@ def test_nothing_to_embed(tmp_path: Path, capsys, siglip: Path, make, message: s
         main([str(tmp_path / "none"), "--out", str(tmp_path / "store"), "--model", str(siglip)])
     assert end.value.code == 1
     assert message in capsys.readouterr().err
+
+
+def test_no_images_no_store(tmp_path: Path, capsys) -> None:
+    for name in ("empty", "none"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / name), "--out", str(tmp_path / "store"), "--export", str(tmp_path / "export")])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / name}: no ")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("command", ["export", "verify"])
+@pytest.mark.parametrize("store", ["none", "empty", "file"])
+def test_no_store_to_export_or_verify(tmp_path: Path, run_main, command: str, store: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("something else")
+    folder = tmp_path / store
+    args = ["--out", folder, "--export", tmp_path / "export"] if command == "export" else ["--verify", folder]
+    done = run_main("llama3v_mlx.embed", *args)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {folder}: not a feature store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--out", "store"],
+        ["--export", "export"],
+        ["photos"],
+        ["photos", "--out", "store", "--limit", "0"],
+        ["photos", "--out", "store", "--workers", "0"],
+        ["photos", "--verify", "store"],
+        ["--out", "store", "--verify", "store"],
+    ],
+)
+def test_usage(args: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("llama3v embed: error: ")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        b"",
+        b'{"cpu2/mlx',
+        b"\xff\xfe\x00",
+        b"7",
+        b"[1, 2]",
+        b"[" * 100_000,
+        "8",
+        None,
+        True,
+        -4,
+        0,
+        3,
+        10**9,
+        8.0,
+        {"size": 8},
+    ],
+)
+def test_a_damaged_list_of_batch_sizes_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siglip: Path, found
+) -> None:
+    """A file that is damaged as a whole, or one whose value for this device and model is."""
+    path = tmp_path / "cache" / "batch_sizes.json"
+    monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES_FILE", path)
+    monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES", (2,))
+    encoder = load_encoder(siglip)
+    assert best_batch_size(encoder) == 2
+    right = path.read_bytes()
+    (key,) = json.loads(right)
+    path.write_bytes(found if isinstance(found, bytes) else json.dumps({key: found}).encode())
+    assert best_batch_size(encoder) == 2
+    assert path.read_bytes() == right and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_batch_sizes_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siglip: Path) -> None:
+    """The file is a folder, or its folder is a file."""
+    monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES", (2,))
+    encoder = load_encoder(siglip)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "folder", tmp_path / "file" / "batch_sizes.json"):
+        monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES_FILE", path)
+        assert best_batch_size(encoder) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_an_archive_cut_short(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
@@ -182,12 +291,14 @@ def test_draft_is_close(tmp_path: Path, capsys, siglip: Path) -> None:
 
 def test_two_ranks_share_the_work(photos: Path, tmp_path: Path, siglip: Path, run_ranks) -> None:
     args = ["-m", "llama3v_mlx.embed", photos, "--out", tmp_path / "store", "--model", siglip]
+    args += ["--export", tmp_path / "export"]
     first, second = run_ranks(*args, "--json", "--batch-size", "2")
     found = json.loads(first)
     assert second == ""
     assert (found["new"], found["known"], found["rows"]) == (8, 1, 8)
     assert len(list((tmp_path / "store").glob("shard-*.safetensors"))) == 2
     assert len(list(FeatureStore(tmp_path / "store").names())) == 9
+    assert np.load(tmp_path / "export" / "embeddings.npy").shape == (8, 32)
 
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path, siglip: Path) -> None:

@@ -62,6 +62,17 @@ def test_visual_tokens_of_new_and_stored_images(demo, tmp_path: Path, rng: np.ra
     assert len(FeatureStore(tmp_path / "store")) == 3
 
 
+def test_one_shard_for_all_questions(demo, tmp_path: Path, rng: np.random.Generator) -> None:
+    model, processor = demo
+    for i in range(6):
+        image = tmp_path / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(image)
+        features = FeatureCache(tmp_path / "store", model, processor.image_config, NAME)
+        features.encode([features.tile(image)])
+        assert [path.suffix for path in (tmp_path / "store").glob("shard-*")] == [".safetensors"]
+    assert len(FeatureStore(tmp_path / "store")) == 6
+
+
 def test_stores_that_do_not_fit(demo, picture: Path, tmp_path: Path, siglip: Path, capsys) -> None:
     model, processor = demo
     embed([str(picture), "--out", str(tmp_path / "pooled"), "--model", str(siglip)])

@@ -14,11 +14,10 @@ import mlx.optimizers as optim
 import pytest
 
 from llama3v_mlx import files as atomic
-from llama3v_mlx.features import shards
 from llama3v_mlx.training import run as run_folder
 from llama3v_mlx.training.run import RunFolder, weights_digest
 
-WRITERS = {module.__file__ for module in (run_folder, atomic, shards)}
+WRITERS = {module.__file__ for module in (run_folder, atomic)}
 
 
 class Run:

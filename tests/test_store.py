@@ -1,6 +1,7 @@
 """The feature store: what is put in comes out, whatever happens to the process or the files in between."""
 
 import hashlib
+import json
 import resource
 import signal
 import subprocess
@@ -103,16 +104,21 @@ WRITE_FOREVER = """
 import itertools, sys
 sys.path.insert(0, {tests!r})
 from test_store import *
-with FeatureWriter(FeatureStore.create({store!r}, info({dtype!r})), shard_bytes=20000) as writer:
-    for i in itertools.count():
-        writer.add(entries(i * 3, 3))
-        print(i * 3 + 3, flush=True)
+store = FeatureStore.create({store!r}, info({dtype!r}))
+writer = FeatureWriter(store, shard_bytes=20000)
+for i in itertools.count():
+    writer.add(entries(i * 3, 3))
+    print(i * 3 + 3, flush=True)
+    if {reopened}:
+        writer.close()
+        writer = FeatureWriter(store, shard_bytes=20000)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_kill_loses_nothing_that_was_added(tmp_path: Path, dtype: str) -> None:
-    script = WRITE_FOREVER.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"), dtype=dtype)
+@pytest.mark.parametrize(("dtype", "reopened"), [("float16", False), ("int8", False), ("int8", True)])
+def test_a_kill_loses_nothing_that_was_added(tmp_path: Path, dtype: str, reopened: bool) -> None:
+    tests, store = str(Path(__file__).parent), str(tmp_path / "store")
+    script = WRITE_FOREVER.format(tests=tests, store=store, dtype=dtype, reopened=reopened)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     added = 0
     while added < 150:
@@ -121,7 +127,7 @@ def test_a_kill_loses_nothing_that_was_added(tmp_path: Path, dtype: str) -> None
     added = int((process.stdout.read().split() or [added])[-1])
     process.wait()
 
-    assert list((tmp_path / "store").glob("*.open"))
+    assert reopened or list((tmp_path / "store").glob("*.open"))
     store = FeatureStore(tmp_path / "store")
     found = len(store)
     assert found >= added
@@ -139,7 +145,7 @@ def test_half_written_rows_are_never_taken_for_whole(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     writer = FeatureWriter(FeatureStore.create(folder, info()))
     writer.add(entries(0, 10))
-    writer._manifest.close()  # no sealing: the process is gone
+    del writer  # no sealing: the process is gone
     (path,) = folder.glob("*.open")
     with path.open("r+b") as shard:
         shard.truncate(path.stat().st_size - 1)
@@ -191,14 +197,171 @@ def test_a_truncated_shard_is_named_and_verify_keeps_the_rest(tmp_path: Path) ->
     same(FeatureStore(folder), entries(0, 40))
 
 
-def test_verify_sees_a_changed_byte(tmp_path: Path) -> None:
-    fill(tmp_path / "store", 10)
-    (path,) = (tmp_path / "store").glob("*.safetensors")
-    data = bytearray(path.read_bytes())
-    data[4096 + 5] ^= 1
-    path.write_bytes(data)
-    verdict = verify(tmp_path / "store")
-    assert (verdict.good, len(verdict.lost)) == (9, 1)
+def change_a_byte(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0] ^ 1
+        file.seek(offset)
+        file.write(bytes([byte]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
+def test_a_changed_byte_is_an_error_until_it_is_repaired(tmp_path: Path, dtype: str) -> None:
+    folder = tmp_path / "store"
+    fill(folder, 10, dtype)
+    (path,) = folder.glob("*.safetensors")
+    row_bytes = WIDTH * {"float32": 4, "int8": 1}.get(dtype, 2)
+    change_a_byte(path, 4096 + row_bytes + 5)  # of the second entry, whose rows are 1 and 2
+    if dtype == "int8":
+        change_a_byte(path, 4096 + 30 * row_bytes + 4 * 3)  # the scale of the third entry's first row
+    store = FeatureStore(folder)
+    message = f"{path.name}: rows 1 to 2 are not what was written there; .*embed --verify .*store"
+    with pytest.raises(FeatureError, match=message):
+        store.get(entries(1, 1)[0][0])
+    with pytest.raises(FeatureError, match=message):
+        list(store.matrix())
+    same(store, [*entries(0, 1), *entries(3, 7)], 2e-2)
+
+    bad = 2 if dtype == "int8" else 1
+    verdict = verify(folder)
+    assert (verdict.good, verdict.lost) == (10 - bad, [f"{bad} entries of {path}: not what was written, or not finite"])
+    verdict = verify(folder)
+    assert (verdict.good, verdict.lost, verdict.restored) == (10 - bad, [], 0)
+    assert sum(map(len, FeatureStore(folder).matrix())) == {"int8": 25}.get(dtype, 28)
+    fill(folder, 10, dtype)
+    same(FeatureStore(folder), entries(0, 10), 2e-2)
+    assert verify(folder).good == 10
+
+
+def test_a_shard_without_a_good_entry_is_set_aside(tmp_path: Path) -> None:
+    """As rows that were stored behind others that nothing counted: each is read one row too early."""
+    folder = tmp_path / "store"
+    fill(folder, 10)
+    (path,) = folder.glob("*.safetensors")
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + bytes(2 * WIDTH) + data[4096 : -2 * WIDTH])
+    with pytest.raises(FeatureError, match="damaged or cut short|not what was written"):
+        FeatureStore(folder).get(entries(0, 1)[0][0])
+    assert len(verify(folder).lost) == 1 and verify(folder).lost == []
+    assert path.with_suffix(".damaged").exists()
+
+
+def test_an_entry_is_compared_with_its_checksum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fill(tmp_path / "store", 10)
+    same(store, entries(0, 10))
+    monkeypatch.setattr("llama3v_mlx.features.shards.checksums", lambda *_: pytest.fail("computed again"))
+    same(store, entries(0, 10))
+    list(store.matrix())
+
+
+def test_a_writer_goes_on_where_verify_has_dropped_an_entry(tmp_path: Path) -> None:
+    """An unsealed shard with a gap: what follows the gap is kept, and not written over."""
+    folder = tmp_path / "store"
+    writer = FeatureWriter(FeatureStore.create(folder, info()))
+    writer.add(entries(0, 10))
+    del writer  # no sealing: the process is gone
+    (path,) = folder.glob("*.open")
+    change_a_byte(path, 4096 + 5)
+    assert verify(folder).good == 9
+    fill(folder, 12)
+    same(FeatureStore(folder), entries(0, 12))
+    assert verify(folder).good == 12
+
+
+HALF = '{"sha256": "' + "ab" * 20
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        HALF,
+        HALF + '{"sha256": "' + "ab" * 32 + '", "path": "a.jpg"}',
+        "",
+        "[]",
+        "7",
+        '{"path": "a.jpg"}',
+        '{"sha256": "abc", "path": "a.jpg"}',
+        '{"sha256": "' + "ab" * 31 + '", "path": "a.jpg"}',
+        '{"sha256": "' + "ab" * 32 + '", "path": ["a.jpg"]}',
+        '{"sha256": 7, "path": "a.jpg"}',
+        "\0" * 100,
+        "\udcff",
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_name_is_skipped_named_and_repaired(tmp_path: Path, capsys, line: str) -> None:
+    folder = tmp_path / "store"
+    fill(folder, 2)
+    (first, _), (second, _) = entries(0, 2)
+    names = folder / "names-000.jsonl"
+    lines = [json.dumps({"sha256": sha256.hex(), "path": name}) for sha256, name in ((first, "a"), (second, "b"))]
+    names.write_text(f"{lines[0]}\n{line}\n{lines[1]}\n{HALF}", errors="surrogateescape")
+
+    store = FeatureStore(folder)
+    for _ in range(2):
+        assert list(store.names()) == [(first, "a"), (second, "b")]
+    said = capsys.readouterr().err
+    assert said == f"note: {names}:2: damaged, skipped; llama3v embed --verify {folder} drops what is lost\n"
+    with FeatureWriter(store) as writer:
+        writer.name(second, "c")
+    assert list(store.names()) == [(first, "a"), (second, "b"), (second, "c")]
+
+    assert [text.partition(": ")[0] for text in verify(folder).lost] == [f"{names}:2"]
+    assert verify(folder).lost == []
+    capsys.readouterr()
+    assert list(FeatureStore(folder).names()) == [(first, "a"), (second, "b"), (second, "c")]
+    assert capsys.readouterr().err == ""
+
+
+def test_verify_cuts_a_half_name(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    fill(folder, 2)
+    (folder / "names-000.jsonl").write_text(HALF)
+    assert verify(folder).lost == []
+    assert (folder / "names-000.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_shard_grows_from_writer_to_writer(tmp_path: Path, dtype: str) -> None:
+    """An image at a time, each by a writer of its own; a store that is open meanwhile reads them all."""
+    folder = tmp_path / "store"
+    store = FeatureStore.create(folder, info(dtype))
+    for i in range(30):
+        with FeatureWriter(FeatureStore(folder)) as writer:
+            assert writer.add(entries(i, 1)) == 1
+        store.refresh()
+        same(store, entries(i // 2, i - i // 2 + 1), 2e-2)
+    (path,) = folder.glob("shard-*")
+    tensors = load_file(path)
+    assert len(tensors["records"]) == 30 and len(tensors["features"]) == store.num_rows == 90
+    assert verify(folder).good == 30
+    same(FeatureStore(folder), entries(0, 30), 2e-2)
+
+
+def test_a_full_shard_does_not_grow(tmp_path: Path) -> None:
+    fill(tmp_path / "store", 10, shard_bytes=4500)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").glob("*.safetensors")}
+    with FeatureWriter(FeatureStore(tmp_path / "store"), shard_bytes=4500) as writer:
+        writer.add(entries(10, 1))
+    after = {path.name: path.read_bytes() for path in (tmp_path / "store").glob("*.safetensors")}
+    assert len(after) == len(before) + 1 and before.items() < after.items()
+
+
+@pytest.mark.parametrize("damage", ["manifest", "shard"])
+def test_a_shard_does_not_grow_over_what_can_be_repaired(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "store"
+    fill(folder, 10)
+    (path,) = folder.glob("*.safetensors")
+    if damage == "manifest":
+        (folder / "manifest-000.bin").write_bytes((folder / "manifest-000.bin").read_bytes()[: 4 * RECORD.itemsize])
+    else:
+        path.write_bytes(path.read_bytes()[:5000])
+    before = path.read_bytes()
+    with FeatureWriter(FeatureStore(folder)) as writer:
+        writer.add(entries(10, 2))
+    assert path.read_bytes() == before
+    same(FeatureStore(folder), entries(10, 2))
+    assert verify(folder).good == (12 if damage == "manifest" else 2)
 
 
 def test_verify_puts_back_what_a_manifest_has_lost(tmp_path: Path) -> None:

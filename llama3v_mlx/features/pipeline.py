@@ -111,7 +111,7 @@ class Pipeline:
 
     def _send(self) -> None:
         """Start the tower on the batch in hand, and write the one before."""
-        batch, self._batch = self._batch, []
+        batch = self._batch
         if not batch:
             return
         start = time.perf_counter()
@@ -120,21 +120,25 @@ class Pipeline:
         self.report.seconds["tower"] += time.perf_counter() - start
         self._write()
         self._flying = [(sha256, name, f) for (sha256, name, _), f in zip(batch, features, strict=True)]
+        self._batch = []
         patch = self.encoder.config.patch_size
         for tile in (tile for *_, tiled in batch for tile in tiled.tiles):
             self.report.flops += self.encoder.flops((tile.shape[1] // patch * patch, tile.shape[0] // patch * patch))
 
     def _write(self) -> None:
-        flying, self._flying = self._flying, None
+        """Store the batch that the tower is done with. If that is interrupted, it can be called once more."""
+        flying = self._flying
         if not flying:
             return
         start = time.perf_counter()
         mx.eval([f.rows for *_, f in flying])
         middle = time.perf_counter()
-        new = self.writer.add([(sha256, f) for sha256, _, f in flying])
+        # Names first: one without features is of no account, and features without a name would be found by none.
         for sha256, name, _ in flying:
             self.writer.name(sha256, *name)
-            self._claimed.discard(sha256)
+        new = self.writer.add([(sha256, f) for sha256, _, f in flying])
+        self._claimed.difference_update(sha256 for sha256, *_ in flying)
+        self._flying = None
         self.report.new += new
         self.report.known += len(flying) - new  # another process was faster
         self.report.seconds["tower"] += middle - start

@@ -21,8 +21,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, find_checkpoint, read_json
-from ..features.shards import write_beside
-from ..files import list_folder, new_folder
+from ..files import list_folder, new_folder, write_beside
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
