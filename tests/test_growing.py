@@ -22,7 +22,7 @@ from llama3v_mlx.image import ImageConfig, TiledImage
 
 PACKAGE = Path(llama3v_mlx.__file__).parent
 FILES = {str(PACKAGE / name) for name in ("features/store.py", "features/growing.py", "features/shards.py", "files.py")}
-PIPELINE = {str(PACKAGE / "pipeline.py")}
+PIPELINE = {str(PACKAGE / "features" / "pipeline.py")}
 ENTRIES = entries(0, 9)
 
 
