@@ -27,6 +27,7 @@ def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -
     With `debug`, a failure shows its traceback in place of the line, and libraries may warn. With `awake`, a Mac does
     not sleep before the command has ended.
     """
+    _leave_torch_out()
     if not debug:
         _hush_libraries()
     try:
@@ -87,6 +88,17 @@ def note_slow_cpu() -> None:
             "note: MLX is 40 to 80 times slower on this CPU without OpenBLAS: apt-get install libopenblas0-pthread",
             file=sys.stderr,
         )
+
+
+def _leave_torch_out() -> None:
+    """Keep transformers from importing torch where it is installed: no command uses it, and it takes 2 s to import.
+
+    Only in a process that was started as one of our commands: what else imports us may well use torch.
+    """
+    main = sys.modules["__main__"]  # of `python -m llama3v_mlx…`, or one of the scripts llama3v, llama3v.generate, …
+    script = Path(getattr(main, "__file__", None) or "").name
+    if main.__package__ == __package__ or script.split(".")[0] == "llama3v":
+        sys.modules.setdefault("torch", None)  # which Python takes for not installed
 
 
 def _hush_libraries() -> None:

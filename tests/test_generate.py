@@ -17,8 +17,16 @@ from llama3v_mlx.image import ImageError
 COMMAND = ("-m", "llama3v_mlx.generate")
 
 
-def test_answer_and_statistics(run_python, picture: Path) -> None:
-    done = run_python(*COMMAND, "--image", picture, "--prompt", "What is this image?", "--temp", "0")
+def test_answer_and_statistics(run_python, picture: Path, tmp_path: Path) -> None:
+    """In a process of its own, where torch is installed and ends whoever imports it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = run_python(*COMMAND, "--image", picture, "--prompt", "What is this image?", "--temp", "0", env=env)
     lines = done.stdout.splitlines()
     assert done.returncode == 0
     assert lines[0] == lines[2] == "=" * 10
