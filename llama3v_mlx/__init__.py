@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Where the public names live: nothing heavy is imported before one is used, so that `--help` stays instant.
 _PUBLIC = {
     "load": "generation",
+    "check_memory": "memory",
     "generate": "generation",
     "stream_generate": "generation",
     "register": "generation",

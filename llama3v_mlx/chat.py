@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .cli import CACHE, DEMO_NOTE, add_generation_options, error_line, generation_options, note_slow_cpu, run
+from .cli import (
+    CACHE,
+    DEMO_NOTE,
+    add_generation_options,
+    error_line,
+    generation_options,
+    loading_options,
+    note_slow_cpu,
+    run,
+)
 from .demo import CHECKPOINT
 from .terminal import find_images, line_editing, read_clipboard, split_paths, unescape
 
@@ -206,8 +215,9 @@ def chat(args: argparse.Namespace) -> None:
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
+    options = loading_options(args, args.model or CHECKPOINT)
     model, processor = load(
-        args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path
+        args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path, **options
     )
     name = name_of(args.model or CHECKPOINT)
     features = FeatureCache(args.features, model, processor.image_config, name) if args.features else None

@@ -254,18 +254,24 @@ def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: 
     Raises:
         CheckpointError: if tensors are missing, unknown or of the wrong shape.
     """
-    tensors = {}
-    for name, tensor in read_tensors(folder).items():
-        tensors.update(lay_out(name, tensor))
+    tensors = model_tensors(folder, dtype)
     model = build_model(config, tensors)
     check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
-    if dtype is not None:
-        tensors = {n: t.astype(dtype) if mx.issubdtype(t.dtype, mx.floating) else t for n, t in tensors.items()}
     model.load_weights(list(tensors.items()))
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
     return model
+
+
+def model_tensors(folder: Path, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """The tensors of a folder under the names of our model, the floating ones in `dtype`, lazily."""
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        tensors.update(lay_out(name, tensor))
+    if dtype is None:
+        return tensors
+    return {n: t.astype(dtype) if mx.issubdtype(t.dtype, mx.floating) else t for n, t in tensors.items()}
 
 
 def check_tensors(folder: Path, model: Model, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -126,6 +126,40 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--quantized-kv-start", type=int, default=5000, help="from this token on (default: 5000)")
     cache.add_argument("--features", metavar="STORE", help="a store where images are looked up, and new ones kept")
     cache.add_argument("--max-image-tiles", type=positive, help="tiles per image, the overview included, at most")
+    add_memory_options(cache)
+
+
+def add_memory_options(parser: argparse._ActionsContainer) -> None:
+    """What to do on a machine that is small for the model; for generate, chat and server."""
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="tower and projector are in memory only while images are encoded (default on 8 GB)",
+    )
+    parser.add_argument("--force", action="store_true", help="load a model that does not fit the memory")
+
+
+def loading_options(
+    args: argparse.Namespace, model: str | Path, images: int | None = None, text_tokens: int = 0
+) -> dict:
+    """What `add_memory_options` has read, for `load`, after a look at the memory.
+
+    Args:
+        args: as parsed.
+        model: the checkpoint.
+        images: how many images a prompt has; None: as many as the context has room for.
+        text_tokens: of prompt and answer together.
+
+    Raises:
+        MemoryLimitError: if the model does not fit, and --force is not given.
+    """
+    from .memory import check_memory, is_small
+
+    low_memory = args.low_memory or is_small()
+    if not args.force:
+        options = {name: getattr(args, name, None) for name in ("max_image_tiles", "kv_bits")}
+        check_memory(model, images=images, text_tokens=text_tokens, low_memory=low_memory, **options)
+    return {"low_memory": low_memory}
 
 
 def generation_options(args: argparse.Namespace) -> dict:

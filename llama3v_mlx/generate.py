@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from .cli import DEMO_NOTE, add_generation_options, generation_options, note_slow_cpu, run
+from .cli import DEMO_NOTE, add_generation_options, generation_options, loading_options, note_slow_cpu, run
 from .demo import CHECKPOINT
 
 IMAGE_PROMPT = "What is this image?"
@@ -62,13 +62,14 @@ def answer(args: argparse.Namespace) -> None:
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
-    model, processor = load(
-        args.model or CHECKPOINT, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path
-    )
+    name = args.model or CHECKPOINT
+    # A token is at least a byte of text; the template's few are in what is left over.
+    options = loading_options(args, name, len(images), args.max_tokens + len(prompt.encode()))
+    model, processor = load(name, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path, **options)
     processor.check_pages(images, model.language_model.args.max_position_embeddings)
     features = None
     if args.features:
-        features = FeatureCache(args.features, model, processor.image_config, name_of(args.model or CHECKPOINT))
+        features = FeatureCache(args.features, model, processor.image_config, name_of(name))
     if args.seed is not None:
         mx.random.seed(args.seed)
 

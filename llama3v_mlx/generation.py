@@ -3,11 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
+import itertools
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import mlx_lm.processors
 from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse as MLXResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
-from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .checkpoint import (
@@ -26,6 +25,7 @@ from .checkpoint import (
     find_checkpoint,
     load_model,
     load_tokenizer,
+    model_tensors,
     read_config,
     read_generation_config,
 )
@@ -37,6 +37,7 @@ from .models.llama3v import Model
 from .prompt import Processor, Prompt
 from .sampling import Sampling
 
+VISION = ("vision_tower.", "projector.")
 Images = ImageSource | Sequence[ImageSource] | None
 
 
@@ -60,6 +61,7 @@ def load(
     max_image_tiles: int | None = None,
     adapter_path: str | Path | None = None,
     lazy: bool = False,
+    low_memory: bool = False,
 ) -> tuple[Model, Processor]:
     """Load a converted or an unconverted checkpoint.
 
@@ -70,6 +72,9 @@ def load(
         max_image_tiles: at most this many tiles per image, the overview included.
         adapter_path: a folder of adapters, from `llama3v_mlx.train` or mlx-lm's own training.
         lazy: leave the weights to be read when first used.
+        low_memory: keep tower and projector in memory only while an image is encoded, and Llama from its first token
+            on. Answers are the same; an image takes as much longer as reading them takes. `check_memory`
+            says beforehand what a checkpoint takes.
 
     Returns:
         The model and its processor, which has the tokenizer and the checkpoint's sampling.
@@ -83,13 +88,24 @@ def load(
     select()
     if dtype is None and not on_gpu():
         dtype = mx.float32
-    model = load_model(folder, config, dtype, lazy)
+    model = load_model(folder, config, dtype, lazy or low_memory)
+    on_disk = dict(tree_flatten(model.parameters()))
     if adapter_path is not None:
         load_adapters(model, adapter_path)
+    if low_memory:
+        # A projector that comes with the adapters is not in the folder, and stays.
+        now = dict(tree_flatten(model.parameters()))
+        names = [n for n in on_disk if n.startswith(VISION) and now[n] is on_disk[n]]
+        model.reload_vision = functools.partial(_read_again, folder, dtype, names)
     tokenizer = load_tokenizer(folder, config["eos_token_id"])
     sampling = Sampling.from_config(read_generation_config(folder, config))
     processor = Processor.from_config(config, tokenizer).with_max_tiles(max_image_tiles)
     return model, dataclasses.replace(processor, sampling=sampling)
+
+
+def _read_again(folder: Path, dtype: mx.Dtype | None, names: list[str]) -> dict[str, mx.array]:
+    tensors = model_tensors(folder, dtype)
+    return {name: tensors[name] for name in names}
 
 
 def load_adapters(model: Model, folder: str | Path) -> None:
@@ -177,7 +193,13 @@ def stream_generate(
     if context:
         room = context - cached - length
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
-    for response in mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs):
+    responses = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
+    # mlx-lm warns of a model close to the memory's size, on stdout, where only the answer belongs.
+    warning = io.StringIO()
+    with contextlib.redirect_stdout(warning):
+        first = list(itertools.islice(responses, 1))
+    _print_once(warning.getvalue())
+    for response in itertools.chain(first, responses):
         yield GenerationResponse(
             **vars(response),
             num_tiles=tiles,
@@ -222,23 +244,9 @@ def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) ->
     return text
 
 
-@contextlib.contextmanager
-def _wired_limit(model: Model, streams: list[mx.Stream] | None = None) -> Iterator[None]:
-    """mlx-lm's `wired_limit`, but its warning of a model close to the memory's size goes to stderr, once."""
-    warning = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        with contextlib.redirect_stdout(warning):
-            stack.enter_context(wired_limit(model, streams))
-        _print_once(warning.getvalue())
-        yield
-
-
 @functools.cache
 def _print_once(text: str) -> None:
     print(text, end="", file=sys.stderr)
-
-
-importlib.import_module("mlx_lm.generate").wired_limit = _wired_limit  # `mlx_lm.generate` itself is the function
 
 
 def statistics(response: GenerationResponse) -> str:

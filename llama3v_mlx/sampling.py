@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_repetition_penalty
+from mlx_lm.sample_utils import apply_min_p, apply_top_p, greedy_sampler, make_repetition_penalty
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Sampling:
             nonlocal key
             logits = logprobs.astype(mx.float32) / self.temperature
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            tokens = None
             if 0 < self.top_k < logprobs.shape[-1]:
-                logprobs = apply_top_k(logprobs, self.top_k)
+                # From here on the vocabulary is these tokens, in its order: a seed draws what it draws from all of it.
+                tokens = mx.sort(mx.argpartition(-logprobs, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
+                logprobs = mx.take_along_axis(logprobs, tokens, axis=-1)
             if 0 < self.top_p < 1:
                 logprobs = apply_top_p(logprobs, self.top_p)
             if self.min_p > 0:
@@ -45,7 +48,8 @@ class Sampling:
             own = None
             if key is not None:
                 key, own = mx.random.split(key)
-            return mx.random.categorical(logprobs, key=own)
+            drawn = mx.random.categorical(logprobs, key=own)
+            return drawn if tokens is None else mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
 
         return sample
 

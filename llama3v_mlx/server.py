@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from .cli import DEMO_NOTE, note_slow_cpu, positive, run, share_or_more, size
+from .cli import DEMO_NOTE, add_memory_options, loading_options, note_slow_cpu, positive, run, share_or_more, size
 from .demo import CHECKPOINT, SIGLIP
 
 GRACE_SECONDS = 5.0  # for running answers, when the server is told to stop
@@ -57,9 +57,9 @@ def _serve(args: argparse.Namespace) -> None:
             embedding_model=args.embedding_model or SIGLIP,
         )
     )
-    model, processor = load(
-        args.model or CHECKPOINT, adapter_path=args.adapter_path, max_image_tiles=args.max_image_tiles
-    )
+    name = args.model or CHECKPOINT
+    options = loading_options(args, name)
+    model, processor = load(name, adapter_path=args.adapter_path, max_image_tiles=args.max_image_tiles, **options)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     folder = Path(args.prompt_cache_dir).expanduser() if args.prompt_cache_dir else None
     own = fingerprint(model, (model.args, processor.prompt_tokens)) if folder else ""
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     work.add_argument("--prompt-cache-dir", metavar="DIR", help="keep prompts that were read here, across restarts")
     work.add_argument("--prompt-cache-dir-bytes", type=size, default="8G", metavar="SIZE", help="of DIR (default: 8G)")
+    add_memory_options(work)
     args = parser.parse_args(argv)
     if args.api_key_env and not os.environ.get(args.api_key_env):
         parser.error(f"--api-key-env: the environment has no {args.api_key_env}")

@@ -60,8 +60,8 @@ from llama3v_mlx.generate import main as generate
 info = mx.device_info()
 mx.device_info = lambda *args: {**info, "max_recommended_working_set_size": 10_000_000}
 mx.set_wired_limit = lambda size: 0
-generate(["--image", sys.argv[1], "--temp", "0", "--json"])
-chat(["--image", sys.argv[1], "--temp", "0"])
+generate(["--image", sys.argv[1], "--temp", "0", "--json", "--force"])
+chat(["--image", sys.argv[1], "--temp", "0", "--force"])
 """
     done = run_python("-c", code, picture, input="What is this image?\nWhat color is the background?\n")
     answer, *lines = done.stdout.splitlines()

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("device",),
     ("llama3v_mlx",),
-    ("files", "cli"),
+    ("files",),
     ("pdf",),
     ("image",),
     ("sampling",),
@@ -23,6 +23,8 @@ LAYERS = (
     ("models",),
     ("config",),
     ("checkpoint",),
+    ("memory",),
+    ("cli",),
     ("features",),
     ("generation",),
     ("conversation",),

@@ -34,6 +34,7 @@ class FeatureCache:
                 raise FeatureError(f"{folder}: holds pooled embeddings; Llama3-V needs visual-tokens or patch features")
         self.encoder = ImageEncoder(name, model, kind, image_config)
         self.store = FeatureStore.create(folder, self.encoder.store_info(stored))
+        model.release_vision()  # its fingerprint has read them all
 
     def tile(self, source: ImageSource) -> TiledImage:
         """The tiles of an image; of one that the store has, only how it is tiled: it is not even decoded."""
@@ -54,7 +55,10 @@ class FeatureCache:
             with FeatureWriter(self.store) as writer:
                 writer.add(list(keep.items()))
         found = [computed[id(image)] if image.tiles else self.store.get(image.sha256) for image in images]
-        return [self._project(features) for features in found]
+        rows = [self._project(features) for features in found]
+        mx.eval(rows)
+        self.encoder.model.release_vision()
+        return rows
 
     def _project(self, features: Features) -> mx.array:
         rows = features.rows.astype(self.encoder.dtype)

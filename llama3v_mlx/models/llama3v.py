@@ -11,13 +11,16 @@ import numpy as np
 from mlx_lm.models import llama
 from mlx_lm.models.base import BaseModelArgs
 
+from ..device import memory_limit, on_gpu
 from ..image import TiledImage
 from ..prompt import PromptTokens
 from .projector import ProjectorConfig, build_projector
 from .siglip import VisionConfig, VisionTower
 
-# Tiles that go through the tower at once: enough to fill a GPU, small enough for a laptop's memory.
+# Tiles that go through the tower at once: enough to fill a GPU. Fewer where their activations would take more than a
+# share of the memory.
 TILE_BATCH_SIZE = 16
+TILE_MEMORY_SHARE = 1 / 16
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Model(nn.Module):
         self.vision_tower = VisionTower(VisionConfig.from_dict(args.vision_config))
         self.projector = build_projector(ProjectorConfig.from_dict(args.projector_config))
         self.language_model = llama.Model(llama.ModelArgs.from_dict(args.text_config))
+        # Reads tower and projector from the disk, lazily: set where they are to take no memory between images.
+        self.reload_vision: Callable[[], dict[str, mx.array]] | None = None
 
     def __call__(self, inputs: mx.array, cache=None, input_embeddings: mx.array | None = None) -> mx.array:
         """Logits (B, L, vocab_size) of token ids (B, L), or of embeddings (B, L, hidden_size) given in their place."""
@@ -49,9 +54,24 @@ class Model(nn.Module):
     def encode_image(self, images: Sequence[TiledImage]) -> list[mx.array]:
         """Visual tokens of images: one (tiles·num_queries, hidden_size) array each.
 
-        Tiles of equal size share batches, whichever image they come from; no tile's result depends on another's.
+        Tiles of equal size share batches, whichever image they come from; no tile's result depends on another's. The
+        rows are evaluated, and what computing them took is released.
         """
-        return encode_by_size(images, self.encode_tiles, TILE_BATCH_SIZE)
+        if not images:
+            return []
+        patch = self.vision_tower.config.patch_size
+        patches = max((tile.shape[0] // patch) * (tile.shape[1] // patch) for image in images for tile in image.tiles)
+        dtype = self.vision_tower.post_layernorm.weight.dtype
+        rows = encode_by_size(images, self.encode_tiles, tile_batch_size(self.args, patches, dtype.size))
+        mx.eval(rows)
+        self.release_vision()
+        return rows
+
+    def release_vision(self) -> None:
+        """Release what encoding images has left: buffers, and with `reload_vision` the tower and the projector."""
+        if self.reload_vision is not None:
+            self.load_weights(list(self.reload_vision().items()), strict=False)
+        mx.clear_cache()
 
     def encode_tiles(self, tiles: np.ndarray) -> mx.array:
         """Visual tokens (B, num_queries, hidden_size) of uint8 tiles (B, height, width, 3) of one size."""
@@ -113,6 +133,20 @@ class Model(nn.Module):
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         self.language_model.shard(group)
+
+
+def tile_bytes(args: ModelArgs, patches: int, item_bytes: int) -> int:
+    """Bytes of activations of one tile of so many patches in tower and projector: an upper bound, as measured."""
+    vision, projector = VisionConfig.from_dict(args.vision_config), ProjectorConfig.from_dict(args.projector_config)
+    tower = patches * (4 * vision.hidden_size + 3 * vision.intermediate_size)
+    scores = 0 if on_gpu() else 2 * vision.num_attention_heads * patches**2  # a GPU's fused kernel never stores them
+    return item_bytes * max(tower + scores, 10 * patches * projector.hidden_size)
+
+
+def tile_batch_size(args: ModelArgs, patches: int, item_bytes: int) -> int:
+    """How many tiles of so many patches go through the tower at once."""
+    room = int(TILE_MEMORY_SHARE * memory_limit())
+    return max(1, min(TILE_BATCH_SIZE, room // tile_bytes(args, patches, item_bytes)))
 
 
 def encode_by_size(

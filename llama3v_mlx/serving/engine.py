@@ -370,7 +370,10 @@ class Engine:
                 mx.eval(encoded)
                 yield
             rows.update(zip(chosen, encoded, strict=True))
-        return mx.concatenate([rows[i] for i in range(len(image.tiles))])
+        encoded = mx.concatenate([rows[i] for i in range(len(image.tiles))])
+        mx.eval(encoded)
+        self._model.release_vision()
+        return encoded
 
     def _store(self, blocks: Sequence[Block], caches: list, length: int) -> None:
         """Keep what was read; a failure costs later requests time, and this one nothing."""
