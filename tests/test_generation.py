@@ -7,10 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm import sample_utils
 from PIL import Image
 
 import llama3v_mlx
-from llama3v_mlx import Llama3V, generate, load, stream_generate
+from llama3v_mlx import Llama3V, generate, generation, load, stream_generate
 from llama3v_mlx.checkpoint import CheckpointError
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.sampling import Sampling
@@ -199,3 +200,48 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 def _cut(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
+
+
+def all_of_the_vocabulary(sampling: Sampling):
+    """`Sampling.sampler` as mlx-lm's filters make it, over the whole vocabulary at each step."""
+
+    def sample(logprobs: mx.array) -> mx.array:
+        logits = logprobs.astype(mx.float32) / sampling.temperature
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if sampling.top_k:
+            logprobs = sample_utils.apply_top_k(logprobs, sampling.top_k)
+        if sampling.top_p < 1:
+            logprobs = sample_utils.apply_top_p(logprobs, sampling.top_p)
+        if sampling.min_p:
+            logprobs = sample_utils.apply_min_p(logprobs, sampling.min_p)
+        return mx.random.categorical(logprobs)
+
+    return sample
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])  # half ones have many equal logits
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.1}, {"top_k": 1000, "temperature": 5.0}]
+)
+def test_the_likeliest_alone_draw_what_all_would(options: dict, dtype: mx.Dtype) -> None:
+    sampling = Sampling(**options)
+    ours, theirs = sampling.sampler(), all_of_the_vocabulary(sampling)
+    drawn = []
+    for seed in range(8):
+        mx.random.seed(seed)
+        logits = (3 * mx.random.normal((1, 32_000))).astype(dtype)
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        mx.random.seed(seed)
+        expected = theirs(logprobs)
+        mx.random.seed(seed)
+        token = ours(logprobs)
+        assert (token.tolist(), token.dtype, token.shape) == (expected.tolist(), expected.dtype, expected.shape)
+        drawn += token.tolist()
+    assert len(set(drawn)) > 1
+
+
+def test_the_vocabulary_is_not_sorted_after_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_sizes = []
+    monkeypatch.setattr(generation, "apply_top_p", lambda logprobs, p: sorted_sizes.append(logprobs.shape) or logprobs)
+    Sampling(top_k=100).sampler()(mx.zeros((1, 32_000)))
+    assert sorted_sizes == [(1, 100)]
