@@ -82,7 +82,8 @@ def embed(args: argparse.Namespace) -> None:
     first = next(sources, None)
     if first is None:
         found = f"; skipped: {skipped}" if skipped.suffixes else ""
-        raise ValueError(f"{', '.join(args.paths)}: no images there{found}")
+        denied = "".join(f"; {name} cannot be listed ({reason})" for name, reason in skipped.denied)
+        raise ValueError(f"{', '.join(args.paths)}: no images there{found}{denied}")
     group = mx.distributed.init()
     if group.rank() == 0:
         note_slow_cpu()

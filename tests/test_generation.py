@@ -11,7 +11,7 @@ from mlx_lm import sample_utils
 from PIL import Image
 
 import llama3v_mlx
-from llama3v_mlx import Llama3V, generate, generation, load, stream_generate
+from llama3v_mlx import Llama3V, generate, load, sampling, stream_generate
 from llama3v_mlx.checkpoint import CheckpointError
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.sampling import Sampling
@@ -242,6 +242,6 @@ def test_the_likeliest_alone_draw_what_all_would(options: dict, dtype: mx.Dtype)
 
 def test_the_vocabulary_is_not_sorted_after_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     sorted_sizes = []
-    monkeypatch.setattr(generation, "apply_top_p", lambda logprobs, p: sorted_sizes.append(logprobs.shape) or logprobs)
+    monkeypatch.setattr(sampling, "apply_top_p", lambda logprobs, p: sorted_sizes.append(logprobs.shape) or logprobs)
     Sampling(top_k=100).sampler()(mx.zeros((1, 32_000)))
     assert sorted_sizes == [(1, 100)]

@@ -27,10 +27,11 @@ RECIPE = [line for line in commands(DEMO) if "world" in line or " mine" in line 
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, code: str) -> None:
-    monkeypatch.chdir(ROOT)
-    exec(code, {})
-    assert "hree blue circles" in capsys.readouterr().out
+def test_python_blocks_run(run_python, code: str) -> None:
+    """In a process of their own, where `llama3v_mlx.generate` is the function and not the command."""
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "hree blue circles" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,8 @@ def test_turns() -> None:
         ("Question: What?\nQuestion: What?\nAnswer: It.", True, "alternate"),
         ("Question: What?\nAnswer:", True, "empty answer"),
         ("Question: What?\nAnswer: " + "red " * 401, True, "more than 400 words"),
-        ("Question: What?\nAnswer: The captions say so.", True, "speaks of the captions"),
-        ("Question: What?\nAnswer: A.\nQuestion: What?\nAnswer: B.", True, "a question twice"),
+        ("Question: What?\nAnswer: The captions say so.", True, "mentions the captions"),
+        ("Question: What?\nAnswer: A.\nQuestion: What?\nAnswer: B.", True, "a repeated question"),
     ],
 )
 def test_what_is_not_taken(text: str, finished: bool, reason: str) -> None:
@@ -132,7 +132,7 @@ def check(out: Path) -> None:
     rows, rejected = read(out), read(out.with_suffix(".rejected.jsonl"))
     assert rows.keys() == {"star-conversation", "star-detail", "circle-conversation", "circle-reasoning"}
     assert {name: row["reason"] for name, row in rejected.items()} == {
-        "star-reasoning": "speaks of the captions",
+        "star-reasoning": "mentions the captions",
         "circle-detail": "questions and answers do not alternate",
     }
     assert rows["star-conversation"] == {
@@ -146,16 +146,16 @@ def test_a_local_teacher(captions: Path, teacher: Path, tmp_path: Path, capsys: 
     out = tmp_path / "rows.jsonl"
     ask(captions, out, teacher, "--batch-size", "4")
     said = capsys.readouterr().out
-    assert "4 rows written, 0 were there, 2 rejected" in said and "1 speaks of the captions" in said
+    assert "4 rows written, 0 existed already, 2 rejected" in said and "1 mentions the captions" in said
     check(out)
     # A kill has left half a line, and one row was never written.
     lines = out.read_text().splitlines(True)
     out.write_text("".join(lines[:-1]) + lines[-1][:20])
     ask(captions, out, teacher)
-    assert "1 rows written, 5 were there, 0 rejected" in capsys.readouterr().out
+    assert "1 rows written, 5 existed already, 0 rejected" in capsys.readouterr().out
     check(out)
     ask(captions, out, "/no/teacher/is/needed")
-    assert "0 rows written, 6 were there" in capsys.readouterr().out
+    assert "0 rows written, 6 existed already" in capsys.readouterr().out
 
 
 def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
