@@ -16,11 +16,13 @@ import pytest
 from conftest import tolerance
 from PIL import Image
 
-from llama3v_mlx.demo import CHECKPOINT, IMAGES
+from llama3v_mlx import device
+from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.embed import best_batch_size, main
 from llama3v_mlx.features.encoder import load_encoder
-from llama3v_mlx.features.sources import count_sources
-from llama3v_mlx.features.store import FeatureStore
+from llama3v_mlx.features.pipeline import Pipeline
+from llama3v_mlx.features.sources import count_sources, find_sources
+from llama3v_mlx.features.store import FeatureStore, FeatureWriter
 from llama3v_mlx.image import tile_image
 
 
@@ -331,3 +333,37 @@ main(sys.argv[1:])
     assert process.returncode == 130 and "Traceback" not in errors
     assert 0 < len(FeatureStore(tmp_path / "store")) < 20
     assert not list((tmp_path / "store").glob("*.open"))
+
+
+def test_no_batch_waits_for_the_next_one(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """By order of calls: the tower has its next batch before the last one is stored, on another stream than its own."""
+    encoder = load_encoder(SIGLIP)
+    store = FeatureStore.create(tmp_path / "store", encoder.store_info())
+    calls = []
+
+    def on_stream(name: str, function):
+        def called(*args):
+            calls.append((name, str(mx.default_stream(mx.default_device()))))
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(encoder, "encode", on_stream("encode", encoder.encode))
+    monkeypatch.setattr(mx, "async_eval", on_stream("start", mx.async_eval))
+    monkeypatch.setattr(mx, "eval", on_stream("wait", mx.eval))
+    monkeypatch.setattr(mx, "isfinite", on_stream("check", mx.isfinite))
+    with FeatureWriter(store) as writer:
+        Pipeline(encoder, writer, 2, 1, lambda report: None).run(find_sources([str(photos)]))
+    names = [name for name, _ in calls]
+    batch, stored = ["encode", "start"], ["wait", *["check"] * 2]
+    assert names == batch + 3 * (batch + stored) + stored
+    tower = {stream for name, stream in calls if name == "encode"}
+    assert len(tower) == 1
+    assert not tower & {stream for name, stream in calls if name == "check"}
+
+
+def test_the_command_measures_no_peak(photos: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """It would take 4 s and 0.9 GB for a single picture."""
+    monkeypatch.setattr(device, "matmul_peak", None)
+    found = figures(capsys, photos, "--out", tmp_path / "store")
+    assert found["tflops"] > 0 and "share_of_peak" not in found

@@ -49,6 +49,9 @@ class Pipeline:
         self._claimed: set[bytes] = set()  # images on their way to the store
         self._twins: list[tuple[bytes, tuple]] = []  # other names of those
         self._batch, self._flying = [], None
+        # What is computed of evaluated rows (their cast, whether they are finite) would wait behind the next batch on
+        # the tower's stream.
+        self._host = mx.new_stream(mx.cpu)
 
     def run(self, sources: Iterator[Source]) -> Report:
         """Embed all of `sources`. On Ctrl-C, or any other end, what is in hand is finished and stored."""
@@ -136,7 +139,8 @@ class Pipeline:
         # Names first: one without features is of no account, and features without a name would be found by none.
         for sha256, name, _ in flying:
             self.writer.name(sha256, *name)
-        new = self.writer.add([(sha256, f) for sha256, _, f in flying])
+        with mx.stream(self._host):
+            new = self.writer.add([(sha256, f) for sha256, _, f in flying])
         self._claimed.difference_update(sha256 for sha256, *_ in flying)
         self._flying = None
         self.report.new += new
