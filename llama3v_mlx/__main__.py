@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "convert and quantize Hugging Face checkpoints",
     "synthesize": "have a teacher model write training conversations",
     "evaluate": "score checkpoints on benchmarks",
+    "doctor": "check this machine: memory, what fits, correctness, speed",
     "mlx-lm": "run one of mlx-lm's own commands on a Llama3-V checkpoint",
 }
 # mlx-lm's commands that save a model: they write the config without its vision part.

@@ -36,6 +36,11 @@ def on_gpu() -> bool:
     return os.environ.get(PRETEND) == "1" or mx.default_device() == mx.Device(mx.gpu)
 
 
+def name() -> str:
+    """MLX's default device: cpu or gpu."""
+    return mx.default_device().type.name
+
+
 def chip() -> str:
     """The name of the chip that is computed on."""
     if mx.default_device() == mx.Device(mx.gpu):

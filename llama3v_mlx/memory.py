@@ -1,6 +1,7 @@
 """How much memory a checkpoint needs, known from its headers before a tensor is read, and what fits this machine."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,11 +73,26 @@ def footprint(
     Raises:
         CheckpointError: if the checkpoint cannot be used.
     """
-    config = read_config(folder)
+    options = {"images": images, "text_tokens": text_tokens, "max_image_tiles": max_image_tiles, "kv_bits": kv_bits}
+    return footprint_of(read_config(folder), read_tensors(folder).items(), dtype, low_memory=low_memory, **options)
+
+
+def footprint_of(
+    config: dict,
+    tensors: Iterable[tuple[str, mx.array]],
+    dtype: mx.Dtype | None = None,
+    *,
+    images: int | None = None,
+    text_tokens: int = 0,
+    max_image_tiles: int | None = None,
+    kv_bits: int | None = None,
+    low_memory: bool = False,
+) -> Footprint:
+    """`footprint` of a config in our layout and of named tensors, which are not evaluated."""
     args, text = ModelArgs.from_dict(config), config["text_config"]
     dtype = dtype or (None if on_gpu() else mx.float32)
     weights, parameters, item_bytes = {True: 0, False: 0}, 0, 1
-    for name, tensor in read_tensors(folder).items():
+    for name, tensor in tensors:
         name, size = rename(name), tensor.dtype.size
         is_language, is_floating = name.startswith("language_model."), mx.issubdtype(tensor.dtype, mx.floating)
         if is_floating:

@@ -30,7 +30,8 @@ LAYERS = (
     ("conversation",),
     ("training", "serving", "conversion", "evaluation"),
     ("demo", "terminal"),
-    ("generate", "chat", "server", "embed", "search", "train", "convert", "synthesize", "evaluate"),
+    ("selftest",),
+    ("generate", "chat", "server", "embed", "search", "train", "convert", "synthesize", "evaluate", "doctor"),
     ("__main__",),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
