@@ -15,7 +15,7 @@ from .prompt import PromptTokens
 
 PREFILL_STEP = 2048  # tokens that mlx-lm reads at once
 SMALL_MEMORY = 9 * 10**9  # bytes; a Mac of 8 GB has less
-BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # of `convert.py -q`
+BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # of `llama3v convert -q`
 
 
 class MemoryLimitError(ValueError):
@@ -162,7 +162,7 @@ def check_memory(path_or_hf_repo: str | Path, *, revision: str | None = None, **
         fitting = [bits for bits in BITS if model.quantized(bits).total <= limit]
         if fitting and model.quantized(fitting[0]).language < need.language:
             size = model.quantized(fitting[0]).total
-            ways.append(f"convert.py -q --q-bits {fitting[0]} of the original{more} ({_gb(size)})")
+            ways.append(f"llama3v convert -q --q-bits {fitting[0]} of the original{more} ({_gb(size)})")
             break
     what = f"what fits: {', or '.join(ways)}" if ways else "nothing here makes it fit"
     raise MemoryLimitError(
