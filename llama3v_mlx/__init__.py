@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where the public names live: nothing heavy is imported before one is used, so that `--help` stays instant.
 _PUBLIC = {

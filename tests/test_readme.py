@@ -19,7 +19,7 @@ def commands(text: str) -> list[str]:
     return re.sub(r"\\\n\s+", "", blocks).splitlines()
 
 
-OURS = [line for line in commands(README) if line.startswith("llama3v ") and line != "llama3v chat"]
+OURS = [line for line in commands(README) if line.startswith("llama3v ")]
 # What these commands name is not in a clone: a download, or what an earlier one of them wrote.
 ELSEWHERE = ("4bit", "google/", "openbmb/", "--model new")
 HERE = [line for line in OURS if not any(name in line for name in ELSEWHERE)]
