@@ -12,7 +12,12 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+<<<<<<< ours
 from test_store import WIDTH, entries, info
+=======
+from safetensors.numpy import load_file
+from test_store import WIDTH, entries, info
+>>>>>>> theirs
 
 import llama3v_mlx
 from llama3v_mlx.features.pipeline import Pipeline
@@ -196,12 +201,16 @@ def test_ctrl_c_while_a_reader_looks_for_more(tmp_path: Path) -> None:
 
 
 class Failing:
-    """The `os` functions that a store writes with, of which the n-th call fails, and so many more."""
+    """The `os` functions that a store writes with, of which some calls fail.
+
+    "refused": the n-th raises; "short": if it writes, it writes half, and the next two calls raise; "full": it writes
+    half, and from then on no write is possible; "done": it does what it should, and then comes Ctrl-C.
+    """
 
     NAMES = ("pwrite", "ftruncate", "rename", "unlink", "fsync")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.calls = self.at = self.more = 0
+        self.calls = self.at = 0
         self.how = ""
         for name in self.NAMES:
             monkeypatch.setattr(os, name, self._wrapped(name, getattr(os, name)))
@@ -209,36 +218,55 @@ class Failing:
     def _wrapped(self, name: str, real: Callable) -> Callable:
         def call(*args, **kwargs):
             self.calls += 1
-            if self.calls < self.at or not self.at or self.calls > self.at + self.more:
-                return real(*args, **kwargs)
-            if self.how == "short" and name == "pwrite" and self.calls == self.at:
-                file, data, offset = args
-                return real(file, data[: max(1, len(data) // 2)], offset)
-            if self.how == "done":
+            since = self.calls - self.at if self.at else -1
+            writes = name == "pwrite"
+            if since == 0 and self.how == "done":
                 real(*args, **kwargs)
                 raise KeyboardInterrupt
-            raise OSError(errno.ENOSPC, "No space left on device")
+            if since == 0 and self.how in ("short", "full") and writes:
+                file, data, offset = args
+                return real(file, data[: len(data) // 2], offset)
+            last = {"short": 2, "full": 1 << 30 if writes else -1}.get(self.how, 0)
+            if 0 <= since <= last:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **kwargs)
 
         return call
 
 
-@pytest.mark.parametrize(("how", "more"), [("refused", 0), ("short", 1), ("short", 1000), ("done", 0)])
-def test_any_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, more: int) -> None:
-    """Refused, or cut short and then refused as on a full disk, once or from then on; or done, but then Ctrl-C."""
+@pytest.mark.parametrize("how", ["refused", "short", "full", "done"])
+def test_any_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     disk = Failing(monkeypatch)
     embed(tmp_path / "whole")
     calls, expected = disk.calls, contents(tmp_path / "whole")
     assert calls > 30
     for at in range(1, calls + 1):
         folder = tmp_path / str(at)
-        disk.calls, disk.at, disk.more, disk.how = 0, at, more, how
+        disk.calls, disk.at, disk.how = 0, at, how
         with contextlib.suppress(OSError, KeyboardInterrupt):
             embed(folder)
         disk.at = 0
         if (folder / "store.json").exists():
-            assert contents(folder)["features"].items() <= expected["features"].items(), at
+            found = contents(folder)["features"]
+            assert found.items() <= expected["features"].items(), at
+            assert how == "short" or len(found) % 3 == 0, at
         embed(folder)
         check(folder, expected)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_what_does_not_count_is_no_part_of_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before) -> None:
+    """More rows without records than the end of a sealed shard takes; or no rows that count at all."""
+    with FeatureWriter(FeatureStore.create(tmp_path, info("int8"))) as writer:
+        writer.add(ENTRIES[:before])
+        monkeypatch.setattr("llama3v_mlx.features.growing.append", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            writer.add([(b"\1" * 32, Features(mx.ones((100, WIDTH)), (10, 10)))])
+    shards = [path.name for path in tmp_path.glob("shard-*")]
+    assert shards == (["shard-000-00000.safetensors"] if before else [])
+    for name in shards:
+        assert len(load_file(tmp_path / name)["records"]) == before
+    assert verify(tmp_path).good == before
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
