@@ -78,7 +78,8 @@ def ask(port: int, text: str, image: str | None = None, **options) -> http.clien
 def streaming(port: int, ends: dict[str, int]) -> Iterator[list[float]]:
     """The times at which a client gets tokens of an answer that does not end."""
     times: list[float] = []
-    response = ask(port, "Hello", stream=True, max_tokens=8000, logit_bias=ends)
+    # With log-probabilities every token has an event, also one that is no text yet.
+    response = ask(port, "Hello", stream=True, max_tokens=8000, logit_bias=ends, logprobs=True)
 
     def read() -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError, http.client.HTTPException):

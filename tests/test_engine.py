@@ -162,7 +162,7 @@ class TestEngine:
         assert said(rest(job)) == STARS_ANSWER
         engine.cancel(running)
         pieces = log.count("piece")
-        assert pieces == 5 * (model.vision_tower.config.num_hidden_layers + 2) + 11
+        assert pieces == 5 * (model.vision_tower.config.num_hidden_layers + 2) + 6
         assert "piece piece" not in " ".join(log)
 
     def test_a_cancelled_job_gets_no_more_than_a_token(self, demo, engine: Engine) -> None:

@@ -57,7 +57,7 @@ def answer(page, question: str) -> str:
     page.get_by_role("textbox", name="Question").fill(question)
     before = page.locator(".figures span").count()
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.querySelectorAll('.figures span').length > {before}")
+    page.locator(".figures span").nth(before).wait_for(state="attached")
     return page.locator("article:not(.human) .text").last.inner_text().strip()
 
 

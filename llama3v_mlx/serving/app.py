@@ -663,5 +663,6 @@ def page_headers(page: bytes) -> dict[str, str]:
     scripts = re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s).digest()).decode()}'" for s in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
-    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    policy += "require-trusted-types-for 'script'"
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}

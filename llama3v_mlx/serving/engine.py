@@ -6,6 +6,7 @@ caches of its own, all but the last), and its answers are generated in mlx-lm's 
 
 import logging
 import queue
+import statistics
 import threading
 import time
 import uuid
@@ -30,7 +31,8 @@ from .validate import RequestError
 log = logging.getLogger(__name__)
 
 SLICE = 1.0  # steps of all answers: the time for reading between two of them
-LEAST_TOKENS = 8  # that are prefilled at once, however long they take
+LEAST_TOKENS = 16  # that are prefilled at once, however long they take
+RECENT = 15  # steps, and pieces of prompts, from which times are worked out
 IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
 
 
@@ -159,8 +161,9 @@ class Engine:
         self._parked: set[Job] = set()  # whose images are being decoded
         self._reading: deque[tuple[Job | None, Iterator[None]]] = deque()
         self._answers: dict[int, _Answer] = {}
-        self._step_seconds = 0.0  # of a step of all answers
-        self._token_seconds = 0.0  # of a token that is prefilled meanwhile
+        # Medians of them say how long reading may take: one slow step makes no room for a long piece.
+        self._step_times: deque[float] = deque(maxlen=RECENT)  # seconds of a step of all answers
+        self._token_times: deque[float] = deque(maxlen=RECENT)  # of a token that is prefilled meanwhile
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -295,18 +298,22 @@ class Engine:
             self._reading.append((job, self._read(job)))
 
     def _read_on(self) -> None:
-        """Read for the job in front, then put it behind the others."""
-        if not self._reading:
-            return
-        job, work = self._reading[0]
-        begin = before = time.perf_counter()
+        """Read for the jobs in turn, a small piece of each, as long as the next step of all answers may wait."""
+        begin = now = time.perf_counter()
+        while self._reading:
+            self._read_piece(*self._reading[0])
+            before, now = now, time.perf_counter()
+            if now - begin + (now - before) > self._slice():
+                return
+
+    def _slice(self) -> float:
+        """Seconds for reading between two steps of all answers."""
+        return SLICE * statistics.median(self._step_times) if self._step_times else 0.0
+
+    def _read_piece(self, job: Job | None, work: Iterator[None]) -> None:
+        """Read on for the job in front, and put it behind the others unless it is done."""
         try:
-            while True:
-                next(work)
-                now = time.perf_counter()
-                if not self._answers or now - begin + (now - before) > SLICE * self._step_seconds:
-                    break
-                before = now
+            next(work)
             self._reading.rotate(-1)
         except StopIteration:
             self._reading.popleft()
@@ -335,7 +342,7 @@ class Engine:
             self._model(mx.zeros(part.shape[:2], mx.int32), job.caches, part)
             mx.eval([cache.state for cache in job.caches])
             if self._answers:
-                self._token_seconds = _smoothed(self._token_seconds, (time.perf_counter() - begin) / part.shape[1])
+                self._token_times.append((time.perf_counter() - begin) / part.shape[1])
             start += part.shape[1]
             yield
         self._store(job.blocks, job.caches, len(job.prompt.ids) - 1)
@@ -346,7 +353,7 @@ class Engine:
         """How many tokens to prefill at once: while others are answered, what fits between two steps of theirs."""
         if not self._answers:
             return self._step_size
-        fitting = SLICE * self._step_seconds / self._token_seconds if self._token_seconds else 0
+        fitting = self._slice() / statistics.median(self._token_times) if self._token_times else 0
         return max(LEAST_TOKENS, min(int(fitting), self._step_size))
 
     def _encode(self, job: Job, index: int, image: TiledImage) -> Generator[None, None, mx.array]:
@@ -413,7 +420,7 @@ class Engine:
         _, responses = self._batch.next()
         seconds = time.perf_counter() - start
         if responses:
-            self._step_seconds = _smoothed(self._step_seconds, seconds)
+            self._step_times.append(seconds)
         for response in responses:
             answer = self._answers.get(response.uid)
             if answer is None:  # its job failed a moment ago
@@ -454,10 +461,6 @@ class Engine:
         # As in OpenAI's answers, what is impossible has -9999: JSON has no infinity.
         found = [Logprob(t, token_text(t, self._processor), max(-9999.0, float(logprobs[t]))) for t in tokens]
         return found[0], tuple(found[1:])
-
-
-def _smoothed(average: float, value: float) -> float:
-    return average + 0.2 * (value - average) if average else value
 
 
 def internal_error(error: Exception) -> RequestError:
