@@ -12,12 +12,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-<<<<<<< ours
-from test_store import WIDTH, entries, info
-=======
 from safetensors.numpy import load_file
 from test_store import WIDTH, entries, info
->>>>>>> theirs
 
 import llama3v_mlx
 from llama3v_mlx.features.pipeline import Pipeline
