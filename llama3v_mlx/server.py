@@ -85,49 +85,65 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v_mlx.train")
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v train")
     parser.add_argument("--embedding-model", help="SigLIP for /v1/embeddings (default: the bundled demo's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=8080, help="0: a free one (default: 8080)")
+    parser.add_argument("--port", type=_port, default=8080, help="port; 0: any free port (default: 8080)")
     parser.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings of the start")
 
-    who = parser.add_argument_group("who may ask")
-    who.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that clients must send")
+    who = parser.add_argument_group("access")
+    who.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable with the API key that clients must send"
+    )
     who.add_argument(
         "--allow-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="web pages that may ask beside our own; *: all",
+        help="origin of other web pages to admit; *: all",
     )
     who.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="a name that the server is reached by"
+        "--allowed-host", action="append", default=[], metavar="NAME", help="further host name of this server"
     )
 
-    defaults = parser.add_argument_group("of requests that do not say", "sampling defaults to the checkpoint's")
+    defaults = parser.add_argument_group("defaults of requests", "sampling defaults to the checkpoint's")
     defaults.add_argument("--max-tokens", type=positive, default=1024, help="length of an answer (default: 1024)")
-    defaults.add_argument("--temp", type=share_or_more, dest="temperature", help="temperature; 0: the likeliest token")
-    defaults.add_argument("--top-p", type=_share, help="draw from the likeliest tokens of this probability together")
-    defaults.add_argument("--top-k", type=_count, help="draw from so many of the likeliest tokens; 0: all")
-    defaults.add_argument("--min-p", type=_share, help="draw from tokens of this share of the likeliest's probability")
-    defaults.add_argument("--repetition-penalty", type=share_or_more, help="on tokens already generated; 1: none")
+    defaults.add_argument("--temp", type=share_or_more, dest="temperature", help="temperature; 0: greedy")
+    defaults.add_argument("--top-p", type=_share, help="nucleus sampling: cumulative probability cutoff")
+    defaults.add_argument("--top-k", type=_count, help="sample from the k most likely tokens; 0: all")
+    defaults.add_argument("--min-p", type=_share, help="probability cutoff relative to the most likely token")
+    defaults.add_argument("--repetition-penalty", type=share_or_more, help="penalty on generated tokens; 1: none")
 
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-image-tiles", type=positive, help="tiles per image, the overview included, at most")
+    limits.add_argument("--max-image-tiles", type=positive, help="maximum tiles per image, including the overview")
     limits.add_argument("--max-body-mb", type=positive, default=32, help="largest request (default: 32)")
-    limits.add_argument("--max-images", type=positive, default=16, help="images of a request (default: 16)")
-    limits.add_argument("--max-megapixels", type=positive, default=100, help="of a request's images (default: 100)")
-    limits.add_argument("--timeout", type=positive, default=600, help="seconds for an answer (default: 600)")
-
-    work = parser.add_argument_group("work and memory")
-    work.add_argument("--decode-concurrency", type=positive, default=16, help="answers at once (default: 16)")
-    work.add_argument("--prefill-step-size", type=positive, default=512, help="prompt tokens at once (default: 512)")
-    work.add_argument(
-        "--prompt-cache-bytes", type=size, default="1G", metavar="SIZE", help="memory for prompts read (default: 1G)"
+    limits.add_argument("--max-images", type=positive, default=16, help="images per request (default: 16)")
+    limits.add_argument(
+        "--max-megapixels", type=positive, default=100, help="megapixels of all images of a request (default: 100)"
     )
-    work.add_argument("--prompt-cache-dir", metavar="DIR", help="keep prompts that were read here, across restarts")
-    work.add_argument("--prompt-cache-dir-bytes", type=size, default="8G", metavar="SIZE", help="of DIR (default: 8G)")
+    limits.add_argument("--timeout", type=positive, default=600, help="seconds per answer (default: 600)")
+
+    work = parser.add_argument_group("computation and memory")
+    work.add_argument("--decode-concurrency", type=positive, default=16, help="answers generated at once (default: 16)")
+    work.add_argument(
+        "--prefill-step-size", type=positive, default=512, help="prompt tokens prefilled at once (default: 512)"
+    )
+    work.add_argument(
+        "--prompt-cache-bytes",
+        type=size,
+        default="1G",
+        metavar="SIZE",
+        help="size of the prefix cache in memory (default: 1G)",
+    )
+    work.add_argument("--prompt-cache-dir", metavar="DIR", help="keep the prefix cache here across restarts")
+    work.add_argument(
+        "--prompt-cache-dir-bytes",
+        type=size,
+        default="8G",
+        metavar="SIZE",
+        help="size of the prefix cache on disk (default: 8G)",
+    )
     add_memory_options(work)
     args = parser.parse_args(argv)
     if args.api_key_env and not os.environ.get(args.api_key_env):

@@ -1,4 +1,4 @@
-"""The HTTP side: who may ask, what is asked, and the answers in OpenAI's form, at once or as they come."""
+"""The HTTP server: access checks, routes, and answers in OpenAI's format, whole or streamed."""
 
 import base64
 import concurrent.futures
@@ -54,7 +54,7 @@ MAX_BODIES = 8  # of the largest size, in memory at once
 
 @dataclass(frozen=True)
 class Options:
-    """What the server is, and whom it serves."""
+    """Options of the server."""
 
     name: str  # of the model
     host: str = "127.0.0.1"
@@ -73,7 +73,7 @@ class Options:
 
 
 class App(ThreadingHTTPServer):
-    """The server of one model; it listens when `listen` was called, and answers when `serve_forever` runs.
+    """HTTP server of one model. It binds at once, listens after `listen`, and answers while `serve_forever` runs.
 
     Raises:
         OSError: if the address cannot be bound.
@@ -105,7 +105,7 @@ class App(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def listen(self, model: Model, processor: Processor, prefixes: PrefixCache, sampling: Sampling) -> None:
-        """Take connections from now on, and answer them with a model, sampled like this unless a request says more.
+        """Start listening, and answer with a model and default sampling.
 
         Raises:
             OSError: if another process listens at the address by now.
@@ -130,7 +130,7 @@ class App(ThreadingHTTPServer):
             raise
 
     def close(self, seconds: float = 0.0) -> None:
-        """Take no more connections, give running answers so many seconds to end, and fail the others."""
+        """Stop accepting connections, wait for running answers up to `seconds`, then fail the rest."""
         self.stopping = True
         self.shutdown()
         self.server_close()
@@ -173,7 +173,7 @@ class App(ThreadingHTTPServer):
             self._running -= 1
 
     def host_is_allowed(self, host: str, local: str) -> bool:
-        """Whether a request's `Host` names this server: else a web page's own name may have been pointed at us.
+        """Whether `Host` names this server, which defends against DNS rebinding.
 
         Args:
             host: the header.
@@ -194,12 +194,12 @@ class App(ThreadingHTTPServer):
         return address.is_loopback or address in (reached, getattr(reached, "ipv4_mapped", None))
 
     def origin_is_allowed(self, origin: str, host: str) -> bool:
-        """Whether a web page of this origin may ask: our own, or one that an option names."""
+        """Whether pages of an origin are admitted: our own page, or an origin named by an option."""
         return origin == f"http://{host}" or bool({origin, "*"} & set(self.options.allowed_origins))
 
 
 class _TimedReader(io.RawIOBase):
-    """A socket's input, all of which has to come until a deadline."""
+    """Reader of a socket with a deadline for the whole request."""
 
     def __init__(self, connection: socket.socket):
         self._connection = connection
@@ -250,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._preflight)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses: a malformed request line or header, an unknown method."""
+        """Answer requests that http.server refuses: malformed request lines or headers, unknown methods."""
         self.close_connection = True
         status = 405 if code == 501 else code
         self._send_failure(RequestError(status, message or "malformed request", "invalid_http"))
@@ -279,10 +279,10 @@ class Handler(BaseHTTPRequestHandler):
         self.path_only = self.path.partition("?")[0]
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.host_is_allowed(hosts[0], self.connection.getsockname()[0]):
-            raise RequestError(403, "Host is not this server's; see --allowed-host", "host_not_allowed")
+            raise RequestError(403, "Host does not name this server; see --allowed-host", "host_not_allowed")
         self._host, self._origin = hosts[0], self.headers.get("Origin")
         if self._origin is not None and not self.server.origin_is_allowed(self._origin, self._host):
-            raise RequestError(403, "pages of this Origin may not ask; see --allow-origin", "origin_not_allowed")
+            raise RequestError(403, "this Origin is not admitted; see --allow-origin", "origin_not_allowed")
 
     def _check_key(self) -> None:
         key = self.server.options.api_key
@@ -293,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(401, "wrong or missing API key", "invalid_api_key")
 
     def _preflight(self) -> None:
-        """A browser asks for a page of another origin, which `_check_client` has allowed."""
+        """Answer a CORS preflight of an origin that `_check_client` has admitted."""
         asked = self.headers.get("Access-Control-Request-Headers", "")
         allowed = asked if re.fullmatch(r"[\w\-, ]{1,500}", asked, re.ASCII) else "authorization, content-type"
         headers = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": allowed}
@@ -385,7 +385,7 @@ class Handler(BaseHTTPRequestHandler):
         self._generate(request, prompt, Completion(request))
 
     def _embed(self, request: EmbeddingRequest) -> None:
-        """OpenAI's embeddings, of texts and of images given as data: URIs."""
+        """Answer with embeddings of texts and of images given as data: URIs."""
         embedder = self.server.embedder
         if embedder is None:
             raise RequestError(404, "this server has no embedding model", "not_found")
@@ -402,7 +402,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, {"object": "list", "data": data, "model": embedder.name, "usage": usage})
 
     def _tiles(self, request: TilesRequest) -> None:
-        """How the model cuts an image, for the page."""
+        """Answer with the tiling of an image, for the page."""
         processor = self.server.processor
         image = plan_image(read_image(request.image, "image"), processor, request.max_image_tiles)
         (width, height), tiling = image.source.size, image.tiling
@@ -440,7 +440,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.engine.cancel(job)
 
     def _events(self, job: Job) -> Iterator[Token | None]:
-        """A job's tokens, and None now and then while there is none.
+        """Yield a job's tokens, and None at intervals while there is none.
 
         Raises:
             RequestError: if the job failed, or took too long.
@@ -557,7 +557,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _linger(self) -> None:
-        """Let a client that is still sending read its answer: closed at once, it would only see a reset."""
+        """Read what a client is still sending; closing at once would reset the connection."""
         self.connection.shutdown(socket.SHUT_WR)
         self._reader.deadline = time.monotonic() + 2
         while self.rfile.read1(1 << 16):
@@ -565,7 +565,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Form:
-    """OpenAI's form of an answer."""
+    """Answer in OpenAI's format."""
 
     kind = chunk_kind = prefix = ""
     name, created = "", 0
@@ -587,7 +587,7 @@ class Chat(Form):
         return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def chunks(self, token: Token, first: bool) -> Iterator[dict]:
-        """A token's chunks: the role comes with the first one, the reason of the end with one of its own."""
+        """Chunks of a token: the role comes with the first one, the finish reason in a chunk of its own."""
         start = {"role": "assistant"} if first else {}
         if first or token.text or token.logprob:
             delta = start | {"content": token.text}
@@ -650,7 +650,7 @@ def usage_of(job: Job, completion_tokens: int) -> dict:
 
 
 def sampling_of(request: ChatRequest | CompletionRequest, default: Sampling) -> Sampling:
-    """A request's sampling over the server's."""
+    """Sampling of a request, over the server's defaults."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     chosen = {name: value for name in names if (value := getattr(request, name)) is not None}
     if request.top_p == 0:  # no more than the likeliest token
@@ -659,7 +659,7 @@ def sampling_of(request: ChatRequest | CompletionRequest, default: Sampling) -> 
 
 
 def page_headers(page: bytes) -> dict[str, str]:
-    """Headers that keep the page to its own scripts and to this server: whatever an answer holds, it does not run."""
+    """Security headers of the page: only its own scripts run, and it connects to this server only."""
     scripts = re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s).digest()).decode()}'" for s in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "

@@ -1,4 +1,4 @@
-"""All that the server takes of mlx-lm beyond its documented functions; `tests/test_batch.py` holds the contract.
+"""Everything the server uses of mlx-lm beyond its documented functions; `tests/test_engine.py` checks the contract.
 
 `BatchGenerator` runs one step for all answers at a time. A prompt is read into caches of its own first, all but the
 last token, and joins the batch with them.
@@ -38,7 +38,7 @@ def new_caches(model, held: mx.array | None = None) -> list[KVCache]:
 
 
 def held(caches: Sequence[KVCache], start: int, end: int) -> mx.array:
-    """The keys and values (layers, 2, 1, heads, end - start, head_dim) of caches from `start` to `end`, a copy."""
+    """Copy keys and values (layers, 2, 1, heads, end - start, head_dim) of caches from `start` to `end`."""
     layers = [mx.stack([x[..., start:end, :] for x in cache.keys_and_values()]) for cache in caches]
     copy = mx.stack(layers)
     mx.eval(copy)
@@ -48,7 +48,7 @@ def held(caches: Sequence[KVCache], start: int, end: int) -> mx.array:
 def logits_processors(
     sampling: Sampling, presence_penalty: float, frequency_penalty: float, logit_bias: dict[int, float] | None
 ) -> list[Callable[[mx.array, mx.array], mx.array]]:
-    """What changes the logits (1, vocab_size) of an answer; penalties look at generated tokens alone.
+    """Logits processors of an answer, on (1, vocab_size); penalties apply to generated tokens only.
 
     A batch's answer begins with the prompt's last token, which is not generated.
     """
@@ -64,7 +64,7 @@ def logits_processors(
 
 
 def sampler(sampling: Sampling, seed: int | None, choice: int) -> Callable[[mx.array], mx.array]:
-    """A sampler of its own random numbers, so that an answer does not depend on what else is in the batch.
+    """Sampler with its own random state, so that an answer does not depend on the rest of the batch.
 
     Args:
         sampling: temperature and cutoffs.

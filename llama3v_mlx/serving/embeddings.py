@@ -1,4 +1,4 @@
-"""Embeddings for the server: requests that come together are computed together, on the thread that owns the models."""
+"""Embeddings for the server: concurrent requests are batched, on the thread that owns the models."""
 
 import queue
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,14 @@ MAX_CHARACTERS = 1 << 15  # of a text, of which SigLIP sees some 64 tokens
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One embedding to be computed."""
+    """A pending embedding."""
 
     thing: TiledImage | np.ndarray  # or token ids
     result: Future
 
 
 class Embedder:
-    """A SigLIP's two towers.
+    """The two towers of a SigLIP.
 
     Args:
         path_or_hf_repo: a SigLIP checkpoint with a pooling head.
@@ -50,7 +50,7 @@ class Embedder:
             self._texts = e
 
     def embed(self, request: EmbeddingRequest, limits: Limits) -> tuple[list[Future], int]:
-        """The embeddings to be, float32 (width,) of length 1 each; and the number of text tokens.
+        """Queue inputs; return futures of unit embeddings, float32 (width,), and the number of text tokens.
 
         Raises:
             RequestError: if an image cannot be used, or the checkpoint has no text tower for texts.
@@ -87,7 +87,7 @@ class Embedder:
             raise bad(image.where, str(e), "invalid_image") from e
 
     def _compute_all(self) -> Iterator[None]:
-        """Compute whatever waits, a batch at a time."""
+        """Compute pending embeddings, batch by batch."""
         while batch := self._take():
             self.batches = [*self.batches[-99:], len(batch)]
             for kind in (TiledImage, np.ndarray):

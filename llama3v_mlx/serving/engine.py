@@ -1,4 +1,4 @@
-"""The one worker that owns the model: reads prompts piece by piece, and runs a step of all answers in between.
+"""The worker that owns the model: it prefills prompts in chunks, and runs a decoding step of all answers in between.
 
 A `Job` goes through three stages: it waits for a place, it is read (its images encoded, its tokens prefilled into
 caches of its own, all but the last), and its answers are generated in mlx-lm's batch. Only this thread touches MLX.
@@ -38,7 +38,7 @@ IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
 
 @dataclass(frozen=True)
 class Settings:
-    """How a job's answers are generated."""
+    """Generation settings of a job."""
 
     max_tokens: int
     sampling: Sampling
@@ -61,7 +61,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer, and the text that is certain by now."""
+    """A token of an answer, and the text completed by it."""
 
     choice: int
     text: str
@@ -72,7 +72,7 @@ class Token:
 
 @dataclass(frozen=True)
 class NeedImages:
-    """These images of the prompt are not in the prefix cache: put their tiles into the job, and submit it again."""
+    """Images that the prefix cache lacks: put their tiles into the job and submit it again."""
 
     indices: Sequence[int]
 
@@ -82,7 +82,7 @@ Event = Token | NeedImages | RequestError
 
 @dataclass(eq=False)
 class Job:
-    """A prompt and what becomes of it; the worker puts events, others set `tiles` and `cancelled`."""
+    """A prompt and its progress. The worker puts events; other threads set `tiles` and `cancelled`."""
 
     prompt: RequestPrompt
     settings: Settings
@@ -97,13 +97,13 @@ class Job:
 
 
 class StopText:
-    """Finds stop texts in pieces of an answer; what may be the beginning of one is held back."""
+    """Find stop strings in streamed text, holding back text that may begin one."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops, self._held = stops, ""
 
     def feed(self, text: str, last: bool) -> tuple[str, bool]:
-        """The text that is certain, and whether a stop text was found."""
+        """Add text; return the text that can be sent, and whether a stop string was found."""
         self._held += text
         found = [at for at in map(self._held.find, self._stops) if at >= 0]
         if found:
@@ -118,7 +118,7 @@ class StopText:
 
 
 class _Answer:
-    """One of a job's answers while it is generated."""
+    """One answer of a job while it is generated."""
 
     def __init__(self, job: Job, choice: int, detokenizer):
         self.job, self.choice = job, choice
@@ -127,7 +127,7 @@ class _Answer:
         self.failure: Exception | None = None
 
     def guarded(self, process):
-        """A logits processor whose failure is this answer's alone, and not the batch's."""
+        """Wrap a logits processor so that its failure fails this answer, not the batch."""
 
         def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
             if self.failure is None:
@@ -141,7 +141,7 @@ class _Answer:
 
 
 class Engine:
-    """Answers jobs; `submit`, `run` and `stop` may be called from any thread.
+    """Answer jobs. `submit`, `run` and `stop` may be called from any thread.
 
     Args:
         model: what answers.
@@ -169,20 +169,20 @@ class Engine:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Begin a job, or go on with one whose images are decoded."""
+        """Queue a new job, or one whose images have been decoded."""
         self._inbox.put(job)
 
     def cancel(self, job: Job) -> None:
-        """Give a job up; it gets no more events after the token that is being generated."""
+        """Cancel a job; it gets no more events after the current token."""
         job.cancelled = True
         self._inbox.put(None)
 
     def run(self, work: Iterator[None]) -> None:
-        """Have the worker run a generator, a step at a time."""
+        """Run a generator on the worker, step by step."""
         self._inbox.put(work)
 
     def stop(self) -> None:
-        """Fail all jobs that are not done, and end the worker."""
+        """Fail unfinished jobs and stop the worker."""
         self._stopping = True
         self._inbox.put(None)
         self._thread.join()
@@ -212,7 +212,7 @@ class Engine:
         return mlx_lm.new_batch(self._model, self._processor.tokenizer.eos_token_ids, self._concurrency)
 
     def _receive(self) -> None:
-        """Take what has come; while there is nothing to do, write the prefix cache, and then wait."""
+        """Receive jobs; when idle, write the prefix cache, then block."""
         idle = not (self._reading or self._answers)
         while True:
             try:
@@ -238,7 +238,7 @@ class Engine:
             return False
 
     def _jobs(self) -> list[Job]:
-        """All jobs that are not done, each once."""
+        """All unfinished jobs, each once."""
         reading = [job for job, _ in self._reading if job is not None]
         answered = [answer.job for answer in self._answers.values()]
         return list(dict.fromkeys([*answered, *reading, *self._parked, *self._waiting]))
@@ -264,7 +264,7 @@ class Engine:
         job.events.put(error if isinstance(error, RequestError) else internal_error(error))
 
     def _fail_all(self, error: Exception) -> None:
-        """After a step that failed nobody knows what the batch's caches hold."""
+        """Fail all running answers: after a failed step, the state of the batch's caches is unknown."""
         for job in {answer.job for answer in self._answers.values()}:
             self._answers = {uid: answer for uid, answer in self._answers.items() if answer.job is not job}
             job.events.put(internal_error(error))
@@ -272,7 +272,7 @@ class Engine:
         self._batch = self._new_batch()
 
     def _start_waiting(self) -> None:
-        """Look up the prompts of jobs for which there is a place."""
+        """Look up waiting prompts in the prefix cache, as far as the batch has room."""
         while self._waiting:
             reading = [job for job, _ in self._reading if job is not None]
             places = len(self._answers) + sum(job.settings.choices for job in [*reading, *self._parked])
@@ -298,7 +298,7 @@ class Engine:
             self._reading.append((job, self._read(job)))
 
     def _read_on(self) -> None:
-        """Read for the jobs in turn, a small piece of each, as long as the next step of all answers may wait."""
+        """Read for the jobs in turn, a chunk of each, while the next decoding step may wait."""
         begin = now = time.perf_counter()
         while self._reading:
             self._read_piece(*self._reading[0])
@@ -307,11 +307,11 @@ class Engine:
                 return
 
     def _slice(self) -> float:
-        """Seconds for reading between two steps of all answers."""
+        """Seconds for reading between two decoding steps."""
         return SLICE * statistics.median(self._step_times) if self._step_times else 0.0
 
     def _read_piece(self, job: Job | None, work: Iterator[None]) -> None:
-        """Read on for the job in front, and put it behind the others unless it is done."""
+        """Read a chunk for the first job, then move it to the end unless it is done."""
         try:
             next(work)
             self._reading.rotate(-1)
@@ -325,7 +325,7 @@ class Engine:
                 internal_error(e)
 
     def _read(self, job: Job) -> Iterator[None]:
-        """Encode a job's images, prefill its prompt, and begin its answers; pauses after every small piece."""
+        """Encode a job's images, prefill its prompt, and start its answers; yields after every chunk."""
         rows, grids = [], []
         for i, image in sorted(job.tiles.items()):
             grids.append(image.grid)
@@ -350,14 +350,14 @@ class Engine:
         mx.clear_cache()
 
     def _num_tokens(self) -> int:
-        """How many tokens to prefill at once: while others are answered, what fits between two steps of theirs."""
+        """Number of tokens to prefill at once; while others are answered, what fits between two decoding steps."""
         if not self._answers:
             return self._step_size
         fitting = self._slice() / statistics.median(self._token_times) if self._token_times else 0
         return max(LEAST_TOKENS, min(int(fitting), self._step_size))
 
     def _encode(self, job: Job, index: int, image: TiledImage) -> Generator[None, None, mx.array]:
-        """The visual tokens of an image: a layer of one tile at a time while others are answered, else some tiles."""
+        """Visual tokens of an image, encoded layer by layer while others are answered, otherwise tiles at a time."""
         rows: dict[int, mx.array] = {}
         waiting = deque(sorted(range(len(image.tiles)), key=lambda i: image.tiles[i].shape))
         while waiting:
@@ -383,7 +383,7 @@ class Engine:
         return encoded
 
     def _store(self, blocks: Sequence[Block], caches: list, length: int) -> None:
-        """Keep what was read; a failure costs later requests time, and this one nothing."""
+        """Store blocks in the prefix cache; a failure is logged and does not fail the request."""
         try:
             known = [block for block in blocks if block.end <= length]
             self._prefixes.store(known, lambda start, end: mlx_lm.held(caches, start, end))
@@ -391,7 +391,7 @@ class Engine:
             log.exception("the prefix cache failed")
 
     def _begin(self, job: Job) -> None:
-        """Put a job that was read into the batch."""
+        """Insert a prefilled job into the batch."""
         settings = job.settings
         answers = [_Answer(job, i, self._processor.tokenizer.detokenizer) for i in range(settings.choices)]
         processors = []
@@ -413,7 +413,7 @@ class Engine:
         self._answers.update(zip(uids, answers, strict=True))
 
     def _step(self) -> None:
-        """Generate a token of every answer."""
+        """Decode one token of every answer."""
         if not self._answers:
             return
         start = time.perf_counter()
@@ -464,7 +464,7 @@ class Engine:
 
 
 def internal_error(error: Exception) -> RequestError:
-    """What a client is told of an unexpected error: an id, under which the log has the traceback."""
+    """Log an unexpected error under an id; return the error for the client, with that id."""
     number = uuid.uuid4().hex[:12]
     log.error("internal error %s", number, exc_info=error)
     return RequestError(500, f"internal error {number}; the server's log says more", "internal_error")

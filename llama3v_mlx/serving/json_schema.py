@@ -1,4 +1,4 @@
-"""OpenAI's `response_format`: only tokens that a JSON schema allows are drawn. The `json` extra brings llguidance."""
+"""OpenAI's `response_format`: constrain answers to a JSON schema by llguidance, of the `json` extra."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ MAX_SCHEMA = 1 << 16  # characters
 
 
 class Schemas:
-    """Makes logits processors of response formats; its methods may be called from any thread.
+    """Compile response formats into matchers; methods may be called from any thread.
 
     Args:
         tokenizer: mlx-lm's wrapped tokenizer.
@@ -27,7 +27,7 @@ class Schemas:
         self._lock = threading.Lock()
 
     def matcher(self, response_format: dict | None):
-        """llguidance's matcher of a response format; None if any text will do.
+        """Matcher of a response format; None if any text is allowed.
 
         Raises:
             RequestError: if the format is unknown, its schema cannot be kept to, or llguidance is missing.
@@ -66,7 +66,7 @@ class Schemas:
 
 
 def keep_to(matcher) -> Callable[[mx.array, mx.array], mx.array]:
-    """A logits processor, for generated tokens alone, that allows what a matcher allows."""
+    """Logits processor on generated tokens that masks what a matcher does not allow."""
     matcher = matcher.deep_copy()
     consumed = 0
 

@@ -1,4 +1,4 @@
-"""Keys and values of prompts read before, in blocks: in memory up to a number of bytes, and in a folder if given one.
+"""Prefix cache: keys and values of earlier prompts in blocks, bounded in bytes, in memory and optionally on disk.
 
 A block's digest covers all input from the beginning, so a block is right wherever it is found. Files are named by their
 digest and by the SHA-256 of their contents; one that is damaged is deleted, and what it held is computed again.
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class PrefixCache:
-    """Blocks of keys and values, those used last; for one thread.
+    """Least recently used cache of blocks of keys and values; for one thread.
 
     Args:
         max_bytes: of the blocks in memory.
@@ -49,7 +49,7 @@ class PrefixCache:
             self._list(folder)
 
     def fetch(self, blocks: Sequence[Block], most: int) -> tuple[int, mx.array | None]:
-        """The longest beginning of a prompt that is known.
+        """Fetch the longest cached prefix of a prompt.
 
         Args:
             blocks: the prompt's.
@@ -72,7 +72,7 @@ class PrefixCache:
         return end, mx.concatenate(found, axis=4) if found else None
 
     def store(self, blocks: Iterable[Block], held: Callable[[int, int], mx.array]) -> None:
-        """Keep blocks; `held(start, end)` copies the keys and values of those that are not known."""
+        """Store blocks; `held(start, end)` copies keys and values of those not cached yet."""
         blocks = list(blocks)
         for block in blocks:
             if block.digest not in self._blocks:
@@ -88,7 +88,7 @@ class PrefixCache:
         self._shrink()
 
     def save_one(self) -> bool:
-        """Write one block that is not in the folder yet; False if there is none."""
+        """Write one block that is not on disk yet; return False if there is none."""
         if not self._unsaved:
             return False
         digest, _ = self._unsaved.popitem(last=False)
@@ -157,7 +157,7 @@ class PrefixCache:
             self.folder_bytes -= old
 
     def _list(self, folder: Path) -> None:
-        """Find the files of earlier runs, the one used last at the end."""
+        """List files of earlier runs, least recently used first."""
         for partial in self._folder.glob("*.partial"):
             partial.unlink(missing_ok=True)
         found = sorted((p.stat().st_mtime, p, p.stat().st_size) for p in folder.glob("*/*.safetensors"))
@@ -171,7 +171,7 @@ class PrefixCache:
 
 
 def fingerprint(model, settings: object) -> str:
-    """SHA-256, in hex, of a model's parameters as they are computed with, and of its settings."""
+    """SHA-256, in hex, of a model's parameters and settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
@@ -180,7 +180,7 @@ def fingerprint(model, settings: object) -> str:
 
 
 def _read(path: Path, block: Block) -> mx.array | None:
-    """A file's block; None, and the file is deleted, if it is not what was written."""
+    """Read a block from a file; a damaged file is deleted and None returned."""
     try:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:

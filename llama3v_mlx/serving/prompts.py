@@ -1,4 +1,4 @@
-"""The prompt of a request: its ids, how its images will be cut, and the keys of its blocks in the prefix cache.
+"""Prompts of requests: ids, tilings of images, and keys of blocks in the prefix cache.
 
 Tokens are worked out from the images' headers, so that what the context cannot hold is refused before anything is
 decoded.
@@ -23,7 +23,7 @@ DECODING = threading.Lock()
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """An image and how it is cut; it is decoded later, and only if the prefix cache lacks it."""
+    """An image and its tiling; it is decoded later, and only if the prefix cache lacks it."""
 
     source: RequestImage
     tiling: Tiling
@@ -45,7 +45,7 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens that are kept together in the prefix cache: some text, or one whole image."""
+    """Tokens cached together: a run of text, or a whole image."""
 
     digest: str  # of the model's input from the beginning to `end`
     start: int
@@ -59,7 +59,7 @@ class RequestPrompt:
     places: tuple[tuple[int, int], ...] = ()  # (start, end) of each image's run
 
     def blocks(self, answer: Sequence[int] = ()) -> list[Block]:
-        """The full blocks of prompt and answer: every image is one, and text is cut into `BLOCK` tokens each.
+        """Full blocks of prompt and answer: one per image, and `BLOCK` tokens each of text.
 
         Text in front of an image is a block whatever its length, so that an image's block always ends with the image.
         """
@@ -85,7 +85,7 @@ class RequestPrompt:
 
 
 def plan_image(image: RequestImage, processor: Processor, max_tiles: int | None) -> PlannedImage:
-    """How an image will be cut.
+    """Plan the tiling of an image.
 
     Raises:
         RequestError: if it is so long and thin that its tiles would be larger than the model's own.
@@ -101,12 +101,12 @@ def plan_image(image: RequestImage, processor: Processor, max_tiles: int | None)
 
 
 def num_tokens(image: PlannedImage, processor: Processor) -> int:
-    """How many tokens of the context an image takes."""
+    """Number of tokens of an image's block."""
     return len(processor.prompt_tokens.block(image.tiling.grid, processor.num_queries))
 
 
 def chat_prompt(request: ChatRequest, processor: Processor, limits: Limits) -> RequestPrompt:
-    """The prompt of a chat, its images not yet decoded.
+    """Prompt of a chat, its images not decoded yet.
 
     Raises:
         RequestError: if an image cannot be used, or the context has no room.
@@ -135,7 +135,7 @@ def chat_prompt(request: ChatRequest, processor: Processor, limits: Limits) -> R
 
 
 def completion_prompt(request: CompletionRequest, processor: Processor, limits: Limits) -> RequestPrompt:
-    """The prompt of a plain completion; special tokens in its text are special.
+    """Prompt of a plain completion; special tokens in its text are parsed.
 
     Raises:
         RequestError: if the context has no room.
@@ -152,13 +152,13 @@ def completion_prompt(request: CompletionRequest, processor: Processor, limits: 
 
 
 def token_text(token: int, processor: Processor) -> str:
-    """What a token stands for, as far as it is text of its own."""
+    """Text of a single token."""
     with TOKENIZING:
         return processor.tokenizer.decode([token])
 
 
 def _check_context(image_tokens: int, characters: int, where: str, limits: Limits) -> None:
-    """Refuse what cannot fit before it is tokenized."""
+    """Refuse a text that cannot fit the context, before tokenizing it."""
     _check_length(image_tokens + characters // limits.longest_token, where, limits, "at least ")
 
 

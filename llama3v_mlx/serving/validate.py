@@ -1,4 +1,4 @@
-"""Requests as frozen dataclasses, whose fields, types and ranges are all that the server accepts.
+"""Requests as frozen dataclasses; their fields, types and ranges are exactly what the server accepts.
 
 A field's `metadata` holds its check. Whatever a body has beside these fields is refused by name.
 """
@@ -25,7 +25,7 @@ MAX_CHOICES = 8
 
 
 class RequestError(ValueError):
-    """A request that cannot be served.
+    """Raised for a request that cannot be served.
 
     Args:
         status: of HTTP.
@@ -41,7 +41,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for at most."""
+    """Upper bounds of a request."""
 
     vocab_size: int
     context: int  # tokens
@@ -112,7 +112,7 @@ def one_of(*values: Any) -> Check:
 
 
 def unsupported(*harmless: Any) -> Check:
-    """Refuse a field of OpenAI's, except for values that ask for nothing."""
+    """Refuse a field of OpenAI's API, except for values without effect."""
 
     def check(value: Any, where: str) -> None:
         if not any(type(value) is type(each) and value == each for each in harmless):
@@ -122,7 +122,7 @@ def unsupported(*harmless: Any) -> Check:
 
 
 def anything(value: Any, where: str) -> None:
-    """Accept a field that has no influence on an answer."""
+    """Accept a field that does not influence answers."""
 
 
 def list_of(check: Check, least: int = 0, most: int = MAX_VALUES) -> Check:
@@ -160,7 +160,7 @@ def an_object(value: Any, where: str) -> dict:
 
 
 def parse(kind: type[T], body: Any, where: str = "") -> T:
-    """An object of a request as the dataclass `kind`; null is as good as absent.
+    """Parse an object of a request into the dataclass `kind`; null means absent.
 
     Raises:
         RequestError: if a field is unknown, missing, or not as its check wants it.
@@ -194,7 +194,7 @@ def optional(check: Check, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class RequestImage:
-    """An image of a request, of which only the header was read."""
+    """An image of a request, its header read."""
 
     data: bytes  # the file
     size: tuple[int, int]  # (width, height) in pixels, upright
@@ -208,7 +208,7 @@ class RequestImage:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An image as a message has it."""
+    """An image part of a message."""
 
     uri: str
     where: str
@@ -281,7 +281,7 @@ class _ImagePart:
 
 
 def read_image(uri: str, where: str, overview_only: bool = False) -> RequestImage:
-    """An image given as a `data:` URI, its header read.
+    """Parse an image given as a `data:` URI and read its header.
 
     Raises:
         RequestError: if it is something else, or no image.
@@ -301,7 +301,7 @@ def read_image(uri: str, where: str, overview_only: bool = False) -> RequestImag
 
 
 def read_images(messages: tuple[Message, ...], limits: Limits) -> dict[ImagePart, RequestImage]:
-    """The images of messages by their parts; bounds come first, and nothing is decoded.
+    """Images of messages by their parts; bounds are checked and nothing is decoded.
 
     Raises:
         RequestError: if there are too many, in number or in pixels, or one is no image.
@@ -333,7 +333,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What chat and plain completions have in common."""
+    """Common fields of chat and plain completions."""
 
     model: str | None = optional(text(1000))  # whatever it is, the one model answers
     max_tokens: int | None = optional(integer(1, 1 << 31))
@@ -357,7 +357,7 @@ class GenerationRequest:
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self, limits: Limits) -> None:
-        """Check what fields mean together, and for this model.
+        """Check combinations of fields, and values against this model.
 
         Raises:
             RequestError: if they cannot be had.
@@ -458,7 +458,7 @@ class EmbeddingRequest:
 
 @dataclass(frozen=True)
 class TilesRequest:
-    """How would this image be cut? For the page."""
+    """Request for the tiling of an image, from the page."""
 
     image: str = required(text(1 << 31, least=1))
     max_image_tiles: int | None = optional(integer(1, 10))
@@ -470,7 +470,7 @@ _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]},]', re.DOTALL)
 
 
 def read_json(data: bytes) -> Any:
-    """Parse a body, whose depth and number of values are bounded before any of it becomes an object.
+    """Parse a JSON body; depth and number of values are bounded before anything is built.
 
     Raises:
         RequestError: if it is not JSON in UTF-8, or out of bounds.
