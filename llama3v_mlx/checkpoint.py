@@ -22,6 +22,7 @@ from .config import (
     sampling_config,
 )
 from .files import list_folder
+from .hub import HubError, download
 from .models.llama3v import Model, ModelArgs, rename
 from .prompt import EOT, PromptTokens, chat_template
 
@@ -42,8 +43,13 @@ OUR_KEYS = ("vision_config", "projector_config", "image_config", "prompt_tokens"
 _VISION_DEFAULTS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
 
-def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None, more: float = 0.0) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's, downloaded into Hugging Face's cache.
+
+    Args:
+        path_or_hf_repo: a folder, or owner/name.
+        revision: a branch, tag or commit of the repository.
+        more: what the caller will write to the same disk, as a share of the download.
 
     Raises:
         CheckpointError: if there is no such folder, and no such repository can be had.
@@ -57,13 +63,10 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None) ->
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder, and not a Hub repository (owner/name)")
 
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        raise CheckpointError(f"{name}: no such folder, and the Hub could not give it ({one_line(e)})") from e
+        path = download(name, revision, DOWNLOADED, more)
+    except HubError as e:
+        raise CheckpointError(str(e)) from e
     return find_checkpoint(path)
 
 

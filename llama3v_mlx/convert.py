@@ -135,7 +135,7 @@ def convert(
 
     from .conversion.shard_writer import make_plan
 
-    with _source(hf_path, revision, new) as (folder, tensors, origin):
+    with _source(hf_path, revision, new, _share(mlx_path, quantization, dtype)) as (folder, tensors, origin):
         config = _new_config(folder, dtype)
         plan = make_plan(folder, config, tensors, quantization, quant_predicate)
         if quantization:
@@ -194,7 +194,9 @@ def check_sources(hf_path: str | Path | None, new: dict, verify: bool) -> None:
 
 
 @contextlib.contextmanager
-def _source(hf_path: str | Path | None, revision: str | None, new: dict) -> Iterator[tuple[Path, dict, str]]:
+def _source(
+    hf_path: str | Path | None, revision: str | None, new: dict, share: float
+) -> Iterator[tuple[Path, dict, str]]:
     """Folder of config and tokenizer, lazy tensors, and a description of the source for the model card."""
     if hf_path is None:
         from .conversion.assemble import assemble
@@ -204,8 +206,22 @@ def _source(hf_path: str | Path | None, revision: str | None, new: dict) -> Iter
         return
     from .checkpoint import find_checkpoint, read_tensors
 
-    folder = find_checkpoint(hf_path, revision)
+    folder = find_checkpoint(hf_path, revision, share)
     yield folder, read_tensors(folder), str(hf_path)
+
+
+def _share(mlx_path: Path, quantization: dict | None, dtype: str | None) -> float:
+    """About how large the result is, as a share of a half-precision source; 0 if it goes to another disk."""
+    from huggingface_hub import constants
+
+    devices = []
+    for path in (mlx_path.absolute(), Path(constants.HF_HUB_CACHE).absolute()):
+        devices.append(os.stat(next(parent for parent in path.parents if parent.exists())).st_dev)
+    if devices[0] != devices[1]:
+        return 0.0
+    if quantization:
+        return (quantization["bits"] + 1.5) / 16  # scales and biases, and what is not quantized
+    return 2.0 if dtype == "float32" else 1.0
 
 
 def _new_config(folder: Path, dtype: str | None) -> dict:

@@ -99,9 +99,12 @@ def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Like the real one, it ends when the process does that -w names.
     program.write_text(
         f"#!{shutil.which('sh')}\n"
-        f"trap 'echo stopped > {tmp_path}/end.partial; mv {tmp_path}/end.partial {tmp_path}/end; exit' TERM\n"
-        f'echo "$@" > {tmp_path}/notes.partial; mv {tmp_path}/notes.partial {tmp_path}/notes\n'
-        f"while kill -0 $3 2>/dev/null; do sleep 0.02; done; echo alone > {tmp_path}/end\n"
+        f"cd {tmp_path}\n"
+        'note() { echo "$2" > "$1.partial"; mv "$1.partial" "$1"; }\n'
+        "trap 'note end stopped; exit' TERM\n"
+        'note notes "$*"\n'
+        "while kill -0 $3 2>/dev/null; do sleep 0.02; done\n"
+        "note end alone\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")

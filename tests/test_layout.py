@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("device",),
     ("llama3v_mlx",),
-    ("files",),
+    ("files", "hub"),
     ("pdf",),
     ("image",),
     ("sampling",),
