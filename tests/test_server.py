@@ -912,7 +912,8 @@ class TestStartAndStop:
         assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] < 20
 
 
-def test_soak(run_python) -> None:
-    done = run_python("benchmarks/soak.py", "--requests", "60")
+def test_soak(run_main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    done = run_main("soak", "--requests", "60")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "60 requests of 8 clients" in done.stdout and "0 wrong, traceback: False" in done.stdout
