@@ -340,7 +340,7 @@ def _upload(folder: Path, repo: str) -> None:
     api = HfApi()
     try:
         url = api.create_repo(repo, exist_ok=True)
-        api.upload_large_folder(repo_id=repo, folder_path=folder, repo_type="model")
+        api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model")
     except OSError as e:  # Hugging Face's HTTP errors are OSErrors
         raise OSError(f"{folder} is complete, but was not uploaded to {repo}: {e}") from e
     print(f"uploaded to {url}")

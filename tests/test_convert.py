@@ -546,7 +546,7 @@ def test_from_the_hub_and_to_it(source: Path, tmp_path: Path, monkeypatch, capsy
             calls.append("create_repo")
             return f"https://huggingface.co/{repo}"
 
-        def upload_large_folder(self, repo_id: str, folder_path: Path, repo_type: str) -> None:
+        def upload_folder(self, repo_id: str, folder_path: Path, repo_type: str) -> None:
             calls.append((repo_id, folder_path, repo_type))
 
     def download(repo_id: str, revision: str, allow_patterns: list[str], dry_run: bool = False, **kwargs):
