@@ -1,4 +1,4 @@
-"""The Linux CPU's fast path leaves the process as it was: OpenBLAS's number of threads above all."""
+"""The Linux CPU's fast path restores process-wide state, above all OpenBLAS's number of threads."""
 
 import ctypes
 import json
@@ -16,12 +16,12 @@ from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.image import tile_image
 from llama3v_mlx.models import linux_cpu as cpu
 
-pytestmark = pytest.mark.skipif(not HAS_OPENBLAS, reason="of OpenBLAS")
+pytestmark = pytest.mark.skipif(not HAS_OPENBLAS, reason="needs OpenBLAS")
 
 
 @pytest.fixture
 def threads() -> Iterator:
-    """A function that gives OpenBLAS's number of threads, which is 3 before the test."""
+    """Return a function that reads OpenBLAS's number of threads, set to 3 before the test."""
     blas = ctypes.CDLL("libopenblas.so.0")
     before = blas.openblas_get_num_threads()
     blas.openblas_set_num_threads(3)
@@ -30,7 +30,7 @@ def threads() -> Iterator:
 
 
 def rows(pixels: mx.array) -> mx.array:
-    """uint8 (B, height, width, 3) to (B, 1, 3), by a matrix product."""
+    """Map uint8 (B, height, width, 3) to (B, 1, 3) with a matrix product."""
     x = pixels.reshape(len(pixels), -1, 3).astype(mx.float32)
     return (x.swapaxes(1, 2) @ x).sum(axis=1, keepdims=True)
 

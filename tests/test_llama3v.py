@@ -1,4 +1,4 @@
-"""The model's own parts: images spliced into prompts, and released tensors renamed."""
+"""Splicing of images into prompts, and renaming of released tensors."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ UNK, IMAGE_START, IMAGE_END, SLICE_START, SLICE_END, NEWLINE = 90, 91, 92, 93, 9
 QUERIES = 4
 Grid = tuple[int, int] | None
 
-# Blocks as the model was trained with them: T a tile, < and > the slices' ends, / a newline between their rows.
+# Blocks as in training: T is a tile, < and > enclose the slices, / is a newline between their rows.
 BLOCKS = {None: "T", (2, 2): "T<TT/TT>", (1, 3): "T<T/T/T>", (3, 1): "T<TTT>", (3, 3): "T<TTT/TTT/TTT>"}
 TRAINED = {
     "T": [IMAGE_START, *[UNK] * QUERIES, IMAGE_END],
@@ -67,7 +67,7 @@ def model() -> Model:
 
 
 def make_image(grid: Grid, seed: int = 0) -> TiledImage:
-    """Random tiles: an overview of one size, slices of another."""
+    """Draw random tiles: an overview of one size, slices of another."""
     rng = np.random.default_rng(seed)
     slices = grid[0] * grid[1] if grid else 0
     sizes = [(28, 42, 3), *[(42, 14, 3)] * slices]
@@ -79,7 +79,7 @@ def trained_block(grid: Grid) -> list[int]:
 
 
 def spliced_prompt(grids: list[Grid]) -> list[int]:
-    """Ids with one run of placeholders per image, a newline after each as in a message."""
+    """Return ids with one run of placeholders per image, each followed by a newline as in a message."""
     runs = [[UNK] * len(trained_block(grid)) + [NEWLINE] for grid in grids]
     return [1, 2, 3, *sum(runs, []), 4, 5]
 
@@ -103,13 +103,13 @@ def test_one_run_per_image_becomes_the_trained_sequence(model: Model, grids: lis
 
 
 def test_encode_image_keeps_the_order_of_tiles(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "TILE_BATCH_SIZE", 3)  # so that sizes mix and batches break within an image
+    monkeypatch.setattr(model_module, "TILE_BATCH_SIZE", 3)  # so that batches mix images and split them
     images = [make_image(grid, seed) for seed, grid in enumerate([(2, 2), None, (3, 1)])]
     encoded = model.encode_image(images)
     assert [len(y) for y in encoded] == [QUERIES * len(image.tiles) for image in images]
     for y, image in zip(encoded, images, strict=True):
         alone = mx.concatenate([model.encode_tiles(tile[None])[0] for tile in image.tiles])
-        # The batch's size changes the order of float32 sums, no more.
+        # The batch size only changes the order of float32 sums.
         np.testing.assert_allclose(np.array(y), np.array(alone), atol=1e-5)
         assert np.unique(np.array(alone), axis=0).shape == alone.shape
 
@@ -125,14 +125,14 @@ def test_logits_follow_the_embeddings(model: Model) -> None:
 @pytest.mark.parametrize("places, given", [(1, 0), (0, 1), (2, 1), (1, 2)])
 def test_places_and_images_must_agree_in_number(model: Model, places: int, given: int) -> None:
     ids = mx.array(spliced_prompt([None] * places))
-    with pytest.raises(ValueError, match=f"places for {places} images, but {given} were given"):
+    with pytest.raises(ValueError, match=f"placeholders for {places} images, but {given} were given"):
         model.embed_inputs(ids, pixel_values=[make_image(None)] * given)
 
 
 @pytest.mark.parametrize("place, grid", [((2, 2), (1, 3)), (None, (2, 2)), ((2, 2), None)])
 def test_places_and_images_must_agree_in_length(model: Model, place: Grid, grid: Grid) -> None:
     room, need = len(trained_block(place)), len(trained_block(grid))
-    with pytest.raises(ValueError, match=f"image of {need} tokens does not fit its place of {room} tokens"):
+    with pytest.raises(ValueError, match=f"image of {need} tokens does not fit its run of {room} placeholders"):
         model.embed_inputs(mx.array(spliced_prompt([place])), pixel_values=[make_image(grid)])
 
 
@@ -158,7 +158,7 @@ def test_rename(released: str, ours: str) -> None:
 
 
 def released_weights(vision: str, projector: str) -> dict[str, mx.array]:
-    """Random tensors of every kind whose layout changes, and some that keep theirs."""
+    """Draw random tensors of each kind whose layout changes, and some whose layout does not."""
     shapes = {
         "llm.model.embed_tokens.weight": (100, 32),
         "llm.model.layers.0.self_attn.rotary_emb.inv_freq": (8,),

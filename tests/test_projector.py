@@ -1,4 +1,4 @@
-"""The projectors where no reference is needed: position code, dtypes, errors."""
+"""Projectors without a reference implementation: position embeddings, dtypes, errors."""
 
 import math
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_output_keeps_the_dtype(
 
 
 def test_grid_must_fit_the_features() -> None:
-    with pytest.raises(ValueError, match="6 patch features do not make a grid of 2x4"):
+    with pytest.raises(ValueError, match="6 patch features do not form a grid of 2x4"):
         Resampler(TINY)(mx.zeros((1, 6, 16)), (2, 4))
 
 

@@ -1,4 +1,4 @@
-"""The vision tower where no reference is needed: position ids, dtypes, pooling's shape."""
+"""Vision tower without a reference implementation: position ids, dtypes, shape of pooling."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ linux_cpu = pytest.mark.skipif(not cpu.applies(mx.zeros(1)), reason="for float32
 
 
 def test_position_ids_are_torchs_at_every_length() -> None:
-    """The 12 million ids that torch 2.13 gives, stored as where they differ from 70·i // N, and as a digest."""
+    """The 12 million ids of torch 2.13 are stored as a digest and by their differences from 70·i // N."""
     stored = json.loads((Path(__file__).parent / "position_ids.json").read_text())
-    embeddings, digest = Embeddings(VisionConfig(hidden_size=1)), hashlib.sha256()  # the released side of 70
+    embeddings, digest = Embeddings(VisionConfig(hidden_size=1)), hashlib.sha256()  # with the released side of 70
     for n in range(1, 4901):
         expected = 70 * np.arange(n) // n
         expected[stored["lower"].get(str(n), [])] -= 1
@@ -49,7 +49,7 @@ def test_google_tower_numbers_its_patches() -> None:
 
 
 def record_dtypes(monkeypatch: pytest.MonkeyPatch, *classes: type[nn.Module]) -> dict[str, set[mx.Dtype]]:
-    """The floating dtypes that go into and come out of every call of these modules, by class, from now on."""
+    """Record the floating-point dtypes of inputs and outputs in all calls of these modules, by class."""
     seen: dict[str, set[mx.Dtype]] = {cls.__name__: set() for cls in classes}
 
     def recording(cls: type[nn.Module]) -> Callable[..., mx.array]:
@@ -88,7 +88,7 @@ def test_nothing_leaves_the_dtype_of_the_weights(
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_logits_are_float32_of_embeddings_in_any_dtype(dtype: mx.Dtype) -> None:
-    """With Google's scale and bias, against float64 from the same embeddings."""
+    """With Google's scale and bias, against float64 on the same embeddings."""
     text = {"vocab_size": 50, "hidden_size": TINY.hidden_size, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = SigLIP(VisionConfig(**{**vars(TINY), "model_type": "siglip_vision_model"}), TextConfig(**text))
     scale, bias = 4.7135, -16.5472
@@ -118,7 +118,7 @@ def test_a_checkpoints_scale_and_bias_are_loaded_in_float32(siglip: Path, tmp_pa
 
 
 def test_siglip_loss_is_the_papers() -> None:
-    """By hand: a pair that fits costs log(1 + exp(-logit)), one that does not log(1 + exp(logit)); over n."""
+    """A matching pair contributes log(1 + exp(-logit)), any other log(1 + exp(logit)); the sum is divided by n."""
     logits = np.random.default_rng(0).normal(size=(4, 4))
     signs = 2 * np.eye(4) - 1
     assert abs(siglip_loss(mx.array(logits, mx.float32)).item() - np.log1p(np.exp(-signs * logits)).sum() / 4) < 1e-6
@@ -126,7 +126,7 @@ def test_siglip_loss_is_the_papers() -> None:
 
 @linux_cpu
 def test_the_cpu_has_the_same_functions() -> None:
-    """Against float64: float32's 24 bits, after a polynomial and four squarings, leave an error of about 1e-6."""
+    """Compare with float64: in float32, a polynomial and four squarings have an error of about 1e-6."""
     x = np.concatenate([np.linspace(-40, 40, 4001), [-1e4, 1e4, 0]])
     exact = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     np.testing.assert_allclose(np.array(cpu.gelu(mx.array(x.astype(np.float32)))), exact, rtol=3e-6, atol=3e-6)
@@ -146,5 +146,5 @@ def test_streams_share_a_batch(size: int) -> None:
     tower = VisionTower(TINY)
     pixels = np.random.default_rng(0).integers(0, 256, (size, 42, 42, 3), dtype=np.uint8)
     together = cpu.in_streams(mx.compile(lambda x: tower(x)), pixels, most=2)
-    # Products of other sizes are rounded elsewhere: a few units in the last place of features around 2.
+    # Products of other sizes are rounded differently: a few units in the last place of features around 2.
     np.testing.assert_allclose(np.array(together), np.array(tower(mx.array(pixels))), rtol=1e-5, atol=5e-6)

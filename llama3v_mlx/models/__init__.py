@@ -1,1 +1,1 @@
-"""The networks: SigLIP tower, projector, and the whole model around mlx-lm's Llama."""
+"""Networks: SigLIP tower, projector, and the complete model around mlx-lm's Llama."""

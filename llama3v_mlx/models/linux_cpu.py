@@ -1,8 +1,8 @@
-"""What makes the tower fast on a Linux CPU in float32; every other backend has kernels of its own for all of this.
+"""Fast float32 vision tower on a Linux CPU; other backends have their own kernels.
 
-There MLX runs all but matrix products on one thread and computes exp one number at a time. So exp is made of what a
-compiler vectorises, a softmax is divided after its product with the values, where there is less to divide, and a batch
-is shared among as many streams as there are cores. The tower's results are the same within 1e-6.
+MLX's CPU backend runs everything but matrix products on one thread and computes exp one number at a time. So exp uses
+operations that compilers vectorize, softmax is normalized after its product with the values, which has fewer elements,
+and a batch is split among as many streams as there are cores. The tower's outputs are the same within 1e-6.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ import numpy as np
 from .. import HAS_OPENBLAS
 from ..device import cores, on_gpu
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
-HEADS_AT_ONCE = 4  # their scores stay in a core's cache
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # from glibc's malloc.h
+HEADS_AT_ONCE = 4  # so that their scores fit in a core's cache
 _BLAS_LOCK = threading.RLock()
 _THREAD = threading.local()
 
 
 def applies(x: mx.array) -> bool:
-    """Whether this is the backend, and `x` of the type, that the rest of this file is for."""
+    """Return True if `x` is float32 and MLX runs on a Linux CPU."""
     return sys.platform == "linux" and x.dtype == mx.float32 and not on_gpu()
 
 
 def gelu(x: mx.array) -> mx.array:
-    """The tanh approximation of GELU, elementwise."""
+    """Elementwise GELU, tanh approximation."""
     return _gelu(x) if applies(x) else nn.gelu_approx(x)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
-    """softmax(q·kᵀ·scale)·v of (B, H, L, D) arrays, without a mask."""
+    """Unmasked attention softmax(q·kᵀ·scale)·v of (B, H, L, D) arrays."""
     if not applies(q):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     shape = q.shape
@@ -53,12 +53,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.arra
 
 
 def in_streams(encode: Callable[[mx.array], mx.array], batch: np.ndarray, most: int) -> mx.array:
-    """`encode` of a batch in parts of at most `most`, as many side by side as there are cores; evaluated.
+    """Apply `encode` to a batch in parts of at most `most`, one per core in parallel; return the evaluated result.
 
-    Each product keeps to one thread meanwhile: the streams are the parallelism.
+    Meanwhile each matrix product uses one thread, because the streams run in parallel.
     """
     streams = _streams()
-    count = -(-len(batch) // len(streams))  # what each core has to do at least
+    count = -(-len(batch) // len(streams))  # smallest possible share of each core
     parts = np.array_split(batch, -(-len(batch) // min(most, count)))
     results = []
     with _blas_threads(1):
@@ -67,22 +67,22 @@ def in_streams(encode: Callable[[mx.array], mx.array], batch: np.ndarray, most: 
             for stream, part in zip(streams, parts[i : i + len(streams)], strict=False):
                 with mx.stream(stream):
                     abreast.append(encode(mx.array(part)))
-            mx.eval(abreast)  # more at once, and MLX would work through one stream after the other
+            mx.eval(abreast)  # with more at once, MLX would run one stream after the other
             results += abreast
     return mx.concatenate(results)
 
 
 def all_threads() -> contextlib.AbstractContextManager[None]:
-    """Use every core for one matrix product, whatever number of threads OpenBLAS was started with."""
+    """Use all cores for each matrix product, regardless of OpenBLAS's initial number of threads."""
     return _blas_threads(None)
 
 
 @contextlib.contextmanager
 def _blas_threads(count: int | None) -> Iterator[None]:
-    """Set OpenBLAS's number of threads (None: one per core), and restore it at the end.
+    """Set OpenBLAS's number of threads (None: one per core), and restore it afterwards.
 
-    The number belongs to the process, so Python threads that change it take turns: else the second would restore
-    what the first had set. Without OpenBLAS this does nothing.
+    The number is global to the process, so a lock keeps a second Python thread from saving the first one's setting as
+    the original. Does nothing without OpenBLAS.
     """
     if not HAS_OPENBLAS:
         yield
@@ -98,7 +98,7 @@ def _blas_threads(count: int | None) -> Iterator[None]:
 
 
 def _streams() -> list[mx.Stream]:
-    """A stream per core of the calling thread, to which MLX binds them."""
+    """Return one stream per core, created once per Python thread because MLX binds streams to threads."""
     if not hasattr(_THREAD, "streams"):
         _keep_memory()
         _THREAD.streams = [mx.new_stream(mx.cpu) for _ in range(cores())]
@@ -107,20 +107,19 @@ def _streams() -> list[mx.Stream]:
 
 @functools.cache
 def _keep_memory() -> None:
-    """Keep freed memory in the process: clearing pages that glibc returned to the kernel would take half of the time.
+    """Keep freed memory in the process: zeroing pages again after glibc returned them would take half of the time.
 
-    This cannot be undone. glibc has no call that reads these settings, two of them switch its adaptive thresholds off
-    for good, and the number of arenas is fixed at first use. They change no result; `malloc_trim(0)` returns what is
-    free.
+    This cannot be undone: glibc has no call to read these settings, two of them disable its adaptive thresholds for
+    good, and the number of arenas is fixed at first use. Results are unaffected; `malloc_trim(0)` frees the memory.
     """
     for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
         ctypes.CDLL(None).mallopt(option, value)
 
 
 def _exp(x: mx.array) -> mx.array:
-    """exp(x) for x ≥ 0, as its Taylor polynomial at x/16, to the 16th power, whose inverse is exp(-x) within 1e-6.
+    """Compute exp(x), x ≥ 0, as the 16th power of its Taylor polynomial at x/16; its inverse is exp(-x) within 1e-6.
 
-    For x ≥ 0 no x needs a branch, and what has none a compiler vectorises; a large one becomes inf, its inverse 0.
+    x ≥ 0 needs no branches, so that compilers vectorize it; a large x becomes inf, and its inverse 0.
     """
     y = x * (1 / 16)
     e = y * (1 / 5040) + 1 / 720

@@ -1,4 +1,4 @@
-"""Llama3-V as one model: SigLIP tower, projector, and mlx-lm's Llama; and how released weights are laid into it."""
+"""Llama3-V model: SigLIP tower, projector and mlx-lm's Llama, with the mapping of released weights."""
 
 import re
 from collections import defaultdict
@@ -17,8 +17,7 @@ from ..prompt import PromptTokens
 from .projector import ProjectorConfig, build_projector
 from .siglip import VisionConfig, VisionTower
 
-# Tiles that go through the tower at once: enough to fill a GPU. Fewer where their activations would take more than a
-# share of the memory.
+# Tiles per tower batch: enough to fill a GPU; fewer where their activations would exceed a share of the memory.
 TILE_BATCH_SIZE = 16
 TILE_MEMORY_SHARE = 1 / 16
 
@@ -44,18 +43,18 @@ class Model(nn.Module):
         self.vision_tower = VisionTower(VisionConfig.from_dict(args.vision_config))
         self.projector = build_projector(ProjectorConfig.from_dict(args.projector_config))
         self.language_model = llama.Model(llama.ModelArgs.from_dict(args.text_config))
-        # Reads tower and projector from the disk, lazily: set where they are to take no memory between images.
+        # Reads tower and projector lazily from disk; set to free their memory between images (--low-memory).
         self.reload_vision: Callable[[], dict[str, mx.array]] | None = None
 
     def __call__(self, inputs: mx.array, cache=None, input_embeddings: mx.array | None = None) -> mx.array:
-        """Logits (B, L, vocab_size) of token ids (B, L), or of embeddings (B, L, hidden_size) given in their place."""
+        """Logits (B, L, vocab_size) of token ids (B, L), or of embeddings (B, L, hidden_size) instead of ids."""
         return self.language_model(inputs, cache, input_embeddings)
 
     def encode_image(self, images: Sequence[TiledImage]) -> list[mx.array]:
-        """Visual tokens of images: one (tiles·num_queries, hidden_size) array each.
+        """Encode images as visual tokens, one (tiles·num_queries, hidden_size) array each.
 
-        Tiles of equal size share batches, whichever image they come from; no tile's result depends on another's. The
-        rows are evaluated, and what computing them took is released.
+        Tiles of equal size are batched across images; no tile's result depends on another's. The rows are evaluated, and
+        the memory that computing them took is released.
         """
         if not images:
             return []
@@ -68,7 +67,7 @@ class Model(nn.Module):
         return rows
 
     def release_vision(self) -> None:
-        """Release what encoding images has left: buffers, and with `reload_vision` the tower and the projector."""
+        """Release memory after encoding images: buffers and, with `reload_vision`, tower and projector."""
         if self.reload_vision is not None:
             self.load_weights(list(self.reload_vision().items()), strict=False)
         mx.clear_cache()
@@ -80,7 +79,7 @@ class Model(nn.Module):
         return self.projector(self.vision_tower(mx.array(tiles)), (H // patch, W // patch))
 
     def encode_steps(self, tiles: np.ndarray) -> Iterator[mx.array]:
-        """`encode_tiles` layer by layer, unevaluated; the last are the visual tokens."""
+        """Run `encode_tiles` layer by layer, yielding unevaluated arrays; the last one is the visual tokens."""
         patch = self.vision_tower.config.patch_size
         _, H, W, _ = tiles.shape
         for x in self.vision_tower.steps(mx.array(tiles)):
@@ -88,24 +87,24 @@ class Model(nn.Module):
         yield self.projector(x, (H // patch, W // patch))
 
     def embed_inputs(self, inputs: mx.array, pixel_values: Sequence[TiledImage] = ()) -> mx.array:
-        """The embeddings (L, hidden_size) of a prompt in which each image is one run of placeholder ids.
+        """Embed a prompt in which each image is one run of placeholder ids; return (L, hidden_size).
 
-        A run is as long as the image's whole block, and becomes that block: visual tokens, and at its structural
-        places the embeddings of <image>, </image>, <slice>, </slice> and newlines, exactly the trained sequence.
+        A run has the length of the image's whole block and is replaced by it: visual tokens, and the embeddings of
+        <image>, </image>, <slice>, </slice> and newlines, exactly the sequence of training.
 
         Args:
             inputs: ids (L,).
-            pixel_values: the prompt's images in order.
+            pixel_values: the prompt's images, in order.
 
         Raises:
-            ValueError: if the runs and the images differ in number or length.
+            ValueError: if runs and images differ in number or length.
         """
         return self.splice(inputs, [image.grid for image in pixel_values], self.encode_image(pixel_values))
 
     def splice(
         self, inputs: mx.array, grids: Sequence[tuple[int, int] | None], visual_tokens: Sequence[mx.array]
     ) -> mx.array:
-        """`embed_inputs` for images already encoded: their (columns, rows) grids and their visual tokens."""
+        """`embed_inputs` for encoded images, given their (columns, rows) grids and visual tokens."""
         ids = self.prompt_tokens.expand(np.array(inputs), grids, self.projector.config.num_queries)
         embeddings = self.language_model.model.embed_tokens(mx.array(ids))
         if not len(grids):
@@ -116,12 +115,12 @@ class Model(nn.Module):
 
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Tensors under the names and in the layouts of this model; from any of the released layouts, or from ours."""
+        """Convert tensors from any released layout, or from ours, to this model's names and layouts."""
         return dict(pair for name, tensor in weights.items() for pair in _relayout(rename(name), tensor))
 
     @staticmethod
     def quant_predicate(path: str, module: nn.Module) -> bool:
-        """Llama is quantized; tower and projector are small, sensitive, and faster in half precision."""
+        """Quantize Llama only; tower and projector are small, sensitive, and faster in half precision."""
         return path.startswith("language_model.")
 
     @property
@@ -152,7 +151,7 @@ def tile_batch_size(args: ModelArgs, patches: int, item_bytes: int) -> int:
 def encode_by_size(
     images: Sequence[TiledImage], encode: Callable[[np.ndarray], mx.array], batch_size: int
 ) -> list[mx.array]:
-    """`encode` applied to the tiles of images in batches of one size: an image's rows, tile after tile, for each."""
+    """Apply `encode` to the tiles of images in batches of equal size; return the rows of each image in tile order."""
     tiles = [tile for image in images for tile in image.tiles]
     by_size = defaultdict(list)
     for i, tile in enumerate(tiles):
@@ -167,7 +166,7 @@ def encode_by_size(
     return [mx.concatenate([next(remaining) for _ in image.tiles]) for image in images]
 
 
-# Released names → ours, tried in this order. `vison` is how the llama3v weights spell it.
+# Released names → ours, in order. `vison` is the spelling of the llama3v weights.
 RENAMES = (
     (r"^llm\.", "language_model."),
     (r"^(?:vison|vision|vpm|vision_model)\.", "vision_tower."),
@@ -179,14 +178,14 @@ RENAMES = (
 
 
 def rename(name: str) -> str:
-    """A released tensor's name in this model; ours stay as they are."""
+    """Map a released tensor name to this model's; our own names are unchanged."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _relayout(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
-    """A renamed tensor in MLX's layout: as it is, transposed, or parted."""
+    """Convert a renamed tensor to MLX's layout: unchanged, transposed, split, or dropped."""
     if name.endswith("rotary_emb.inv_freq"):
         return []
     if name == "vision_tower.embeddings.patch_embedding.weight" and tensor.shape[-1] != 3:

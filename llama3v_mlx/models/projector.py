@@ -1,4 +1,4 @@
-"""From patch features to visual tokens: the part between the SigLIP tower and Llama."""
+"""Projectors from patch features to visual tokens, between the SigLIP tower and Llama."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,19 +13,19 @@ from .siglip import Attention
 
 @dataclass
 class ProjectorConfig(BaseModelArgs):
-    """The projector's sizes; the released weights have the defaults."""
+    """Projector configuration; the defaults are those of the released weights."""
 
     hidden_size: int = 4096  # Llama's width
     vision_hidden_size: int = 1152  # the tower's width
-    num_queries: int = 96  # visual tokens per tile; for self-attention the patches of a tile
+    num_queries: int = 96  # visual tokens per tile; for self-attention, patches per tile
     num_attention_heads: int = 32  # released rule: hidden_size // 128
     layer_norm_eps: float = 1e-6
     projector_type: str = "resampler"  # or "self-attention"
-    num_blocks: int = 2  # of self-attention
+    num_blocks: int = 2  # self-attention only
 
 
 class Resampler(nn.Module):
-    """Learned queries look once at the patch features of a tile: (B, h·w, vision) → (B, num_queries, hidden)."""
+    """Cross-attention of learned queries to a tile's patch features: (B, h·w, vision) → (B, num_queries, hidden)."""
 
     def __init__(self, config: ProjectorConfig):
         super().__init__()
@@ -45,7 +45,7 @@ class Resampler(nn.Module):
         self.proj = nn.Linear(D, D, bias=False)
 
     def __call__(self, features: mx.array, grid: tuple[int, int]) -> mx.array:
-        """Visual tokens of tiles of one size.
+        """Project the patch features of tiles of one size to visual tokens.
 
         Args:
             features: (B, h·w, vision_hidden_size), row-major.
@@ -57,9 +57,9 @@ class Resampler(nn.Module):
         B, L, _ = features.shape
         h, w = grid
         if h * w != L:
-            raise ValueError(f"{L} patch features do not make a grid of {h}x{w}")
+            raise ValueError(f"{L} patch features do not form a grid of {h}x{w}")
         values = self.ln_kv(self.kv_proj(features))
-        # Only the keys know where they are: neither queries nor values carry the code.
+        # Only the keys have position embeddings, not the queries or values.
         keys = values + sincos_2d(h, w, self.config.hidden_size).astype(values.dtype)
         q = self._heads(self.q_proj(self.ln_q(self.query))[None])
         q = mx.broadcast_to(q, (B, *q.shape[1:]))
@@ -74,7 +74,7 @@ class Resampler(nn.Module):
 
 
 class SelfAttentionBlock(Attention):
-    """x + attention(norm(x)), every patch looking at all of its tile."""
+    """Residual block x + attention(norm(x)) over all patches of a tile."""
 
     def __init__(self, config: ProjectorConfig):
         super().__init__(config)
@@ -85,9 +85,9 @@ class SelfAttentionBlock(Attention):
 
 
 class SelfAttention(nn.Module):
-    """The projector of the original article: a linear map to Llama's width and two blocks of self-attention.
+    """Projector of the original article: a linear map to Llama's width and two blocks of self-attention.
 
-    No weights of it were released. A patch becomes a visual token, so a tile takes as many as it has patches.
+    Its weights were never released. Each patch becomes one visual token.
     """
 
     def __init__(self, config: ProjectorConfig):
@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, features: mx.array, grid: tuple[int, int]) -> mx.array:
-        """Patch features (B, h·w, vision_hidden_size) to visual tokens (B, h·w, hidden_size); see `Resampler`."""
+        """Project patch features (B, h·w, vision_hidden_size) to visual tokens (B, h·w, hidden_size)."""
         x = self.linear(features)
         for block in self.blocks:
             x = block(x)
@@ -107,7 +107,7 @@ class SelfAttention(nn.Module):
 
 @lru_cache(maxsize=32)
 def sincos_2d(h: int, w: int, dim: int) -> mx.array:
-    """The resampler's position code, (h·w, dim) float32: sin and cos of the column, then of the row.
+    """Compute the resampler's position embeddings (h·w, dim), float32: sin and cos of the column, then of the row.
 
     With d = 0…dim/4-1 and omega_d = 10000^(-d / (dim/4)), the four quarters of row y·w + x are sin(x·omega),
     cos(x·omega), sin(y·omega), cos(y·omega), as in the released model.
@@ -123,7 +123,7 @@ def sincos_2d(h: int, w: int, dim: int) -> mx.array:
 
 
 def build_projector(config: ProjectorConfig) -> nn.Module:
-    """The projector that `config.projector_type` names."""
+    """Create the projector of type `config.projector_type`."""
     if config.projector_type == "resampler":
         return Resampler(config)
     if config.projector_type == "self-attention":

@@ -1,8 +1,8 @@
-"""SigLIP's vision transformer, in both forms that Llama3-V meets.
+"""SigLIP's vision transformer in the two variants that Llama3-V uses, and SigLIP's text tower.
 
-`idefics2`: the tower of the released weights. It takes tiles of any size, whose patches are numbered as one strip, see
-`strip_ids`. `siglip_vision_model`: Google's own tower, with one image size, one position row per patch, and a pooling
-head. The transformer blocks are the same.
+`idefics2`: the tower of the released weights. It accepts tiles of any size, with the position ids of `strip_ids`.
+`siglip_vision_model`: Google's own tower, with one image size, one position row per patch, and a pooling head. The
+transformer blocks are the same.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from . import linux_cpu
 
 @dataclass
 class VisionConfig(BaseModelArgs):
-    """Names and defaults as in Hugging Face's `vision_config`; the defaults are so400m's."""
+    """Keys and defaults of Hugging Face's `vision_config`; the defaults are so400m's."""
 
     model_type: str = "idefics2"  # or "siglip_vision_model"
     hidden_size: int = 1152
@@ -49,10 +49,10 @@ class VisionConfig(BaseModelArgs):
 
 @lru_cache(maxsize=256)
 def strip_ids(num_patches: int, side: int) -> mx.array:
-    """The position rows (num_patches,) of a strip of patches: i·side // num_patches, with float32's rounding at ties.
+    """Compute position ids (num_patches,) of a strip of patches: i·side // num_patches, with float32 rounding at ties.
 
-    The released tower's `bucketize(arange(0, 1 - 1e-6, 1/N), arange(1/side, 1, 1/side), right=True)`, as torch computes
-    it on an x86 CPU. Where i·side is divisible by N, rounding decides between two rows.
+    Equal to the released tower's `bucketize(arange(0, 1 - 1e-6, 1/N), arange(1/side, 1, 1/side), right=True)` in torch
+    on an x86 CPU. If i·side is divisible by N, float32 rounding decides between two ids.
     """
     bounds = _torch_arange(1 / side, 1 / side, side - 1)
     fractions = _torch_arange(0.0, 1 / num_patches, num_patches)
@@ -60,7 +60,7 @@ def strip_ids(num_patches: int, side: int) -> mx.array:
 
 
 def _torch_arange(start: float, step: float, count: int) -> np.ndarray:
-    """torch.arange's float32 values: two vectors of 8 at a time, each from its rounded first value, the rest singly."""
+    """Reproduce the float32 values of torch.arange: two vectors of 8 at a time, each from its rounded start."""
     i = np.arange(count)
     lane = i % 8
     in_vector = (start + (i - lane) * step).astype(np.float32) + lane * step
@@ -84,11 +84,11 @@ class Embeddings(nn.Module):
         B, H, W, C = pixels.shape
         p = self.config.patch_size
         h, w = H // p, W // p
-        # The convolution's windows do not overlap, so it is one matrix product over flattened patches.
+        # The convolution's windows do not overlap, so it is a matrix product over flattened patches.
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         x = pixels[:, : h * p, : w * p].astype(weight.dtype)
         x = x.reshape(B, h, p, w, p, C).swapaxes(2, 3).reshape(B, h * w, p * p * C)
-        # value / 127.5 - 1, in -1…1, is c·(value - 128) / 128 + (c - 1), of which the middle is exact in any dtype.
+        # value / 127.5 - 1, in -1…1, equals c·(value - 128) / 128 + (c - 1); (value - 128) / 128 is exact in any dtype.
         x, c = (x - 128) * (1 / 128), 128 / 127.5
         weight = weight.reshape(weight.shape[0], -1)
         bias = bias + ((c - 1) * weight.astype(mx.float32).sum(axis=1)).astype(bias.dtype)
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         q, k, v = (
             proj(x).reshape(B, L, self.num_heads, -1).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Never a mask: tiles are batched by size, and masks would keep Metal from its fused head_dim 72 kernel.
+        # No mask: tiles are batched by size, and a mask would rule out Metal's fused kernel for head_dim 72.
         x = linux_cpu.attention(q, k, v, scale=self.scale)
         return self.out_proj(x.swapaxes(1, 2).reshape(B, L, D))
 
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
 
 
 class PoolingAttention(nn.Module):
-    """torch's packed multi-head attention, with one query."""
+    """Multi-head attention with torch's packed in_proj, for one query."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -173,7 +173,7 @@ class PoolingAttention(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """SigLIP's attention pooling: a learned probe looks at all patches."""
+    """SigLIP's attention pooling: a learned probe attends to all patches."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -189,7 +189,7 @@ class PoolingHead(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Tiles of one size to patch features."""
+    """Vision transformer from tiles of one size to patch features."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -201,10 +201,10 @@ class VisionTower(nn.Module):
             self.head = PoolingHead(config)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """Patch features after `post_layernorm`.
+        """Compute patch features after `post_layernorm`.
 
         Args:
-            pixels: uint8 (B, height, width, 3) RGB. A last strip narrower than a patch is not used.
+            pixels: uint8 (B, height, width, 3) RGB. A remainder narrower than a patch is ignored.
 
         Returns:
             (B, (height // patch)·(width // patch), hidden_size), row-major, in the dtype of the weights.
@@ -212,7 +212,7 @@ class VisionTower(nn.Module):
         return self.post_layernorm(self.encoder(self.embeddings(pixels)))
 
     def steps(self, pixels: mx.array) -> Iterator[mx.array]:
-        """The same layer by layer, unevaluated, so that other work may come in between; the last are the features."""
+        """Run the tower layer by layer, yielding unevaluated arrays; the last one is the patch features."""
         x = self.embeddings(pixels)
         for layer in self.encoder.layers:
             x = layer(x)
@@ -220,13 +220,13 @@ class VisionTower(nn.Module):
         yield self.post_layernorm(x)
 
     def pool(self, features: mx.array) -> mx.array:
-        """Patch features (B, L, hidden_size) to image embeddings (B, hidden_size); Google's tower only."""
+        """Pool patch features (B, L, hidden_size) to image embeddings (B, hidden_size); Google's tower only."""
         return self.head(features)
 
 
 @dataclass
 class TextConfig(BaseModelArgs):
-    """Names and defaults as in Hugging Face's SiglipTextConfig; the defaults are the base model's."""
+    """Keys and defaults of Hugging Face's SiglipTextConfig; the defaults are the base model's."""
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -254,7 +254,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids, padded to `max_position_embeddings` as in training, to text embeddings."""
+    """Text transformer from token ids, padded to `max_position_embeddings` as in training, to embeddings."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -265,14 +265,14 @@ class TextTower(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.projection_size or config.hidden_size)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Ids (B, L) to (B, projection_size): what stands at the last place. Padding is looked at like any token."""
+        """Embed ids (B, L) as (B, projection_size), from the last position. Padding is attended to like any token."""
         return self.head(self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, -1])
 
 
 class SigLIP(nn.Module):
-    """Google's two towers, which put images and texts in one space.
+    """Google's SigLIP: a vision and a text tower with a shared embedding space.
 
-    The logits' scale and bias are float32 in every dtype: rounded to half precision they move a probability by 1 %.
+    The logits' scale and bias stay float32: rounding them to half precision changes probabilities by 1 %.
     """
 
     def __init__(self, vision: VisionConfig, text: TextConfig | None):
@@ -284,13 +284,13 @@ class SigLIP(nn.Module):
             self.logit_bias = mx.zeros((1,))
 
     def set_dtype(self, dtype: mx.Dtype, *args, **kwargs) -> None:
-        """Cast the towers, see `nn.Module.set_dtype`."""
+        """Cast the towers, but not the logits' scale and bias; see `nn.Module.set_dtype`."""
         logits = {name: self[name].astype(mx.float32) for name in ("logit_scale", "logit_bias") if name in self}
         super().set_dtype(dtype, *args, **kwargs)
         self.update(logits)
 
     def logits(self, image_embeddings: mx.array, text_embeddings: mx.array) -> mx.array:
-        """(images, texts), float32: how well they fit; the sigmoid is the probability that they belong together."""
+        """Compute float32 logits (images, texts); the sigmoid is the probability that image and text match."""
         images, texts = image_embeddings.astype(mx.float32), text_embeddings.astype(mx.float32)
         images = images / mx.linalg.norm(images, axis=-1, keepdims=True)
         texts = texts / mx.linalg.norm(texts, axis=-1, keepdims=True)
@@ -298,9 +298,9 @@ class SigLIP(nn.Module):
 
 
 def siglip_loss(logits: mx.array) -> mx.array:
-    """SigLIP's pairwise sigmoid loss of logits (n, n) whose diagonal belongs together (arXiv:2303.15343, eq. 1).
+    """SigLIP's pairwise sigmoid loss of logits (n, n) with matching pairs on the diagonal (arXiv:2303.15343, eq. 1).
 
-    Every pair is a question of its own, yes or no, so nothing is normalised over the batch as in CLIP.
+    Each pair is a binary classification, so there is no normalization over the batch as in CLIP.
     """
     signs = 2 * mx.eye(logits.shape[0]) - 1
     return -nn.log_sigmoid(signs * logits).sum() / logits.shape[0]

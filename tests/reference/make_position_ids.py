@@ -1,7 +1,7 @@
-"""Write tests/position_ids.json, torch's position ids of strips of every length, on an x86 CPU.
+"""Write tests/position_ids.json, torch's position ids for strips of every length, on an x86 CPU.
 
-`python -m tests.reference.make_position_ids` does it. An id is 70·i // N, or one less at some of the ties, where 70·i
-is divisible by N: those are what the file lists.
+Run `python -m tests.reference.make_position_ids`. An id is 70·i // N, or one less at some of the ties, where 70·i is
+divisible by N; the file lists those.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ STORED = Path(__file__).parents[1] / "position_ids.json"
 
 
 def torch_ids(num_patches: int, side: int = SIDE) -> np.ndarray:
-    """The ids of a strip, by the code of transformers 4.40's Idefics2, which the released checkpoints name."""
+    """Compute the ids of a strip with the code of Idefics2 in transformers 4.40, the released checkpoints' version."""
     bounds = torch.arange(1 / side, 1.0, 1 / side)
     fractions = torch.arange(0, 1 - 1e-6, 1 / num_patches)
     return torch.bucketize(fractions, bounds, right=True).numpy()

@@ -1,4 +1,4 @@
-"""What the parity tests share: weights that exercise every parameter, and one measure of error."""
+"""Shared by the parity tests: weights that exercise every parameter, and a measure of error."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 
 
 def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Draw every parameter, biases and norms too, so that none can be lost or exchanged unseen.
+    """Randomize every parameter, including biases and norms, so that none can be lost or swapped unnoticed.
 
-    Matrices keep a unit scale, so that attention is far from uniform; embeddings are small, so that a norm's eps shows.
+    Matrices keep a unit scale, so that attention is not uniform; embeddings are small, so that a norm's eps matters.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -27,17 +27,17 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def released(module: torch.nn.Module, prefix: str) -> dict[str, mx.array]:
-    """A module's tensors under the names of a released checkpoint."""
+    """Return a module's tensors under the names of a released checkpoint."""
     return {f"{prefix}.{name}": mx.array(tensor.numpy()) for name, tensor in module.state_dict().items()}
 
 
 def below(weights: dict[str, mx.array], prefix: str) -> list[tuple[str, mx.array]]:
-    """The tensors under `prefix`, named from there, as `load_weights` wants them."""
+    """Return the tensors under `prefix`, without it, as a list for `load_weights`."""
     return [(name.removeprefix(f"{prefix}."), w) for name, w in weights.items() if name.startswith(f"{prefix}.")]
 
 
 def relative_error(ours: mx.array, reference: torch.Tensor | mx.array) -> float:
-    """The L2 norm of the difference over the reference's."""
+    """L2 norm of the difference divided by that of the reference."""
     ours = np.array(ours.astype(mx.float32), dtype=np.float64)
     reference = np.asarray(reference, dtype=np.float64)
     assert ours.shape == reference.shape

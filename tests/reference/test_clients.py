@@ -1,4 +1,4 @@
-"""The server, as programs that know nothing of it meet it: OpenAI's own Python package, and curl."""
+"""The server with independent clients: OpenAI's own Python package, and curl."""
 
 import base64
 import json
@@ -50,7 +50,7 @@ def test_openai_stream(client) -> None:
 
 
 def test_openai_embeddings(client) -> None:
-    """The package asks for base64, and decodes it."""
+    """The package requests base64 and decodes it."""
     inputs = [uri(STARS), "two red stars on a yellow background", "one purple cross on an orange background"]
     said = client.embeddings.create(model=SIGLIP.name, input=inputs)
     rows = np.array([row.embedding for row in said.data])
@@ -59,7 +59,7 @@ def test_openai_embeddings(client) -> None:
 
 
 def test_openai_json_schema(client) -> None:
-    """The demo knows no JSON; what comes out is of the schema all the same, in a batch with others that are free."""
+    """The demo never learned JSON, but its output matches the schema, in a batch with an unconstrained request."""
     pytest.importorskip("llguidance")
     colors = ["red", "green", "yellow"]
     schema = {

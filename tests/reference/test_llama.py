@@ -1,4 +1,4 @@
-"""Llama-3 at the released width over embeddings with visual rows in them, against transformers' Llama."""
+"""Llama-3 at the released width, with visual tokens in its input embeddings, against transformers' Llama."""
 
 from collections.abc import Iterator
 
@@ -45,7 +45,7 @@ def reference() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def model(reference: torch.nn.Module) -> Model:
-    """Ours, with only Llama's weights loaded: tower and projector are lazy and stay unmade."""
+    """Our model with only Llama's weights loaded; tower and projector are lazy and never evaluated."""
     model = Model(
         ModelArgs(
             model_type="llama3v",
@@ -69,10 +69,10 @@ def model(reference: torch.nn.Module) -> Model:
 
 @pytest.fixture(scope="module")
 def prompt() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Text ids before and after an image, and the image's visual tokens."""
+    """Text ids before and after an image, and the image's visual tokens (QUERIES, D)."""
     rng = np.random.default_rng(0)
     before, after = rng.integers(0, 2000, 5), rng.integers(0, 2000, 24)
-    # As large as the rows of the embedding table.
+    # On the scale of the embedding table.
     return before, after, 0.02 * rng.standard_normal((QUERIES, D), dtype=np.float32)
 
 
@@ -91,7 +91,7 @@ def splice_mlx(model: Model, prompt: tuple[np.ndarray, ...]) -> tuple[mx.array, 
 
 
 def greedy_torch(reference: torch.nn.Module, embeddings: torch.Tensor) -> Iterator[tuple[int, float]]:
-    """Greedy tokens, each with its lead over the runner-up."""
+    """Yield greedy tokens and the margin of their logits over the second best."""
     step = reference(inputs_embeds=embeddings, use_cache=True)
     while True:
         best = step.logits[0, -1].topk(2)
@@ -105,7 +105,7 @@ def test_logits(reference: torch.nn.Module, model: Model, prompt: tuple[np.ndarr
         expected = reference(inputs_embeds=splice_torch(reference, prompt)).logits
     ids, embeddings = splice_mlx(model, prompt)
     logits = model(ids[None], input_embeddings=embeddings[None])
-    # Measured 4e-6: float32 sums in another order.
+    # Measured 4e-6: a different order of float32 sums.
     assert relative_error(logits, expected) <= 1e-4
 
 
@@ -113,7 +113,7 @@ def test_greedy_tokens(reference: torch.nn.Module, model: Model, prompt: tuple[n
     with torch.no_grad():
         steps = greedy_torch(reference, splice_torch(reference, prompt))
         expected, leads = zip(*(next(steps) for _ in range(STEPS)), strict=True)
-    # No logit differs by more than 3e-5, so a lead of 1e-3 cannot turn; and the tokens are no short loop.
+    # Logits differ by at most 3e-5, so a margin of 1e-3 is safe; and the tokens must not be a short loop.
     assert min(leads) > 1e-3
     assert len(set(expected)) > STEPS // 2
     ids, embeddings = splice_mlx(model, prompt)

@@ -1,4 +1,4 @@
-"""Both projectors at the released width against their formulas, written out in torch."""
+"""Both projectors at the released width against their formulas in torch."""
 
 import mlx.core as mx
 import pytest
@@ -34,7 +34,7 @@ def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch
 
 
 def position_code(h: int, w: int, dim: int) -> torch.Tensor:
-    """(h·w, dim): sin and cos of the column, then sin and cos of the row."""
+    """Position embeddings (h·w, dim): sin and cos of the column, then sin and cos of the row."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     x, y = (n.reshape(-1, 1).float() * omega for n in (x, y))
@@ -46,7 +46,7 @@ def norm(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def resample(w: Weights, features: torch.Tensor, h: int, width: int) -> torch.Tensor:
-    """Visual tokens (B, queries, dim) of features (B, h·width, vision); (B, 96, 4096) of 1152 at the released size."""
+    """Compute visual tokens (B, queries, dim) from features (B, h·width, vision)."""
     dim = w["proj"].shape[0]
     values = norm(w, "ln_kv", features @ w["kv_proj.weight"].T).transpose(0, 1)
     keys = values + position_code(h, width, dim)[:, None]
@@ -72,7 +72,7 @@ def resample(w: Weights, features: torch.Tensor, h: int, width: int) -> torch.Te
 
 
 def random_features(*shape: int) -> torch.Tensor:
-    """Small ones, so that ln_kv's eps shows."""
+    """Draw small features, so that ln_kv's eps matters."""
     return 0.02 * torch.randn(*shape, VISION, generator=torch.Generator().manual_seed(1))
 
 
@@ -103,17 +103,17 @@ def test_both_releases_name_the_same_tensors(weights: Weights, resampler: Resamp
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-# 7x143 is a strip wider than the released code's first table of 70x70.
+# 7x143 is wider than the initial 70x70 table of the released code.
 @pytest.mark.parametrize("batch, h, w", [(1, 7, 143), (2, 12, 17), (3, 5, 3), (1, 1, 1)])
 def test_resampler(weights: Weights, resampler: Resampler, batch: int, h: int, w: int) -> None:
     features = random_features(batch, h * w)
     with torch.no_grad():
         expected = resample(weights, features, h, w)
-    # Measured 7e-7 to 1.4e-6: float32 sums in another order.
+    # Measured 7e-7 to 1.4e-6: a different order of float32 sums.
     assert relative_error(resampler(mx.array(features.numpy()), (h, w)), expected) <= 1e-5
 
 
-# Twice the 1.2e-3 and 9.2e-3 measured, of which the rounding of weights and features is a part.
+# Twice the measured 1.2e-3 and 9.2e-3, which include the rounding of weights and features.
 @pytest.mark.parametrize("dtype, bound", [(mx.float16, 2.5e-3), (mx.bfloat16, 2e-2)])
 def test_half_precision(weights: Weights, resampler: Resampler, dtype: mx.Dtype, bound: float) -> None:
     features = mx.array(random_features(1, 9 * 5).numpy())
@@ -125,7 +125,7 @@ def test_half_precision(weights: Weights, resampler: Resampler, dtype: mx.Dtype,
 
 
 class Block(torch.nn.Module):
-    """A block of the article's projector, of torch's own modules."""
+    """Block of the article's projector, built from torch's own modules."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -138,13 +138,13 @@ class Block(torch.nn.Module):
 
 
 def self_attention(vision: int, dim: int) -> torch.nn.Module:
-    """The article's projector."""
+    """Create the article's projector."""
     layers = (torch.nn.Linear(vision, dim), Block(dim), Block(dim), torch.nn.LayerNorm(dim, eps=1e-6))
     return randomize(torch.nn.Sequential(*layers), 0)
 
 
 def named_as_ours(tensors: Weights) -> dict[str, mx.array]:
-    """What belongs to `self_attention`, under the names of our module."""
+    """Return the tensors of `self_attention` under the names of our module."""
     found = {}
     for name, tensor in tensors.items():
         place, _, rest = name.partition(".")
@@ -165,5 +165,5 @@ def test_self_attention() -> None:
     features = torch.randn(2, 35, VISION, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(features)
-    # float32 sums of thousands of terms in another order.
+    # A different order of float32 sums of thousands of terms.
     assert relative_error(ours(mx.array(features.numpy()), (5, 7)), expected) <= 1e-5

@@ -1,4 +1,4 @@
-"""Google's SigLIP, both towers at so400m's width, against transformers' SiglipModel, through a folder that it saved."""
+"""Both towers of Google's SigLIP at so400m's width against transformers' SiglipModel, loaded from its folder."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ WIDTH = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2,
 
 
 def test_both_towers_and_logits(tmp_path: Path) -> None:
-    """float32 sums of thousands of terms in another order differ by about 1e-6 a layer: 1e-5 in all."""
+    """A different order of float32 sums of thousands of terms costs about 1e-6 per layer: 1e-5 in total."""
     config = transformers.SiglipConfig(
         text_config={**WIDTH, "vocab_size": 1000}, vision_config={**WIDTH, "image_size": 224, "patch_size": 14}
     )
@@ -56,7 +56,7 @@ def test_both_towers_and_logits(tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_transformers() -> None:
-    """The bundled sentencepiece model through both; Google's differs in its pieces alone."""
+    """With the bundled sentencepiece model; Google's only has other pieces."""
     theirs = transformers.SiglipTokenizer(str(SIGLIP / "spiece.model"), model_max_length=16)
     ours = TextEncoder(SIGLIP, load_encoder(SIGLIP).model)
     texts = [
@@ -72,7 +72,7 @@ def test_tokens_are_those_of_transformers() -> None:
 
 
 def test_the_bundled_siglip_is_a_siglip() -> None:
-    """transformers loads its folder, and gives the same scores: float32 of the same float16 weights."""
+    """transformers loads its folder and computes the same scores, in float32 from the same float16 weights."""
     reference = transformers.SiglipModel.from_pretrained(SIGLIP, dtype=torch.float32).eval()
     encoder = load_encoder(SIGLIP, dtype=mx.float32)
     texts = ["three blue circles on a white background", "the number is 42"]

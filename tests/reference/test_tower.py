@@ -1,4 +1,4 @@
-"""The vision tower at full width against transformers: Idefics2's fed as the released model feeds it, and SigLIP's."""
+"""Vision tower at full width against transformers: Idefics2 with the released model's inputs, and SigLIP."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from .make_position_ids import SIDE, STORED, torch_ids  # noqa: E402  (needs tor
 
 pytestmark = pytest.mark.reference
 
-# Measured 7e-7 to 9e-7: float32 sums in another order.
+# Measured 7e-7 to 9e-7: a different order of float32 sums.
 TOLERANCE = 1e-5
 SO400M = {
     "hidden_size": 1152,
@@ -39,12 +39,12 @@ def random_tiles(*shape: int) -> np.ndarray:
 
 
 def normalized(tiles: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in -1…1."""
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in -1…1."""
     return ((torch.from_numpy(tiles).float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
 
 
 def strips(tiles: np.ndarray) -> torch.Tensor:
-    """Tiles as the released model gets them, (B, 3, 14, 14·L): one patch high, patches side by side row by row."""
+    """Convert tiles to the released model's input (B, 3, 14, 14·L): one row of patches, in row-major order."""
     B, H, W, _ = tiles.shape
     x = normalized(tiles).reshape(B, 3, H // 14, 14, W // 14, 14)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(B, 3, 14, -1)
@@ -68,16 +68,16 @@ def tower(idefics2_tower: torch.nn.Module) -> VisionTower:
 
 
 def stored_ids(num_patches: int) -> np.ndarray:
-    """torch's position ids as it computes them on an x86 CPU, wherever this runs."""
+    """Return torch's position ids as computed on an x86 CPU, on any machine."""
     ids = SIDE * np.arange(num_patches) // num_patches
     ids[json.loads(STORED.read_text())["lower"].get(str(num_patches), [])] -= 1
     return ids
 
 
 def idefics2_features(reference: torch.nn.Module, tiles: np.ndarray) -> torch.Tensor:
-    """The reference on tiles of one size, fed as the released model feeds it.
+    """Run the reference on tiles of one size with the released model's inputs.
 
-    The ids are transformers 4.40's: those of 5 are products in the place of aranges, and differ at ties.
+    The ids are those of transformers 4.40; version 5 uses products instead of arange, and differs at ties.
     """
     with torch.no_grad():
         x = reference.embeddings.patch_embedding(strips(tiles)).flatten(2).transpose(1, 2)
@@ -86,7 +86,7 @@ def idefics2_features(reference: torch.nn.Module, tiles: np.ndarray) -> torch.Te
         return reference.post_layernorm(x)
 
 
-# Patch counts of 1032, 999 and 117: float32 rounds none of their ties away, and every transformers has the same ids.
+# 1032, 999 and 117 patches: no tie is affected by float32 rounding, and all versions of transformers agree.
 @pytest.mark.parametrize("batch, h, w", [(1, 24, 43), (1, 37, 27), (3, 9, 13)])
 def test_idefics2(tower: VisionTower, idefics2_tower: torch.nn.Module, batch: int, h: int, w: int) -> None:
     tiles = random_tiles(batch, h * 14, w * 14)
@@ -96,7 +96,7 @@ def test_idefics2(tower: VisionTower, idefics2_tower: torch.nn.Module, batch: in
     torch.testing.assert_close(idefics2_features(idefics2_tower, tiles), expected)
 
 
-# 50, 980, 1001 and 1035 patches, of which rounding moves 2, 16, 2 and 4 to the row before.
+# 50, 980, 1001 and 1035 patches, of which rounding lowers the ids of 2, 16, 2 and 4.
 @pytest.mark.parametrize("h, w", [(5, 10), (28, 35), (13, 77), (23, 45)])
 def test_idefics2_where_float32_ties(tower: VisionTower, idefics2_tower: torch.nn.Module, h: int, w: int) -> None:
     tiles = random_tiles(1, h * 14, w * 14)
@@ -112,10 +112,10 @@ def test_idefics2_on_a_photograph(tower: VisionTower, idefics2_tower: torch.nn.M
         assert relative_error(tower(mx.array(tiles)), idefics2_features(idefics2_tower, tiles)) <= TOLERANCE
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch rounds otherwise on other CPUs")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch rounds differently on other CPUs")
 @pytest.mark.parametrize("side", [SIDE, 5, 27, 32])
 def test_position_ids_of_every_length(side: int) -> None:
-    """Recomputed by the torch that is installed; for the released side they are the stored ones, too."""
+    """Compare with the installed torch and, for the released side, with the stored ids."""
     digest = hashlib.sha256()
     for n in range(1, side**2 + 1):
         expected = torch_ids(n, side)
@@ -138,7 +138,7 @@ def test_google_siglip() -> None:
     assert relative_error(tower.pool(features), expected.pooler_output) <= TOLERANCE
 
 
-# Twice the 1.0e-3 and 8.2e-3 measured after two layers, of which the rounding of weights is a part.
+# Twice the measured 1.0e-3 and 8.2e-3 after two layers, which include the rounding of weights.
 @pytest.mark.parametrize("dtype, bound", [(mx.float16, 2.5e-3), (mx.bfloat16, 2e-2)])
 def test_half_precision(idefics2_tower: torch.nn.Module, tower: VisionTower, dtype: mx.Dtype, bound: float) -> None:
     tiles = mx.array(random_tiles(1, 5 * 14, 9 * 14))

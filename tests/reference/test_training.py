@@ -1,4 +1,4 @@
-"""A training step's loss and gradients, from stored patch features on, against torch and transformers."""
+"""Loss and gradients of a training step from stored patch features, against torch and transformers."""
 
 import hashlib
 from pathlib import Path
@@ -39,7 +39,7 @@ LLAMA = {
 
 
 def make_projector(kind: str):
-    """What torch is to learn by name, the function of features, and how names and layouts become ours."""
+    """Return torch's parameters by name, the projector as a function, and the conversion of tensors to ours."""
     if kind == "self-attention":
         module = self_attention(VISION, D)
         return dict(module.named_parameters()), module, named_as_ours
@@ -66,7 +66,7 @@ def test_loss_and_gradients(kind: str, tmp_path: Path) -> None:
     store = FeatureStore.create(tmp_path, StoreInfo("", "patch", "", VISION, "float32"))
     with FeatureWriter(store) as writer:
         writer.add([(key, Features(mx.array(x), GRID[::-1])) for key, x in zip(keys, features, strict=True)])
-    images = [(0,), (2, 1), ()]  # of three rows of unequal lengths
+    images = [(0,), (2, 1), ()]  # images of three rows of different lengths
     dialogues, total = [], 0.0
     tokens = project(torch.from_numpy(np.stack(features)))
     for shown in images:
@@ -110,7 +110,7 @@ def test_loss_and_gradients(kind: str, tmp_path: Path) -> None:
     found = dict(tree_flatten(grads["projector"]))
     expected = as_ours({name: tensor.grad for name, tensor in weights.items()})
     assert found.keys() == expected.keys()
-    # The keys' biases change no softmax: their gradients are zero but for rounding.
+    # The keys' biases do not affect softmax: their gradients are zero up to rounding.
     for name in found.keys() - {name for name in found if name.endswith("k_proj.bias")}:
         assert relative_error(found[name], expected[name]) <= 1e-4, name
     theirs = {f"language_model.{name}": p.grad for name, p in llama.named_parameters()}

@@ -1,4 +1,4 @@
-"""A Llama that transformers 5 saved, with each kind of rope: converted and joined it has the logits of torch's."""
+"""Llamas saved by transformers 5, with each rope type: logits match torch's after conversion and assembly."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ ROPES = {
 
 @pytest.mark.parametrize("kind, head_dim", [*((kind, 64) for kind in ROPES), ("default", 32)])
 def test_logits_of_a_saved_llama(tmp_path: Path, llama: Path, kind: str, head_dim: int) -> None:
-    """float32 sums in another order: 6e-7 measured. mlx-lm's default rope_theta of 10000 is 0.03 away."""
+    """Measured 6e-7, a different order of float32 sums; mlx-lm's default rope_theta of 10000 differs by 0.03."""
     torch.manual_seed(0)
     rope = {"rope_type": kind, "rope_theta": 500000.0, **ROPES[kind]}
     config = transformers.LlamaConfig(**LLAMA, head_dim=head_dim, rope_parameters=rope)
@@ -66,7 +66,7 @@ def test_logits_of_a_saved_llama(tmp_path: Path, llama: Path, kind: str, head_di
 
 
 def write_released(saved: Path, folder: Path) -> None:
-    """The saved Llama in the place of the demo's: a released checkpoint as transformers 5 would have saved it."""
+    """Write a released checkpoint as transformers 5 would: the demo with the saved Llama instead of its own."""
     shutil.copytree(CHECKPOINT, folder)
     config = json.loads((folder / CONFIG).read_text())
     ours = {key: config[key] for key in ("vision_config", "slice_config", "query_num", "image_size", "patch_size")}
