@@ -1,4 +1,4 @@
-"""Files and folders: created atomically, listed without what macOS leaves in them, found in either Unicode form."""
+"""Files and folders: atomic creation, listing without macOS's junk files, lookup in either Unicode form."""
 
 import contextlib
 import errno
@@ -12,24 +12,24 @@ from io import FileIO
 from pathlib import Path
 from typing import IO
 
-# In a folder that is being written, and locked while it is: what tells a leftover from somebody's folder.
+# Locked file in a folder being written; distinguishes a leftover from a user's folder.
 MARKER = ".writing"
-# What exFAT, SMB and NFS answer to a flush that they do not offer, above all a folder's.
+# Errors of exFAT, SMB and NFS for an unsupported flush, above all a folder's.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder `path`.partial to write to, which becomes `path` in the end, or vanishes if anything goes wrong.
+    """Create a directory atomically: yield `path`.partial, renamed to `path` on success and removed on failure.
 
-    What an earlier process that was killed has left there is replaced.
+    Leftovers of an earlier, killed process are replaced.
 
     Args:
-        path: the folder to be; it must not exist.
-        num_bytes: how much will be written; that much must be free on the disk.
+        path: the final folder, which must not exist.
+        num_bytes: bytes to be written, which must be free on the disk.
 
     Raises:
-        OSError: if there is no room, or another process, or something else, is at work there.
+        OSError: if the disk is too full, or `path`.partial is in use by another process or not a leftover.
     """
     partial = path.absolute().with_name(f"{path.name}.partial")
     if os.path.lexists(partial):
@@ -54,14 +54,14 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def _remove_leftover(partial: Path) -> None:
-    """Remove what a killed process left; a folder of anybody else, or one still being written, is an error."""
+    """Remove the leftovers of a killed process; raise FileExistsError for anything else or if still being written."""
     if not partial.is_dir() or (list_folder(partial) and not (partial / MARKER).is_file()):
-        raise FileExistsError(f"{partial} is in the way, and is not left by an earlier run; move it away")
+        raise FileExistsError(f"{partial} is in the way and was not left by an earlier run; move it away")
     with contextlib.suppress(FileNotFoundError), (partial / MARKER).open() as marker:
         _take(marker, partial)
         for path in partial.iterdir():
-            if path.name != MARKER:  # it goes last: a leftover stays one, should this be killed too
-                path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its own
+            if path.name != MARKER:  # removed last, so that the leftover is still recognized if this is killed
+                path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its file
     shutil.rmtree(partial)
 
 
@@ -71,9 +71,9 @@ def _take(marker: IO, partial: Path) -> None:
 
 
 def lock(file: IO, wait: bool = True) -> bool:
-    """Lock an open file until it is closed; False if another process has it and `wait` is not set.
+    """Lock an open file until it is closed; return False if another process holds it and `wait` is not set.
 
-    On a file system without locks every process gets it.
+    On a file system without locks it always succeeds.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +94,7 @@ def flush(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Flush an open file or folder to the disk; a file system that does not offer that is left alone.
+    """Flush an open file or folder to the disk, where the file system supports it.
 
     Raises:
         OSError: if the data could not be written.
@@ -130,18 +130,18 @@ def write_at(file: FileIO, data: bytes, offset: int) -> None:
     view = memoryview(data)
     try:
         while view:
-            # A nearly full disk takes less at a time, and macOS refuses 2 GiB.
+            # A nearly full disk writes less at a time, and macOS refuses 2 GiB.
             count = os.pwrite(file.fileno(), view[: 1 << 30], offset)
             view, offset = view[count:], offset + count
     except OSError as e:
-        e.filename = file.name  # a full disk, say, without a word on which
+        e.filename = file.name  # pwrite's errors do not name the file
         raise
 
 
 def append(file: FileIO, data: bytes) -> None:
-    """Append all of `data`, or nothing: an exception of any kind takes back what was written of it.
+    """Append all of `data` or nothing: what was written is truncated on any exception.
 
-    An exception during that leaves a part of it at the end of the file.
+    An exception during the truncation leaves a part of it at the end of the file.
     """
     end = os.fstat(file.fileno()).st_size
     try:
@@ -153,7 +153,7 @@ def append(file: FileIO, data: bytes) -> None:
 
 
 def cut_half_line(file: FileIO) -> None:
-    """Cut what follows the last newline: a line that a full disk or a kill has cut short."""
+    """Truncate a partial last line, left by a full disk or a kill."""
     size = end = os.fstat(file.fileno()).st_size
     while end:
         start = max(0, end - 4096)
@@ -167,17 +167,17 @@ def cut_half_line(file: FileIO) -> None:
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file name is one that macOS leaves beside files: Finder's .DS_Store, or AppleDouble's ._NAME."""
+    """Return True for the name of a file that macOS leaves next to others: .DS_Store or AppleDouble's ._NAME."""
     return name == ".DS_Store" or name.startswith("._")
 
 
 def list_folder(folder: Path, pattern: str = "*") -> list[Path]:
-    """The paths in a folder that match a pattern, sorted, without what macOS leaves there."""
+    """List the paths in a folder that match a pattern, sorted, without macOS's junk files."""
     return sorted(path for path in folder.glob(pattern) if not is_junk(path.name))
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A file name as given, then in NFC and NFD, then with the narrow space that macOS writes before AM and PM."""
+    """Yield a file name as is, in NFC and NFD, and with the narrow space that macOS writes before AM and PM."""
     yield name
     narrow = re.sub(r" (?=[AP]M\b)", "\u202f", name)
     for text in dict.fromkeys((name, narrow)):
@@ -187,13 +187,13 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def find_path(path: str | os.PathLike) -> Path:
-    """A path as it is spelled on disk, each part of it as given or in another of its `spellings`.
+    """Find a path as spelled on disk: each part is tried as is, then in its other `spellings`.
 
-    Some file systems keep names decomposed (NFD), while keyboards write them composed (NFC). A path that is not found
-    in any spelling is returned as given.
+    Some file systems store names decomposed (NFD), while keyboards produce composed ones (NFC). A path that does not
+    exist in any spelling is returned unchanged.
     """
     path = Path(path)
-    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a null character
+    with contextlib.suppress(OSError, ValueError):  # name too long, or with a null character
         if os.path.lexists(path):
             return path
         found = Path(path.anchor)

@@ -1,7 +1,7 @@
-"""Images in, tiles out: any source → upright RGB → the overview and slices that Llama3-V looks at.
+"""Images to tiles: load any source as upright RGB and cut it into the overview and slices that Llama3-V sees.
 
-The slicing is the released one, bit for bit: Pillow's bicubic on uint8, Python's half-to-even rounding, the order of
-the candidate grids deciding ties. Only numpy and Pillow are needed.
+The slicing matches the released code bit for bit: Pillow's bicubic on uint8, Python's half-to-even rounding, ties
+resolved by the order of the candidate grids. Needs only numpy and Pillow.
 """
 
 import base64
@@ -20,8 +20,8 @@ from .pdf import PdfError, PdfPage, find_pages
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
 
-# The formats that are read, by Pillow's names, and their files' suffixes. Pillow's others stay closed, to files and to
-# the server's clients: some of them start other programs (EPS), and hardly anybody misses them.
+# Supported formats, by Pillow's names, and their file suffixes. Pillow's others stay disabled, for files and for the
+# server's clients: they are rarely used, and some start other programs (EPS).
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".mpo"),
     "PNG": (".png",),
@@ -30,13 +30,13 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif",),  # before HEIF, with which it shares brands
-    "HEIF": (".heic", ".heif", ".hif"),  # by pillow-heif
+    "AVIF": (".avif",),  # before HEIF, because they share brands
+    "HEIF": (".heic", ".heif", ".hif"),  # needs pillow-heif
     "JPEG2000": (".jp2",),
     "TGA": (".tga",),  # last: it has no magic number
 }
 EXTENSIONS = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-# Images that are not read, so that this can be said of them.
+# Unsupported image formats, for clear error messages.
 RAW = {".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2"}
 RAW |= {".srw", ".x3f"}
 UNREAD = RAW | {".jxl", ".psd", ".svg", ".eps", ".ico", ".icns"}
@@ -47,35 +47,35 @@ _CONVERT = "convert it first (on a Mac: sips -s format jpeg FILE --out FILE.jpg)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message says which and why in one line."""
+    """Raised for an unusable image; the message says which one and why, in one line."""
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How an image is cut into tiles."""
+    """Slicing of images into tiles."""
 
-    scale_resolution: int = 448  # a tile has about this many pixels squared
+    scale_resolution: int = 448  # a tile has about this many pixels, squared
     patch_size: int = 14  # tile sides are multiples of this
-    max_slice_nums: int = 9  # slices beside the overview, at most; 1: never slice
-    square: bool = False  # one tile of scale_resolution squared, whatever the aspect, as Google's SigLIP wants it
+    max_slice_nums: int = 9  # maximum number of slices besides the overview; 1: never slice
+    square: bool = False  # one square tile of scale_resolution, ignoring the aspect ratio, as for Google's SigLIP
 
     def with_max_tiles(self, max_tiles: int | None) -> "ImageConfig":
-        """The same, with at most `max_tiles` tiles per image, the overview included (1: the overview alone)."""
+        """Return a copy with at most `max_tiles` tiles per image, including the overview (1: only the overview)."""
         if max_tiles is None:
             return self
         if max_tiles < 1:
-            raise ValueError(f"an image takes at least 1 tile, not {max_tiles}")
+            raise ValueError(f"an image needs at least 1 tile, not {max_tiles}")
         slices = min(self.max_slice_nums, max(1, max_tiles - 1))
         return replace(self, max_slice_nums=slices)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Where the tiles of an image come from; sizes are (width, height) in pixels."""
+    """Layout of the tiles of an image; sizes are (width, height) in pixels."""
 
-    overview: tuple[int, int]  # the whole image is resized to this
-    grid: tuple[int, int] | None = None  # (columns, rows) of slices; None: the overview is all
-    cell: tuple[int, int] | None = None  # one slice
+    overview: tuple[int, int]  # size of the whole image, resized
+    grid: tuple[int, int] | None = None  # (columns, rows) of slices; None: only the overview
+    cell: tuple[int, int] | None = None  # size of a slice
 
     @property
     def num_tiles(self) -> int:
@@ -88,7 +88,7 @@ class TiledImage:
 
     tiles: tuple[np.ndarray, ...]  # uint8 (height, width, 3) RGB: the overview, then slices row by row
     grid: tuple[int, int] | None  # (columns, rows) of the slices
-    sha256: bytes | None = None  # of the file; `tiles` may then be empty, where a feature store has the image
+    sha256: bytes | None = None  # of the file; if a feature store has the image, `tiles` may be empty
 
     @property
     def num_tiles(self) -> int:
@@ -98,44 +98,44 @@ class TiledImage:
 def load_image(
     source: ImageSource, draft: tuple[int, int] | None = None, config: ImageConfig = ImageConfig()
 ) -> Image.Image:
-    """An upright 8-bit RGB image, new and without metadata.
+    """Load an image as a new, upright, 8-bit RGB image without metadata.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit samples are scaled to 8, the first frame of an
-    animation and the primary image of a HEIF file are taken.
+    Applies the EXIF orientation, composites transparency over white, scales 16-bit samples to 8 bits, and takes the
+    first frame of an animation and the primary image of a HEIF file.
 
     Args:
         source: a path, the bytes of an image file, a `data:` URI, a PIL image of any mode, a uint8 array
             (height, width, 3) in RGB order, or a page of a PDF (also as a path: paper.pdf#3).
-        draft: have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, but no smaller than this (width, height). It is
-            much faster, and not exactly the same as reducing the whole image.
-        config: the slicing that a PDF page is rendered for.
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size, but no smaller than this (width, height). Much faster,
+            but not exactly equal to downscaling the whole image.
+        config: slicing for which a PDF page is rendered.
 
     Raises:
-        ImageError: if there is no usable image, or one of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million).
+        ImageError: if the image is unusable, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million).
     """
     source = _one_page(source)
     name, image = _open_bounded(source, config)
     try:
-        if draft is not None and image.format in ("JPEG", "MPO"):  # others would take a thumbnail
+        if draft is not None and image.format in ("JPEG", "MPO"):  # other formats would use a thumbnail
             image.draft(None, draft)
         image.load()
         rgb = _to_rgb(image)
         orientation = _orientation(image)
         rgb = rgb.copy() if rgb is source else rgb
-        rgb.info = {}  # an orientation left here would turn the image again when it is loaded again
+        rgb.info = {}  # a remaining orientation would rotate the image again on reload
         if orientation not in (None, 1):
-            rgb.getexif()[ExifTags.Base.Orientation] = orientation  # a converted TIFF has lost it
+            rgb.getexif()[ExifTags.Base.Orientation] = orientation  # converting a TIFF loses it
             rgb = ImageOps.exif_transpose(rgb)
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
-        raise ImageError(f"{name}: the image is damaged or cut short ({_reason(e)})") from e
+        raise ImageError(f"{name}: the image is damaged or truncated ({_reason(e)})") from e
     return rgb
 
 
 def read_size(source: ImageSource) -> tuple[int, int]:
-    """The (width, height) in pixels that `load_image` would return, from the header: nothing is decoded.
+    """Read the (width, height) in pixels that `load_image` would return, from the header, without decoding.
 
     Raises:
-        ImageError: if there is no usable header, or the image is over the limit of `load_image`.
+        ImageError: if the header is unusable, or the image is over the limit of `load_image`.
     """
     _, image = _open_bounded(source, ImageConfig())
     width, height = image.size
@@ -143,10 +143,10 @@ def read_size(source: ImageSource) -> tuple[int, int]:
 
 
 def expand(source: ImageSource) -> list[ImageSource]:
-    """The images that a source stands for: the pages that a path names if its file is a PDF, else the source alone.
+    """Expand the path of a PDF to the pages it selects; any other source to itself.
 
     Raises:
-        ImageError: if a PDF cannot be used, or has no such page.
+        ImageError: if a PDF is unusable, or has no such page.
     """
     if isinstance(source, (str, os.PathLike)) and not _is_data_uri(source):
         try:
@@ -157,12 +157,12 @@ def expand(source: ImageSource) -> list[ImageSource]:
 
 
 def image_sha256(source: ImageSource, config: ImageConfig) -> bytes | None:
-    """The SHA-256 by which an image is known again: of a file, its bytes; None for pixels that are not in a file.
+    """Return the SHA-256 that identifies an image: of its file's bytes, or None for pixels without a file.
 
-    That of a PDF page is made of the file's, its number, and the size at which `config` has it rendered.
+    For a PDF page, it covers the file's SHA-256, the page number, and the size at which `config` renders the page.
 
     Raises:
-        ImageError: if it cannot be read.
+        ImageError: if the image cannot be read.
     """
     source = _one_page(source)
     if isinstance(source, (Image.Image, np.ndarray)):
@@ -175,7 +175,7 @@ def image_sha256(source: ImageSource, config: ImageConfig) -> bytes | None:
 
 
 def page_zoom(page: PdfPage, config: ImageConfig) -> float:
-    """The pixels per point at which a page fills the tiles: as many as they can show, and hardly more."""
+    """Return the pixels per point at which a page fills its tiles, with hardly any pixels to spare."""
     width, height = page.size
     most = config.scale_resolution**2 * (1 if config.square else config.max_slice_nums)
     zoom = math.sqrt(most / (width * height))
@@ -183,12 +183,12 @@ def page_zoom(page: PdfPage, config: ImageConfig) -> float:
     shown = tiling.overview
     if tiling.grid:
         shown = tiling.grid[0] * tiling.cell[0], tiling.grid[1] * tiling.cell[1]
-    # Neither side is enlarged afterwards; but a strip squeezed into a square is not worth millions of pixels.
+    # Avoid upscaling either side; but do not render millions of pixels for a strip squeezed into a square.
     return min(max(shown[0] / width, shown[1] / height), 2 * zoom)
 
 
 def image_size(source: ImageSource, config: ImageConfig) -> tuple[int, int]:
-    """The (width, height) in pixels of an upright image; a PDF page is not rendered for it.
+    """Return the (width, height) in pixels of the upright image, without rendering a PDF page.
 
     Raises:
         ImageError: see `load_image`.
@@ -198,7 +198,7 @@ def image_size(source: ImageSource, config: ImageConfig) -> tuple[int, int]:
 
 
 def plan_tiles(width: int, height: int, config: ImageConfig = ImageConfig()) -> Tiling:
-    """The tiling of an image of `width` × `height` pixels, as the released model was trained with."""
+    """Plan the tiles of an image of `width` × `height` pixels, as in the released model's training."""
     scale, patch = config.scale_resolution, config.patch_size
     if config.square:
         return Tiling((scale, scale))
@@ -215,18 +215,18 @@ def plan_tiles(width: int, height: int, config: ImageConfig = ImageConfig()) -> 
         for columns in range(1, n + 1)
         if n % columns == 0
     ]
-    # `min` keeps the first of equals, which is the released tie order.
+    # `min` keeps the first of equals, like the released code.
     columns, rows = min(grids, key=lambda grid: abs(log_ratio - math.log(grid[0] / grid[1])))
     cell = _fit(_snap(width, columns) / columns, _snap(height, rows) / rows, scale, patch)
     return Tiling(overview, (columns, rows), cell)
 
 
 def tile_image(source: ImageSource, config: ImageConfig = ImageConfig()) -> TiledImage:
-    """The tiles of an image: the overview, then the slices row by row.
+    """Cut an image into tiles: the overview, then the slices row by row.
 
     Args:
-        source: whatever `load_image` takes.
-        config: the slicing of the checkpoint.
+        source: anything that `load_image` accepts.
+        config: slicing of the checkpoint.
 
     Raises:
         ImageError: see `load_image`.
@@ -236,7 +236,7 @@ def tile_image(source: ImageSource, config: ImageConfig = ImageConfig()) -> Tile
     tiles = [np.asarray(image.resize(tiling.overview, Image.Resampling.BICUBIC))]
     if tiling.grid:
         (columns, rows), (width, height) = tiling.grid, tiling.cell
-        # The slices are cut from the original enlarged or reduced to the grid's size, not from the overview.
+        # Slices are cut from the original resized to the grid's size, not from the overview.
         refined = np.asarray(image.resize((width * columns, height * rows), Image.Resampling.BICUBIC))
         cells = refined.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
         tiles += [np.ascontiguousarray(cell) for row in cells for cell in row]
@@ -248,7 +248,7 @@ def _snap(length: float, step: int) -> int:
 
 
 def _fit(width: float, height: float, scale: int, patch: int) -> tuple[int, int]:
-    """The size of about scale² pixels and this aspect; the height is truncated first, and the width follows it."""
+    """Return a size of about scale² pixels with this aspect ratio; the height is truncated first, the width derived."""
     ratio = width / height
     fitted_height = int(scale / math.sqrt(ratio))
     fitted_width = int(fitted_height * ratio)
@@ -256,15 +256,15 @@ def _fit(width: float, height: float, scale: int, patch: int) -> tuple[int, int]
 
 
 def _one_page(source: ImageSource) -> ImageSource:
-    """The source itself, or the one page of a PDF that its path names."""
+    """Return the source itself, or the single page that the path of a PDF selects."""
     images = expand(source)
     if len(images) > 1:
-        raise ImageError(f"{source}: has {len(images)} pages, and one image is wanted; name a page: {images[0]}")
+        raise ImageError(f"{source}: has {len(images)} pages, but only one image can be used; select one: {images[0]}")
     return images[0]
 
 
 def _open_bounded(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
-    """As `_open`; ImageError if the image has no pixels, or too many."""
+    """Like `_open`, but raise ImageError if the image has no pixels or too many."""
     name, image = _open(source, config)
     width, height = image.size
     if width < 1 or height < 1:
@@ -276,7 +276,7 @@ def _open_bounded(source: ImageSource, config: ImageConfig) -> tuple[str, Image.
 
 
 def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
-    """A name for messages, and the image, its pixels not yet decoded."""
+    """Return a name for error messages, and the image, not yet decoded."""
     if isinstance(source, Image.Image):
         return "image", source
     if isinstance(source, PdfPage):
@@ -286,7 +286,7 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
             raise ImageError(str(e)) from e
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or source.size == 0:
-            raise ImageError(f"array: need uint8 (height, width, 3), not {source.dtype} {source.shape}")
+            raise ImageError(f"array: must be uint8 (height, width, 3), not {source.dtype} {source.shape}")
         return "array", Image.fromarray(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "image data", _open_bytes("image data", bytes(source))
@@ -295,7 +295,7 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
         return "data URI", _open_bytes("data URI", _decode_data_uri(text))
     name, data = _printable(text or "."), _read(source)
     if Path(text).suffix.lower() in RAW:
-        raise ImageError(f"{name}: camera RAW files are not read; {_CONVERT}")
+        raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
     return name, _open_bytes(name, data)
 
 
@@ -304,16 +304,16 @@ def _is_data_uri(source: str | os.PathLike) -> bool:
 
 
 def _read(source: str | os.PathLike) -> bytes:
-    """The bytes of a file."""
+    """Read the bytes of a file."""
     name, scheme = _printable(os.fspath(source) or "."), os.fspath(source)[:8].lower()
     if scheme.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: images are not fetched from the network; download it and give the file")
+        raise ImageError(f"{name}: images are not fetched from the network; download it and pass the file")
     try:
         return find_path(source).read_bytes()
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: is a folder, not an image; give the files in it") from None
+        raise ImageError(f"{name}: is a folder, not an image; pass the files in it") from None
     except (OSError, ValueError) as e:
         raise ImageError(f"{name}: cannot be read ({_reason(e)})") from e
 
@@ -334,18 +334,18 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         if is_heif and "HEIF" not in formats:
             raise ImageError(
-                f"{name}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the extra heif), or {_CONVERT}"
+                f"{name}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the heif extra), or {_CONVERT}"
             ) from None
-        raise ImageError(f"{name}: not an image, or damaged, or none of {', '.join(FORMATS)}") from None
+        raise ImageError(f"{name}: not an image, damaged, or not one of {', '.join(FORMATS)}") from None
     except Exception as e:
-        raise ImageError(f"{name}: the image is damaged or cut short ({_reason(e)})") from e
+        raise ImageError(f"{name}: the image is damaged or truncated ({_reason(e)})") from e
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_raw(image.tag_v2):
-        raise ImageError(f"{name}: camera RAW files are not read; {_CONVERT}")
+        raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
     return image
 
 
 def _register_heif() -> bool:
-    """Have Pillow read HEIF, if pillow-heif is installed. The only place that knows of it."""
+    """Register pillow-heif with Pillow; return False if it is not installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -355,25 +355,25 @@ def _register_heif() -> bool:
 
 
 def _unread(data: bytes) -> str | None:
-    """Why a file is not read whose first bytes say that it is of a well-known other format."""
+    """Return the error message for a file in a well-known but unsupported format, by its first bytes."""
     if b"%PDF-" in data[:1024]:
-        return "is a PDF, not an image; its pages are read if it is given as the path of a .pdf file"
+        return "is a PDF, not an image; pass the path of a .pdf file to use its pages"
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return f"JPEG XL is not read; {_CONVERT}"
+        return f"JPEG XL is not supported; {_CONVERT}"
     if data.startswith(_RAW_MAGIC) or data[4:12] == b"ftypcrx " or (data[:2] == b"II" and data[8:10] == b"CR"):
-        return f"camera RAW files are not read; {_CONVERT}"
+        return f"camera RAW files are not supported; {_CONVERT}"
     return None
 
 
 def _is_raw(tags: TiffImagePlugin.ImageFileDirectory_v2) -> bool:
-    """Whether a TIFF is a camera's RAW, of which Pillow would show the sensor's samples or a thumbnail."""
+    """Return True for a TIFF that is a camera RAW; Pillow would decode its sensor samples or a thumbnail."""
     return ExifTags.Base.DNGVersion in tags or bool(tags.get(ExifTags.Base.NewSubfileType, 0) & 1)
 
 
 def _decode_data_uri(uri: str) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise ImageError("data URI: need the form data:image/png;base64,…")
+        raise ImageError("data URI: must have the form data:image/png;base64,…")
     try:
         return base64.b64decode("".join(body.split()), validate=True)  # line breaks are allowed
     except ValueError as e:
@@ -383,12 +383,12 @@ def _decode_data_uri(uri: str) -> bytes:
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata, which is common, is no reason to refuse good pixels
+    except Exception:  # damaged metadata is common, and no reason to reject good pixels
         return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image itself if it is plain RGB, else a new one; at most two copies are alive beside it, for big images."""
+    """Return the image itself if it is plain RGB, else a new one, with at most two copies in memory besides it."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -404,7 +404,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _wide_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits to 8: integers are taken as 0…65535, floats as 0…1, or 0…255 if any is over 1."""
+    """Convert 16- or 32-bit grey to 8 bits: integers in 0…65535, floats in 0…1, or 0…255 if any exceeds 1."""
     if image.mode == "F":
         samples = np.array(image)
         samples[np.isnan(samples)] = 0.0
@@ -414,7 +414,7 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
         grey = Image.fromarray(np.rint(samples, out=samples).astype(np.uint8))
     else:
         table = [round(sample / 257) for sample in range(65536)]  # 65535 / 257 = 255
-        clear = image.info.get("transparency")  # PNG: the grey that is see-through
+        clear = image.info.get("transparency")  # PNG: the transparent grey level
         if isinstance(clear, int):
             table[clear] = 255
         grey = image.convert("I").point(table, "L")
@@ -422,7 +422,7 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _printable(text: str) -> str:
-    """A path for a message: on one line, and short even if it is file contents given as a path by mistake."""
+    """Format a path for a message: on one line, and short even if it is file contents passed by mistake."""
     text = text if len(text) <= 500 else f"{text[:200]}…{text[-200:]}"
     return text if text.isprintable() else repr(text)[1:-1]
 

@@ -269,7 +269,7 @@ def test_an_archive_cut_short(photos: Path, tmp_path: Path, capsys, siglip: Path
     (tmp_path / "shard.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(SystemExit):
         main([str(tmp_path / "shard.tar"), "--out", str(tmp_path / "store"), "--model", str(siglip)])
-    assert "shard.tar: not a tar archive, or cut short" in capsys.readouterr().err
+    assert "shard.tar: not a tar archive, or truncated" in capsys.readouterr().err
     assert len(FeatureStore(tmp_path / "store")) >= 1
 
 

@@ -1,4 +1,4 @@
-"""The generate command, as its users run it."""
+"""The generate command, run as users run it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_answer_and_statistics(run_python, picture: Path, tmp_path: Path) -> Non
     assert lines[1] == "Three blue circles on a white background."
     assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory", "Image"]
     assert "5 tiles, 60 visual tokens" in lines[6]
-    # One line says what answered, and nothing else is said: no library's warning.
+    # Only the note about the demo model, and no library's warning.
     assert len(done.stderr.splitlines()) == 1
     assert "bundled demo" in done.stderr
 
@@ -52,7 +52,7 @@ def test_json_is_one_object(run_main, picture: Path) -> None:
 
 
 def test_mlx_lms_warning_is_no_part_of_an_answer(run_python, picture: Path) -> None:
-    """As on a Mac whose memory the model nearly fills: JSON and a chat stay clean, and stderr has the warning once."""
+    """As on a Mac whose memory is nearly full: JSON and chat output stay clean, and stderr has the warning once."""
     code = """
 import sys, mlx.core as mx
 from llama3v_mlx.chat import main as chat
@@ -82,14 +82,14 @@ def test_all_flags(run_main, picture: Path) -> None:
 
 
 def test_bundled_images_are_answered_right(demo) -> None:
-    """Their names say what is right."""
+    """The file names contain the right answers."""
     for image in sorted(IMAGES.iterdir()):
         answer = generate(*demo, "What is this image?", image=image, temperature=0).lower()
         assert all(word in answer for word in image.stem.split("-")), (image.name, answer)
 
 
 def test_help_loads_nothing_heavy(run_python) -> None:
-    """Which is what keeps it under 0.3 s."""
+    """This keeps it under 0.3 s."""
     for module in ("generate", "chat", "embed", "search", "convert"):
         code = f"import sys, llama3v_mlx.{module} as m; heavy = {{'mlx', 'mlx_lm', 'numpy', 'PIL'}} & set(sys.modules)"
         done = run_python("-c", f"{code}; print(heavy or 'light'); sys.argv[1:] = ['--help']; m.main()")
@@ -140,7 +140,7 @@ def test_an_image_from_stdin(run_main, picture: Path, tmp_path: Path) -> None:
         figures = json.loads(done.stdout)
         assert figures["text"] == "Three blue circles on a white background." and figures["images"] == ["-"]
         assert figures["stored_images"] == stored
-    for data, message in ((b"", "the file is empty"), (b"%PDF-1.4", "is a PDF, not an image; its pages")):
+    for data, message in ((b"", "the file is empty"), (b"%PDF-1.4", "is a PDF, not an image; pass the path")):
         done = run_main(COMMAND[1], "--image", "-", input=data)
         assert done.returncode == 1 and done.stderr.startswith(f"error: image data: {message}")
     for args in (("--image", "-", "--prompt", "-"), ("--image", "-", "-")):
@@ -153,16 +153,16 @@ def test_usage_errors(run_main) -> None:
         assert run_main(COMMAND[1], *flags).returncode == 2
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_is_130(picture: Path) -> None:
-    """Interrupted while it waits for the prompt on stdin, so the moment is sure."""
+    """Interrupt the command while it waits for the prompt on stdin, so that the timing is certain."""
     process = subprocess.Popen(
         [sys.executable, *COMMAND, "--image", picture, "--prompt", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    process.stdin.write(b" " * 300_000)  # more than a pipe holds: done when the other side has begun to read
+    process.stdin.write(b" " * 300_000)  # more than a pipe holds: returns once the other side is reading
     process.stdin.flush()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Slicing against the published examples and an independent reference; loading against all that users hand in."""
+"""Slicing against the published examples and an independent reference; loading of every kind of input."""
 
 import base64
 import gc
@@ -18,7 +18,7 @@ from llama3v_mlx.image import ImageConfig, ImageError, load_image, plan_tiles, t
 
 SMALL = ImageConfig(scale_resolution=56, patch_size=8, max_slice_nums=4)
 
-# The released model's tilings: sizes, overview, grid (columns, rows), cell, tiles, tokens of the block at 96 per tile.
+# Tilings of the released model: sizes, overview, grid (columns, rows), cell, tiles, block tokens at 96 per tile.
 EXAMPLES = [
     ([(1, 1), (100, 100), (336, 336), (447, 448), (448, 448)], (448, 448), None, None, 1, 98),
     ([(300, 200)], (546, 364), None, None, 1, 98),
@@ -63,7 +63,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of any claimed size, in 70 bytes."""
+    """Return a 70-byte PNG that claims any size."""
     ihdr = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + ihdr + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
 
@@ -84,7 +84,7 @@ def test_published_examples(sizes, overview, grid, cell, tiles, tokens):
 
 
 def test_prompt_block_is_as_long_as_published():
-    """The grid is all that the prompt learns about an image, so the two must agree on it."""
+    """The prompt only knows an image's grid, so its block must match the tiles."""
     from llama3v_mlx.models.llama3v import PromptTokens
 
     ids = PromptTokens(image=0, image_start=1, image_end=2, slice_start=3, slice_end=4, newline=5)
@@ -94,7 +94,7 @@ def test_prompt_block_is_as_long_as_published():
 
 
 def reference_plan(width, height, scale, patch, most):
-    """The specification's pseudo-code, transcribed line by line: (overview, grid, cell)."""
+    """Transcribe the specification's pseudo-code line by line; return (overview, grid, cell)."""
 
     def snap(v, p):
         return max(round(v / p) * p, p)
@@ -126,7 +126,7 @@ def reference_plan(width, height, scale, patch, most):
 
 
 def random_sizes(count: int, longest: int, rng) -> list[tuple[int, int]]:
-    """Half of any size, half small, where the number of slices changes with size; aspects up to 40:1."""
+    """Draw sizes, every other one small, where the number of slices varies; aspect ratios up to 40:1."""
     sizes = [(1, 1), (longest, longest)]
     while len(sizes) < count:
         width, height = rng.integers(1, longest // (1 + 3 * (len(sizes) % 2)) + 1, 2).tolist()
@@ -177,7 +177,7 @@ def test_tiles_are_the_reference_to_the_bit(config, longest):
 
 
 def test_slices_come_row_by_row():
-    """Nine flat squares at a size that is not resampled: slice i shows colour i."""
+    """Nine flat squares at a size that needs no resampling: slice i has colour i."""
     colours = noise(3, 3)
     tiles = tile_image(colours.repeat(448, axis=0).repeat(448, axis=1)).tiles
     assert [tile[0, 0].tolist() for tile in tiles[1:]] == colours.reshape(9, 3).tolist()
@@ -198,7 +198,7 @@ def test_extreme_shapes(size, tiles):
 def test_with_max_tiles():
     slices = {None: 9, 1: 1, 2: 1, 3: 2, 6: 5, 10: 9, 99: 9}
     assert {n: ImageConfig().with_max_tiles(n).max_slice_nums for n in slices} == slices
-    assert SMALL.with_max_tiles(10) == SMALL  # never more than the checkpoint's own
+    assert SMALL.with_max_tiles(10) == SMALL  # never more than the checkpoint's limit
     assert SMALL.with_max_tiles(3) == ImageConfig(56, 8, 2)
     for n in 1, 2, 3, 10:
         config = ImageConfig().with_max_tiles(n)
@@ -283,7 +283,7 @@ def test_other_types_are_type_errors(source):
         ("F", math.nan, (0, 0, 0)),
     ],
 )
-@pytest.mark.filterwarnings("error::RuntimeWarning")  # what becomes of a NaN must not be left to the processor
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # casting a NaN would depend on the processor
 def test_modes(mode, value, rgb):
     image = Image.new(mode, (3, 2), value)
     if mode.startswith("P"):
@@ -300,7 +300,7 @@ def test_float_range_is_judged_by_finite_samples():
 
 
 def test_single_colour_transparency():
-    """PNG and GIF name one colour or palette entry as see-through instead of having an alpha channel."""
+    """PNG and GIF can mark one colour or palette entry as transparent instead of having an alpha channel."""
     white, red, blue = [255, 255, 255], [255, 0, 0], [0, 0, 255]
     rgb = Image.fromarray(np.array([[red, blue]], np.uint8))
     assert pixels(encode(rgb, transparency=(0, 0, 255))) == [[red, white]]
@@ -327,7 +327,7 @@ def test_files_with_wide_or_odd_samples(tmp_path):
     assert np.abs(np.asarray(load_image(cmyk), dtype=int) - (0, 255, 255)).max() <= 3
 
 
-# What an EXIF orientation asks for, on (height, width, 3) arrays as stored.
+# Transform of each EXIF orientation, applied to stored (height, width, 3) arrays.
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -414,7 +414,7 @@ def test_files_are_closed(tmp_path):
     whole.write_bytes(encode(animation[0], "GIF", save_all=True, append_images=animation[1:]))
     cut.write_bytes(encode(Image.fromarray(noise(40, 40)))[:2000])
     text.write_text("no image")
-    gc.disable()  # what only the collector closes is a leak
+    gc.disable()  # a file closed only by the garbage collector is a leak
     try:
         before, kept = os.listdir("/dev/fd"), []
         for _ in range(3):
@@ -430,11 +430,11 @@ def test_files_are_closed(tmp_path):
         gc.enable()
 
 
-# --- what cannot be used ---------------------------------------------------------------------------------------------
+# --- unusable sources ------------------------------------------------------------------------------------------------
 
 
 def refusal(source) -> str:
-    """The message, on one line and fit for a terminal."""
+    """Return the error message, which must be one printable line."""
     with pytest.raises(ImageError) as caught:
         load_image(source)
     message = str(caught.value)
@@ -450,19 +450,19 @@ BAD_FILES = {
     "empty.png": (b"", "is empty"),
     "text.jpg": (b"Dear diary, today I was not an image.", "not an image"),
     "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not an image"),
-    "paper": (b"%PDF-1.7\n", "is a PDF, not an image; its pages are read if"),
-    "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG, PNG"),
-    "photo.jxl": (b"\xff\x0a" + bytes(50), "JPEG XL is not read; convert it first (on a Mac: sips -s format jpeg"),
-    "boxed.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL is not read"),
-    "canon": (b"II*\0\x10\0\0\0CR\2\0" + bytes(50), "camera RAW files are not read; convert it first"),
-    "canon3": (b"\0\0\0\x18ftypcrx \0\0\0\1" + bytes(50), "camera RAW files are not read"),
-    "fuji": (b"FUJIFILMCCD-RAW 0201" + bytes(50), "camera RAW files are not read"),
+    "paper": (b"%PDF-1.7\n", "is a PDF, not an image; pass the path of a .pdf file"),
+    "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not one of JPEG, PNG"),
+    "photo.jxl": (b"\xff\x0a" + bytes(50), "JPEG XL is not supported; convert it first (on a Mac: sips -s format jpeg"),
+    "boxed.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL is not supported"),
+    "canon": (b"II*\0\x10\0\0\0CR\2\0" + bytes(50), "camera RAW files are not supported; convert it first"),
+    "canon3": (b"\0\0\0\x18ftypcrx \0\0\0\1" + bytes(50), "camera RAW files are not supported"),
+    "fuji": (b"FUJIFILMCCD-RAW 0201" + bytes(50), "camera RAW files are not supported"),
     "apple": (encode(Image.new("RGB", (9, 9)), "TIFF", tiffinfo={50706: b"\1\4\0\0"}), "camera RAW files are not"),
-    "nikon": (encode(Image.new("RGB", (9, 9)), "TIFF", tiffinfo={254: 1}), "camera RAW files are not read"),
-    "short.jpg": (JPEG[: len(JPEG) // 2], "damaged or cut short"),
-    "short.png": (PNG[: len(PNG) // 2], "damaged or cut short"),
-    "header.png": (PNG[:20], "damaged or cut short"),
-    "zeros.png": (PNG[:60] + bytes(2000), "damaged or cut short"),
+    "nikon": (encode(Image.new("RGB", (9, 9)), "TIFF", tiffinfo={254: 1}), "camera RAW files are not supported"),
+    "short.jpg": (JPEG[: len(JPEG) // 2], "damaged or truncated"),
+    "short.png": (PNG[: len(PNG) // 2], "damaged or truncated"),
+    "header.png": (PNG[:20], "damaged or truncated"),
+    "zeros.png": (PNG[:60] + bytes(2000), "damaged or truncated"),
     "big.png": (png_header(10_000, 8_948), "over the limit of 89,478,485"),
     "bomb.png": (png_header(60_000, 60_000), "over the limit of 89,478,485"),
     "two\nlines \x1b[31m.png": (b"x", "not an image"),
@@ -502,8 +502,8 @@ def test_bad_files(tmp_path, name):
         ("data:image/png;base64,iVBO\u00e9", "data URI: ", "bad base64"),
         ("data:image/png;base64,iVBOR", "data URI: ", "bad base64"),
         ("data:image/png;base64,", "data URI: ", "is empty"),
-        ("data:image/png;base64", "data URI: ", "need the form"),
-        ("data:image/svg+xml,%3Csvg/%3E", "data URI: ", "need the form"),
+        ("data:image/png;base64", "data URI: ", "must have the form"),
+        ("data:image/svg+xml,%3Csvg/%3E", "data URI: ", "must have the form"),
         (np.zeros((0, 5, 3), np.uint8), "array: ", "(0, 5, 3)"),
         (np.zeros((5, 5), np.uint8), "array: ", "(5, 5)"),
         (np.zeros((5, 5, 4), np.uint8), "array: ", "(5, 5, 4)"),
@@ -512,7 +512,7 @@ def test_bad_files(tmp_path, name):
         (np.zeros((5, 5, 3), np.int64), "array: ", "int64"),
         (Image.new("RGB", (0, 5)), "image: ", "no pixels (0x5)"),
         (Image.new("RGBA", (5, 0)), "image: ", "no pixels (5x0)"),
-        (Image.open(io.BytesIO(PNG[:2000])), "image: ", "damaged or cut short"),
+        (Image.open(io.BytesIO(PNG[:2000])), "image: ", "damaged or truncated"),
     ],
     ids=lambda value: f"{value!r}"[:40],
 )
@@ -522,7 +522,7 @@ def test_bad_sources(source, start, complaint):
 
 
 def test_pixel_limit_is_pillows(monkeypatch):
-    """Pillow itself only warns up to twice its limit, and never minds arrays or images already open."""
+    """Pillow itself only warns up to twice its limit, and does not check arrays or open images."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for size, fits in {(10, 10): True, (101, 1): False, (20, 10): False, (67, 3): False}.items():
         array = noise(*size)
@@ -543,7 +543,7 @@ def test_pixel_limit_is_pillows(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
 def test_damage_is_an_image_or_an_image_error(kind, monkeypatch):
-    """Decoders fail in their own ways; a batch run has to survive all of them."""
+    """Decoders fail in different ways; a batch run must survive all of them."""
     if kind == "WEBP" and not features.check("webp"):
         pytest.skip("Pillow without WebP")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)

@@ -1,4 +1,4 @@
-"""Training finds an image's features by what the file is now, not by what it, or another one, was once called."""
+"""Training finds features by the current state of an image file, not by former names of it or of other files."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ COUNT = 4
 
 
 def draw(folder: Path, first: int, count: int = COUNT) -> Path:
-    """0.bmp, 1.bmp, … in a folder: all of one size and, as from an archive, of one time."""
+    """Write 0.bmp, 1.bmp, … with equal sizes and, as if from an archive, equal times."""
     folder.mkdir(parents=True)
     for i in range(count):
         pixels = np.random.default_rng(first + i).integers(0, 256, (40, 60, 3), np.uint8)
@@ -41,7 +41,7 @@ def write_rows(path: Path, images: list[str]) -> Path:
 
 
 class Seen:
-    """What a run would be trained on, and which files it read."""
+    """Images that a run would be trained on, files that it read, and its stderr."""
 
     def __init__(self, images: list[bytes], read: set[str], said: str):
         self.images, self.read, self.said = images, read, said
@@ -49,7 +49,7 @@ class Seen:
 
 @pytest.fixture
 def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., Seen]:
-    """Run `train` to its first step on rows with 0.bmp, 1.bmp, …, from a working directory."""
+    """Return a function that runs `train` up to its first step on rows with 0.bmp, 1.bmp, … in a working directory."""
 
     def run(cwd: Path, image_folder: str | Path, images: list[str] | None = None, store: str = "store") -> Seen:
         cwd.mkdir(exist_ok=True)
@@ -135,7 +135,7 @@ def test_a_data_set_that_was_moved_is_read_but_not_embedded(tmp_path: Path, prep
 
 
 def test_names_that_embed_gave_are_not_believed(tmp_path: Path, prepare, monkeypatch, capsys) -> None:
-    """As all names were before their files' sizes and times were noted: typed paths, relative ones as well."""
+    """Such names have no file sizes and times, and may be relative paths."""
     one, other = draw(tmp_path / "one" / "images", 0), draw(tmp_path / "other" / "images", 100)
     monkeypatch.chdir(tmp_path / "one")
     options = ["--out", tmp_path / "store", "--model", CHECKPOINT, "--kind", "visual-tokens"]
@@ -158,7 +158,7 @@ def test_images_that_are_deleted(tmp_path: Path, prepare) -> None:
     expected = digests(images)
     prepare(tmp_path, "images")
     Image.new("RGB", (60, 40)).save(images / "3.bmp")
-    prepare(tmp_path, "images")  # by now 3.bmp has been two images
+    prepare(tmp_path, "images")  # 3.bmp has now been two images
     shutil.rmtree(images)
     left = prepare(tmp_path, "images")
     assert left.images == expected[:3] and "note: 3 images no longer exist" in left.said
@@ -181,7 +181,7 @@ def test_a_touched_file_has_one_name(tmp_path: Path, prepare, capsys) -> None:
         ("0.bmp/x.bmp", "no such file"),
         ("folder", "is not a file"),
         ("pipe", "is not a file"),
-        ("loop", "oo many"),  # levels of symbolic links, in the system's words
+        ("loop", "oo many"),  # levels of symbolic links, worded by the system
         ("x" * 300, "ame too long"),
         ("a\0b", "is not a path"),
     ],

@@ -1,4 +1,4 @@
-"""What people have on their disks: HEIC photos, PDFs, libraries of Photos, and names in either Unicode form."""
+"""Files that users have: HEIC photos, PDFs, Photos libraries, and names in either Unicode form."""
 
 import base64
 import contextlib
@@ -39,13 +39,13 @@ CIRCLES = IMAGES / "three-blue-circles.png"
 
 @pytest.fixture
 def heif():
-    """pillow-heif, which the `heif` extra installs."""
+    """pillow-heif, from the `heif` extra."""
     return pytest.importorskip("pillow_heif")
 
 
 @pytest.fixture
 def pdf(tmp_path: Path) -> Path:
-    """Four pages of 200 × 300 points, each of one grey."""
+    """PDF of four pages of 200 × 300 points, each of one grey."""
     pytest.importorskip("pypdfium2")
     pages = [Image.new("L", (200, 300), 50 * i) for i in range(1, 5)]
     pages[0].save(tmp_path / "paper.pdf", save_all=True, append_images=pages[1:])
@@ -53,13 +53,13 @@ def pdf(tmp_path: Path) -> Path:
 
 
 def blocks() -> Image.Image:
-    """Six flat colours in two rows of three: what lossy compression keeps, and no rotation does."""
+    """Draw six flat colours in two rows of three: kept by lossy compression, but changed by any rotation."""
     colours = [[(200, 30, 30), (30, 200, 30), (30, 30, 200)], [(220, 220, 30), (30, 220, 220), (220, 30, 220)]]
     return Image.fromarray(np.kron(np.array(colours, np.uint8), np.ones((32, 32, 1), np.uint8)))
 
 
 def difference(image: Image.Image, expected: np.ndarray) -> float:
-    """The mean of the absolute differences, of 255."""
+    """Mean absolute difference, in 0…255."""
     assert image.size == expected.shape[1::-1]
     return float(np.abs(np.asarray(image, int) - expected).mean())
 
@@ -67,7 +67,7 @@ def difference(image: Image.Image, expected: np.ndarray) -> float:
 def write_pdf(
     pages: int, trailer: str = "", page: str = "/MediaBox [0 0 200 300]", catalog: str = "", more: Sequence[str] = ()
 ) -> bytes:
-    """A PDF of empty pages, written by hand; `more` are its objects from 3 + pages on."""
+    """Write a PDF of empty pages by hand; `more` are its objects from number 3 + pages on."""
     kids = " ".join(f"{3 + i} 0 R" for i in range(pages))
     objects = [f"<< /Type /Catalog /Pages 2 0 R {catalog} >>", f"<< /Type /Pages /Kids [{kids}] /Count {pages} >>"]
     objects += [f"<< /Type /Page /Parent 2 0 R {page} >>"] * pages + [*more]
@@ -106,10 +106,10 @@ def encode_heif(image: Image.Image, **options) -> bytes:
 
 @pytest.mark.parametrize("orientation", TURNED)
 def test_heic_is_turned_once(heif, orientation: int) -> None:
-    """libheif applies the file's rotation itself, while the EXIF data may still ask for it."""
+    """libheif applies the file's rotation itself, but the EXIF data may still have it."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    loaded = load_image(encode_heif(blocks(), exif=exif.tobytes()))  # as bytes, it becomes the file's own rotation too
+    loaded = load_image(encode_heif(blocks(), exif=exif.tobytes()))  # bytes also set the file's own rotation
     assert difference(loaded, TURNED[orientation](np.asarray(blocks()))) < 3
     assert load_image(loaded).size == loaded.size
 
@@ -144,7 +144,7 @@ def test_heic_with_alpha_of_ten_bits_and_of_several_images(heif) -> None:
 
 
 def test_heic_by_its_other_brand(heif) -> None:
-    """`mif1` is also said of AVIF, whose decoder is asked first."""
+    """`mif1` is also a brand of AVIF, whose decoder is tried first."""
     data = encode_heif(blocks())
     assert data[8:12] == b"heic"
     assert load_image(data[:8] + b"mif1" + data[12:]).size == (96, 64)
@@ -176,7 +176,7 @@ def test_heic_without_its_extra(heif, tmp_path: Path, run_main, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     done = run_main("llama3v_mlx.generate", "--image", path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert f"error: {path}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the extra heif)" in done.stderr
+    assert f"error: {path}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the heif extra)" in done.stderr
     assert "sips -s format jpeg" in done.stderr
 
 
@@ -198,7 +198,7 @@ def test_damaged_heic_is_an_image_or_an_image_error(heif) -> None:
 
 def test_raw_files_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "DSC_1.NEF").write_bytes(b"whatever is in it")
-    with pytest.raises(ImageError, match="camera RAW files are not read; convert it first .on a Mac: sips"):
+    with pytest.raises(ImageError, match="camera RAW files are not supported; convert it first .on a Mac: sips"):
         load_image(tmp_path / "DSC_1.NEF")
 
 
@@ -246,17 +246,17 @@ def test_a_file_named_with_a_mark_wins(pdf: Path) -> None:
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        ("#5", "has 4 pages, and no page 5"),
+        ("#5", "has 4 pages, but no page 5"),
         ("#0", "pages are counted from 1"),
-        ("#3-9", "has 4 pages, and no page 9"),
-        ("#3-2", "pages are counted from 1, and upwards"),
-        ("#", "pages are named like"),
-        ("#a", "pages are named like"),
-        ("#1,", "pages are named like"),
-        ("#-2", "pages are named like"),
-        ("#²", "pages are named like"),
-        ("", "has 4 pages, and one image is wanted; name a page: "),
-        ("#2-3", "has 2 pages, and one image is wanted"),
+        ("#3-9", "has 4 pages, but no page 9"),
+        ("#3-2", "pages are counted from 1, and ranges must ascend"),
+        ("#", "not a page selection like"),
+        ("#a", "not a page selection like"),
+        ("#1,", "not a page selection like"),
+        ("#-2", "not a page selection like"),
+        ("#²", "not a page selection like"),
+        ("", "has 4 pages, but only one image can be used; select one: "),
+        ("#2-3", "has 2 pages, but only one image can be used"),
     ],
 )
 def test_pages_that_are_not_there(pdf: Path, selection: str, message: str) -> None:
@@ -274,11 +274,11 @@ BAD_PDFS = {
     "no pages": (write_pdf(0), "not a PDF, damaged, or without pages"),
     "password": (
         write_pdf(1, f"/Encrypt << /Filter /Standard /V 1 /R 2 /O <{HEX}> /U <{HEX}> /P -4 >> /ID [<00> <00>]"),
-        "is protected by a password; save a copy without one",
+        "is password-protected; save a copy without a password",
     ),
     "certificate": (
         write_pdf(1, "/Encrypt << /Filter /Entrust.PPKEF /V 9 >> /ID [<00> <00>]"),
-        "is encrypted in a way that is not read; save a copy without a password",
+        "uses an unsupported encryption; save a copy without a password",
     ),
 }
 
@@ -300,11 +300,11 @@ def test_pdf_without_its_extra(tmp_path: Path, run_main, siglip: Path, monkeypat
     (folder / "a.pdf").write_bytes(write_pdf(1))
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     done = run_main("llama3v_mlx.generate", "--image", folder / "a.pdf")
-    assert done.stderr == f"error: {folder}/a.pdf: PDF files need pypdfium2: pip install pypdfium2 (the extra pdf)\n"
+    assert done.stderr == f"error: {folder}/a.pdf: PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)\n"
     blocks().save(folder / "b.png")
     done = run_main("llama3v_mlx.embed", folder, "--out", tmp_path / "store", "--model", siglip, "--batch-size", 2)
     assert done.returncode == 0
-    assert "skipped: 1 .pdf; PDF files need pypdfium2: pip install pypdfium2 (the extra pdf)" in done.stdout
+    assert "skipped: 1 .pdf; PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_pdf_without_its_extra(tmp_path: Path, run_main, siglip: Path, monkeypat
 )
 @pytest.mark.parametrize("size", [(595, 842), (792, 612), (200, 200), (100, 1000), (30, 2)])
 def test_a_page_fills_its_tiles(tmp_path: Path, config: ImageConfig, size: tuple[int, int]) -> None:
-    """The tiles show every pixel that was rendered, or a little fewer; none is made up by enlarging."""
+    """The tiles show all or nearly all rendered pixels, and nothing is upscaled."""
     pytest.importorskip("pypdfium2")
     path = tmp_path / "a.pdf"
     path.write_bytes(write_pdf(1, page=f"/MediaBox [0 0 {size[0]} {size[1]}]"))
@@ -353,7 +353,7 @@ def test_what_is_filled_into_a_form_is_seen(tmp_path: Path) -> None:
 
 
 def test_identity_of_pages(pdf: Path) -> None:
-    """Of the file's bytes, the page and the size, and not of the name."""
+    """The SHA-256 depends on the file's bytes, the page and the size, but not on the name."""
     config, other = ImageConfig(), ImageConfig(56, 8, 4)
     found = {image_sha256(page, c) for page in expand(pdf) for c in (config, other)}
     assert len(found) == 8
@@ -416,7 +416,7 @@ def test_embed_takes_a_page_each(pdf: Path, tmp_path: Path, run_main, siglip: Pa
 
 
 def test_threads_render_one_at_a_time(pdf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PDFium must not be entered twice at once: a page waits in vain for a second thread to come in."""
+    """PDFium must not be entered by two threads: each page waits in vain for a second thread to enter."""
     import pypdfium2
 
     pages, config = expand(pdf) * 3, ImageConfig(56, 8, 4)
@@ -440,7 +440,7 @@ def test_threads_render_one_at_a_time(pdf: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder as a Mac has it."""
+    """Folder like one on a Mac."""
     folder = tmp_path / "Pictures"
     library = folder / "Photos Library.photoslibrary"
     for name in ("originals/0", "resources/derivatives"):
@@ -462,7 +462,7 @@ def test_what_is_skipped_is_counted(home: Path) -> None:
     skipped = Skipped()
     assert names_in(home, skipped=skipped) == ["a.png"]
     assert skipped.suffixes == {".mov": 2, ".dng": 1, "no suffix": 1, ".icloud": 1, ".photoslibrary": 1}
-    assert "2 .mov" in str(skipped) and "name a .photoslibrary to take its originals" in str(skipped)
+    assert "2 .mov" in str(skipped) and "pass a .photoslibrary to use its originals" in str(skipped)
 
 
 def test_a_library_that_is_named_gives_its_originals(home: Path) -> None:
@@ -516,7 +516,7 @@ def test_what_a_mac_leaves_in_an_archive_or_a_list(home: Path, tmp_path: Path) -
 
 
 def test_what_a_mac_leaves_is_no_shard_and_nobodys_file(folder: Path, tmp_path: Path, siglip: Path, run_main) -> None:
-    """Checkpoints, stores, runs and folders in the making: all of them have been shown by Finder."""
+    """Finder may leave files in checkpoints, stores, runs and unfinished folders."""
     from llama3v_mlx.checkpoint import find_checkpoint, load_model, read_config
     from llama3v_mlx.features.store import verify
     from llama3v_mlx.training.run import RunFolder
@@ -555,7 +555,7 @@ def test_names_in_either_form_find_the_file(tmp_path: Path, run_main, siglip: Pa
     file, path = tmp_path / stored / f"{stored}.png", tmp_path / asked / f"{asked}.png"
     shutil.copy(CIRCLES, file)
     if path.exists():
-        pytest.skip("a file system that takes both forms for one")
+        pytest.skip("the file system treats both forms as equal")
     assert find_path(path) == find_path(tmp_path / stored / f"{asked}.png") == find_path(file) == file
     done = run_main("llama3v_mlx.generate", "--image", path, "--temp", "0", "--no-verbose")
     assert "Three blue circles" in done.stdout, done.stderr
@@ -585,7 +585,7 @@ def test_rows_of_either_form_are_trained_on(tmp_path: Path, run_main, stored: st
     args += ("--features", tmp_path / "store", "--batch-size", 2, "--iters", 1, "--strict")
     done = run_main("llama3v_mlx.train", *args, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    (tmp_path / f"{stored}.png").unlink()  # from now on the store is enough, whichever form it was asked in
+    (tmp_path / f"{stored}.png").unlink()  # now the store is enough, in either form of the name
     rows[0]["image"] = rows[1]["image"] = f"{stored}.png"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     done = run_main("llama3v_mlx.train", *args, "--out", tmp_path / "again")

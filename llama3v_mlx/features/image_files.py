@@ -1,7 +1,7 @@
-"""Image files whose features a store has: recognized by path, size and times, without reading them again.
+"""Recognize image files whose features are in a store by path, size and times, without reading them again.
 
-A path as it was typed means another file in another folder, so only resolved paths are compared, and a file counts as
-the one that was read before if nothing has touched it since: size, both times and inode are equal, as in Git's index.
+A relative path means different files in different folders, so only resolved paths are compared. As in Git's index, a
+file is unchanged if its size, mtime, ctime and inode are equal.
 """
 
 import os
@@ -16,10 +16,10 @@ from .store import FeatureStore
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A path as it is now on this machine."""
+    """Current state of a path on this machine."""
 
-    path: str  # its folder's links and dots resolved; a link to the file itself is told by what it leads to
-    stat: FileStat | None  # None: cannot be read, for this reason
+    path: str  # with links and dots of its folder resolved, but not a link to the file itself
+    stat: FileStat | None  # of the file, following a link; None: cannot be read, see `problem`
     problem: str = ""
 
     @property
@@ -31,7 +31,7 @@ _GONE = "no such file"
 
 
 def look_up(paths: Iterable[str]) -> dict[str, ImageFile]:
-    """The files that paths lead to from the working directory, none of them read: 5 µs each."""
+    """Look up paths relative to the working directory, without opening the files: 5 µs each."""
     folders: dict[str, str] = {}
     files = {}
     for path in paths:
@@ -49,7 +49,7 @@ def _look_at(path: str) -> ImageFile:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        composed = str(find_path(path))  # a name may be composed otherwise on disk than in the data
+        composed = str(find_path(path))  # the Unicode form on disk may differ from that in the data
         return ImageFile(path, None, _GONE) if composed == path else _look_at(composed)
     if not stat.S_ISREG(found.st_mode):
         return ImageFile(path, None, "is not a file")
@@ -57,24 +57,24 @@ def _look_at(path: str) -> ImageFile:
 
 
 def known_images(store: FeatureStore, files: dict[str, ImageFile]) -> dict[str, bytes]:
-    """The SHA-256 of those files that the store has features of and that have not changed since they were read.
+    """Return the SHA-256 of the files that the store has features of and that are unchanged since they were read.
 
-    A file that is gone counts as the one that was last there if the store has seen a single image under its path: the
-    features stay usable when the images are deleted.
+    A deleted file is identified by its path if the store has seen a single image there, so that features stay usable
+    without the images.
 
     Args:
-        store: whose names and entries are up to date.
+        store: with up-to-date names and entries.
         files: from `look_up`.
 
     Returns:
-        SHA-256 by the keys of `files`.
+        SHA-256 digests by key of `files`.
     """
     wanted = {file.path: file.stat for file in files.values() if file.stat or file.is_gone}
     found: dict[str, bytes] = {}
     former: dict[str, set[bytes]] = {}
     for sha256, path, seen in store.files():
         if seen is None or path not in wanted or sha256 not in store:
-            continue  # without its stat, nobody knows which file had that name
+            continue  # without its stat, the file that had this name is unknown
         if wanted[path] == seen:
             found[path] = sha256
         elif wanted[path] is None:

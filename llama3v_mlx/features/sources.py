@@ -1,4 +1,4 @@
-"""Where images come from: files, folders, lists and tar archives, streamed, so that there may be millions."""
+"""Sources of images: files, folders, lists and tar archives, streamed to allow for millions."""
 
 import functools
 import json
@@ -13,30 +13,30 @@ from ..files import find_path, is_junk, spellings
 from ..image import EXTENSIONS, ImageError, ImageSource, expand
 from ..pdf import PDF, PdfPage, can_read_pdf
 
-FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode: another one for a file that was touched
+FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode; changes when the file is touched
 
 LIBRARY = ".photoslibrary"
-ORIGINALS = ("originals", "Masters")  # of a library of Photos, and of older versions
+ORIGINALS = ("originals", "Masters")  # subfolders of a Photos library, current and older versions
 
 
 @dataclass(frozen=True)
 class Source:
-    """An image to be read."""
+    """Image to be read."""
 
     name: str
-    read: Callable[[], ImageSource]  # the bytes of its file, or a page of a PDF
-    stat: FileStat | None = None  # of the file at `name`, a resolved path, before it is read
+    read: Callable[[], ImageSource]  # returns the bytes of its file, or a page of a PDF
+    stat: FileStat | None = None  # of the file at `name`, a resolved path, before reading it
 
 
 @dataclass
 class Skipped:
-    """What `find_sources` has passed by."""
+    """Files and folders skipped by `find_sources`."""
 
-    suffixes: Counter[str] = field(default_factory=Counter)  # files that are no images, and libraries of Photos
+    suffixes: Counter[str] = field(default_factory=Counter)  # of other files, and of Photos libraries
     denied: list[tuple[str, str]] = field(default_factory=list)  # folders that cannot be listed, and why
 
     def file(self, name: str) -> None:
-        """Count a file, or a folder that is one to its user."""
+        """Count a skipped file, or a bundle, a folder shown as a file."""
         if not is_junk(name):
             self.suffixes[Path(name).suffix.lower() or "no suffix"] += 1
 
@@ -44,28 +44,28 @@ class Skipped:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common())
         hints = []
         if self.suffixes[LIBRARY]:
-            hints.append(f"name a {LIBRARY} to take its originals")
+            hints.append(f"pass a {LIBRARY} to use its originals")
         if self.suffixes[PDF] and not can_read_pdf():
-            hints.append("PDF files need pypdfium2: pip install pypdfium2 (the extra pdf)")
+            hints.append("PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)")
         return "; ".join([counts, *hints])
 
     def folder(self, error: OSError) -> None:
-        """Note a folder that cannot be listed."""
+        """Record a folder that cannot be listed."""
         self.denied.append((error.filename, error.strerror))
 
 
 def find_sources(paths: list[str], skipped: Skipped | None = None) -> Iterator[Source]:
-    """The images of files, folders, .txt and .jsonl lists and .tar archives, one after another, in a fixed order.
+    """Yield the images of files, folders, .txt and .jsonl lists and .tar archives, in a fixed order.
 
-    A PDF counts as many as it has pages, each named like paper.pdf#3. Libraries of Photos are passed by unless named,
-    and then their originals are taken.
+    A PDF yields one image per page, named like paper.pdf#3. Photos libraries are skipped inside other folders; one
+    that is passed itself yields its originals.
 
     Args:
-        paths: what to go through.
-        skipped: is told of what is not taken.
+        paths: files, folders, lists and archives.
+        skipped: records what is skipped.
 
     Raises:
-        ValueError: if a path is not there, or a list or an archive is damaged.
+        ValueError: if a path does not exist, or a list or an archive is damaged.
     """
     skipped = Skipped() if skipped is None else skipped
     for text in paths:
@@ -83,7 +83,7 @@ def find_sources(paths: list[str], skipped: Skipped | None = None) -> Iterator[S
 
 
 def count_sources(paths: list[str]) -> int:
-    """How many images `find_sources` will find, without reading any; what it will refuse counts as 0."""
+    """Count the images that `find_sources` will yield, without reading any; what it will reject counts as 0."""
     total = 0
     for text in paths:
         try:
@@ -99,10 +99,10 @@ def count_sources(paths: list[str]) -> int:
 
 
 def read_named(name: str) -> ImageSource:
-    """The image that `find_sources` gave this name: its path, or its bytes if it is in an archive.
+    """Return the image with a name from `find_sources`: its path, or its bytes if it is in an archive.
 
     Raises:
-        OSError: if it is not in its archive any more.
+        OSError: if the archive no longer contains it.
     """
     archive, in_tar, member = name.partition(".tar/")
     if not in_tar or find_path(name).exists():
@@ -115,7 +115,7 @@ def read_named(name: str) -> ImageSource:
 
 
 def _images_of(name: str) -> Iterator[Source]:
-    """The image of a file, or one for each page of a PDF; a PDF that cannot be used fails when it is read."""
+    """Yield the image of a file, or one per page of a PDF; an unusable PDF fails when it is read."""
     try:
         images = expand(name)
     except ImageError as e:
@@ -152,7 +152,7 @@ def _in_folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
 
 
 def _in_list(path: Path) -> Iterator[Source]:
-    """A path per line, or a JSON object with "path" or "image"; relative ones are relative to the list."""
+    """Read a path or a JSON object with "path" or "image" per line; relative paths are relative to the list."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             name = line.strip()
@@ -163,7 +163,7 @@ def _in_list(path: Path) -> Iterator[Source]:
                     entry = json.loads(name)
                     name = entry.get("path") or entry["image"]
                 except (ValueError, KeyError, AttributeError):
-                    raise ValueError(f'{path}:{number}: need a JSON object with "path" or "image"') from None
+                    raise ValueError(f'{path}:{number}: must be a JSON object with "path" or "image"') from None
             for one in name if isinstance(name, list) else [name]:
                 file = path.parent / one
                 if not is_junk(file.name):
@@ -182,7 +182,7 @@ def _in_tar(path: Path, skipped: Skipped) -> Iterator[Source]:
                 elif member.isfile():
                     skipped.file(Path(member.name).name)
     except tarfile.TarError as e:
-        raise ValueError(f"{path}: not a tar archive, or cut short ({e})") from e
+        raise ValueError(f"{path}: not a tar archive, or truncated ({e})") from e
 
 
 def _is_image(member: tarfile.TarInfo) -> bool:
@@ -191,7 +191,7 @@ def _is_image(member: tarfile.TarInfo) -> bool:
 
 
 def _find_member(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo:
-    """A member by its name in any of its spellings.
+    """Find a member by any spelling of its name.
 
     Raises:
         KeyError: if there is none.
