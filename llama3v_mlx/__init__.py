@@ -13,7 +13,7 @@ import sys
 
 __version__ = "0.2.0"
 
-# Where the public names live: nothing heavy is imported before one is used, so that `--help` stays instant.
+# Public names and their modules, imported on first use so that `--help` stays instant.
 _PUBLIC = {
     "load": "generation",
     "check_memory": "memory",
@@ -36,9 +36,9 @@ def __getattr__(name: str):
 
 
 def _prefer_openblas() -> bool:
-    """Let MLX's Linux CPU wheel, which bundles the reference BLAS, find OpenBLAS's `cblas_*` first.
+    """Load OpenBLAS so that its `cblas_*` take precedence over the reference BLAS in MLX's Linux CPU wheel.
 
-    It works only before `mlx.core` is imported, and makes float32 matmul 40 to 80 times faster.
+    Only works before `mlx.core` is imported; makes float32 matmul 40 to 80 times faster.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return False

@@ -1,4 +1,4 @@
-"""Chat about images in the terminal: `llama3v chat`, then drag an image into the line and ask."""
+"""Chat about images in the terminal with `llama3v chat`: drag an image into the line and ask."""
 
 import argparse
 import os
@@ -23,24 +23,24 @@ from .terminal import find_images, line_editing, read_clipboard, split_paths, un
 
 HELP = """\
 Ask a question; paste, type or drag the path of an image or a PDF anywhere into the line to add it.
-A path that is no image is an error, unless it stands in `backticks`. Tab completes commands and paths.
+A path that is not an image is an error, unless it is in `backticks`. Tab completes commands and paths.
   /image PATH [PATH…]   add images to the next question; paper.pdf#3-5 are pages of a PDF
   /paste [QUESTION]     add the clipboard's image or files
-  /images               the images so far
-  /undo                 take the last question and its answer back
-  /clear, r             start anew
-  /save FILE            write the conversation, with all that was read, to a file
-  /load FILE            go on with one
-  /stats                what the last answer took
-  /help, h              this
-  /exit, q, Ctrl-D      leave; Ctrl-C stops an answer"""
+  /images               list the images so far
+  /undo                 remove the last question and its answer
+  /clear, r             start over
+  /save FILE            save the conversation and its cache
+  /load FILE            load a saved conversation
+  /stats                show the timings of the last answer
+  /help, h              show this help
+  /exit, q, Ctrl-D      quit; Ctrl-C stops an answer"""
 HISTORY = CACHE / "chat_history"
 PASTED = "pasted image"
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """An image for the next question."""
+    """Image for the next question."""
 
     name: str
     image: Any  # an `ImageSource`
@@ -48,18 +48,18 @@ class Waiting:
 
 
 class Chat:
-    """What a line does; `conversation` keeps what was said."""
+    """Interpreter of the lines of a chat about images; its state is a `Conversation`."""
 
     def __init__(self, conversation, name: str):
         self.conversation, self.name = conversation, name
         self.waiting: list[Waiting] = []
-        self.stats = "nothing was asked yet"
+        self.stats = "no answer yet"
 
     def line(self, text: str) -> bool:
-        """Do what a line says; False if it is to be the last.
+        """Execute a command or ask a question; return False to quit.
 
         Raises:
-            ValueError: if it cannot be done.
+            ValueError: if the line cannot be executed.
         """
         text = text.strip(" \t\r\n")  # not the narrow spaces of file names
         word, *rest = text.split(maxsplit=1) or [""]
@@ -78,7 +78,7 @@ class Chat:
         return True
 
     def ask(self, question: str) -> None:
-        """Put a question with the waiting images, and print the answer as it comes."""
+        """Ask a question about the waiting images and stream the answer to stdout."""
         from .conversation import last_figures
 
         images, names = [each.image for each in self.waiting], [each.name for each in self.waiting]
@@ -99,7 +99,7 @@ class Chat:
         print(dim(self.stats))
 
     def _add(self, sources: Sequence) -> None:
-        """Take images for the next question: all of them, or none if one cannot be used."""
+        """Add images to the next question: all of them, or none if one is unusable."""
         from PIL.Image import Image
 
         from .image import expand, image_size, plan_tiles
@@ -144,12 +144,12 @@ class Chat:
 
     def _undo(self, rest: str) -> None:
         turn = self.conversation.undo()
-        print(f"taken back: {turn.text}" if turn else "there is no question to take back")
+        print(f"removed: {turn.text}" if turn else "there is no question to remove")
 
     def _clear(self, rest: str) -> None:
         self.conversation.clear()
         self.waiting = []
-        print("started anew")
+        print("started over")
 
     def _save(self, rest: str) -> None:
         path = _file(rest, "/save")
@@ -183,13 +183,13 @@ class Chat:
 
 def _file(text: str, command: str) -> Path:
     if not text:
-        raise ValueError(f"{command}: give a file")
+        raise ValueError(f"{command}: give a file name")
     path = Path(unescape(text))
     return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
 
 
 def dim(text: str) -> str:
-    """Grey, where that can be seen."""
+    """Print text in grey if stdout is a terminal that may show colors."""
     return f"\033[2m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
@@ -197,14 +197,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llama3v chat", description="Chat with Llama3-V about images.")
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images or PDFs for the first question")
-    parser.add_argument("--system-prompt", help="goes before the first question (default: none)")
+    parser.add_argument("--system-prompt", help="instructions before the first question (default: none)")
     add_generation_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Load, then read lines until there are no more."""
+    """Load the model, then read lines until the end of input."""
     import mlx.core as mx
 
     from .checkpoint import name_of
@@ -227,7 +227,7 @@ def chat(args: argparse.Namespace) -> None:
     session = Chat(Conversation(model, processor, args.system_prompt, features, generation_options(args)), title)
     session._add(args.image)
     if sys.stdin.isatty():
-        print("Ask about an image; drag its file into the line. /help lists what else there is, Ctrl-D leaves.")
+        print("Ask about an image: drag its file into the line. /help lists the commands, Ctrl-D quits.")
     going_on, failed = True, False
     with line_editing(HISTORY, (*Chat.COMMANDS, "/exit")):
         while going_on:
@@ -241,7 +241,7 @@ def chat(args: argparse.Namespace) -> None:
                 print(f"error: {error_line(e)}", file=sys.stderr)
                 failed = True
     if failed and not sys.stdin.isatty():
-        sys.exit(1)  # a script wants to know
+        sys.exit(1)  # for scripts
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Configs as Hugging Face writes them: checked, and in the one form that mlx-lm reads.
+"""Validate Hugging Face configs and convert them to the form that mlx-lm reads.
 
 transformers 5 writes `rope_parameters` and `dtype` where 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`.
-mlx-lm's Llama knows the older form alone, and takes a rope_theta that it does not find for 10000.
+mlx-lm's Llama only knows the older form, and silently assumes a missing rope_theta to be 10000.
 """
 
 import json
@@ -13,40 +13,40 @@ from typing import Any
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+    """Raised for an unusable checkpoint; the message says which one, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """The range of a number in a config."""
+    """Valid range of a number in a config."""
 
     low: float
     high: float = sys.float_info.max
     whole: bool = False
-    above: bool = False  # over `low`, not equal to it
+    above: bool = False  # greater than `low`, not equal to it
 
     def check(self, name: str, value: Any) -> None:
-        """Raise CheckpointError, with the name of the value, unless it is such a number."""
+        """Raise CheckpointError, naming the value, if it is out of range or not a number."""
         is_number = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
         if not is_number or not self.low <= value <= self.high or (self.above and value == self.low):
             raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be {self}")
 
     def __str__(self) -> str:
         low = f"over {self.low}" if self.above else f"of {self.low} or more"
-        high = "" if self.high == sys.float_info.max else f" and {self.high} at most"
+        high = "" if self.high == sys.float_info.max else f" and at most {self.high}"
         return f"a {'whole ' if self.whole else ''}number {low}{high}"
 
 
 SIZE, TOKEN_ID = Number(1, 2**31 - 1, whole=True), Number(0, 2**31 - 1, whole=True)
 POSITIVE = Number(0, above=True)
 
-# Of a Llama's config: what there must be, and what else mlx-lm's Llama takes, beside the rope.
+# Required keys of a Llama config, and the other keys that mlx-lm's Llama accepts, apart from the rope's.
 REQUIRED = {key: SIZE for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 REQUIRED |= {"vocab_size": SIZE, "rms_norm_eps": POSITIVE}
 OPTIONAL = {key: SIZE for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
-# The kinds of rope that mlx-lm computes as transformers does: what each must have, and what it may have.
+# Rope types that mlx-lm computes like transformers: required and optional keys of each.
 ROPES = {
     "default": ({}, {}),
     "linear": ({"factor": POSITIVE}, {}),
@@ -75,7 +75,7 @@ SAMPLING_RANGES = {
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; CheckpointError if it cannot be had."""
+    """Read a JSON object from a file; raise CheckpointError if that fails."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
@@ -86,10 +86,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_dtype(path: Path, *configs: Any) -> str | None:
-    """The dtype that the first of `configs` has which has any: a model's, then those nested in it.
+    """Return the first dtype named in a checkpoint's configs (the model's, then those nested in it).
 
     Raises:
-        CheckpointError: if `dtype` and `torch_dtype` of one differ.
+        CheckpointError: if `dtype` and `torch_dtype` of one config differ.
     """
     for config in configs:
         names = {}
@@ -103,7 +103,7 @@ def read_dtype(path: Path, *configs: Any) -> str | None:
 
 
 def read_token_ids(path: Path, config: dict, key: str, default: int) -> list[int]:
-    """The ids under a key: one or a list of them, or the default for null."""
+    """Return the ids under a key whose value may be one id, a list of ids, or null for the default."""
     ids = default if config.get(key) in (None, []) else config[key]
     ids = ids if isinstance(ids, list) else [ids]
     for each in ids:
@@ -112,15 +112,15 @@ def read_token_ids(path: Path, config: dict, key: str, default: int) -> list[int
 
 
 def llama_config(path: Path, config: Any, nested: str = "") -> dict:
-    """The keys of mlx-lm's `llama.ModelArgs`, from a config that transformers 4 or 5 wrote.
+    """Convert a Llama config written by transformers 4 or 5 to the arguments of mlx-lm's `llama.ModelArgs`.
 
     Args:
-        path: the file, for messages.
-        config: a Llama's, perhaps with other keys beside.
-        nested: the key under which the file has it.
+        path: the file, for error messages.
+        config: Llama's config; other keys are ignored.
+        nested: key of `config` in the file; empty if it is the whole file.
 
     Raises:
-        CheckpointError: if a key is missing or malformed, or asks for what mlx-lm's Llama does not compute.
+        CheckpointError: if a key is missing, malformed, or has a meaning that mlx-lm's Llama does not implement.
     """
     where = f"{path}: {nested and nested + '.'}"
     if not isinstance(config, dict):
@@ -144,7 +144,7 @@ def llama_config(path: Path, config: Any, nested: str = "") -> dict:
 
 
 def _rope(where: str, config: dict) -> dict:
-    """`rope_theta`, if there is one, and `rope_scaling`, from wherever a config has them."""
+    """Return `rope_scaling` and, if the config has one, `rope_theta`, from any of the keys that may hold them."""
     _check_whole_rotary(where, config)
     thetas = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
     scalings = {}
@@ -166,7 +166,7 @@ def _rope(where: str, config: dict) -> dict:
 
 
 def _scaling(where: str, given: dict) -> dict | None:
-    """A checked rope_scaling; None for the default rope."""
+    """Validate a rope_scaling; return None for the default rope."""
     types = {key: given[key] for key in ("rope_type", "type") if key in given}
     _check_equal(where, types)
     key, kind = next(iter(types.items()), ("rope_type", "default"))
@@ -179,36 +179,36 @@ def _scaling(where: str, given: dict) -> dict | None:
         raise CheckpointError(f"{where.removesuffix('.')} of type {kind} lacks {', '.join(missing)}")
     for key, value in scaling.items():
         if key not in required and key not in optional:
-            raise CheckpointError(f"{where}{key} is not understood for the type {kind}")
+            raise CheckpointError(f"{where}{key} is not supported for rope type {kind}")
         {**required, **optional}[key].check(where + key, value)
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise CheckpointError(f"{where}high_freq_factor must be over low_freq_factor")
+        raise CheckpointError(f"{where}high_freq_factor must be greater than low_freq_factor")
     return None if kind == "default" else {"rope_type": kind, **scaling}
 
 
 def _check_whole_rotary(where: str, config: dict) -> None:
     if config.get("partial_rotary_factor", 1) != 1:
         factor = reprlib.repr(config["partial_rotary_factor"])
-        raise CheckpointError(f"{where}partial_rotary_factor is {factor}; mlx-lm's Llama rotates whole heads")
+        raise CheckpointError(f"{where}partial_rotary_factor is {factor}; mlx-lm's Llama only rotates whole heads")
 
 
 def _check_equal(where: str, values: dict[str, Any]) -> None:
-    """Raise CheckpointError unless these values, which mean the same, are equal."""
+    """Raise CheckpointError if the same setting has different values under different keys."""
     for key, value in values.items():
         first = next(iter(values))
         if value != values[first]:
             said = f"{first} is {reprlib.repr(values[first])}, but {key} is {reprlib.repr(value)}"
-            raise CheckpointError(f"{where}{said}; which is right?")
+            raise CheckpointError(f"{where}{said}; they must be equal")
 
 
 def older_rope(config: dict) -> dict:
-    """`rope_theta`, `rope_scaling` and `partial_rotary_factor` of a config that has them in `rope_parameters` alone.
+    """Return the settings that any model's config has only in `rope_parameters`, under the keys of transformers 4.
 
-    For mlx-lm's `load`, as `model_config`: most of its models read these keys only, and have defaults for them.
+    Passed to mlx-lm's `load` as `model_config`: most of its models read those keys, and fall back to a default.
     """
     given = config.get("rope_parameters")
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        return {}  # none, or one for each kind of layers, as the models that have those read it
+        return {}  # absent, or one per layer type, which those models read themselves
     apart = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in given.items() if key not in apart and value is not None}
     older = {key: given[key] for key in apart if given.get(key) is not None}
@@ -217,13 +217,13 @@ def older_rope(config: dict) -> dict:
 
 
 def sampling_config(path: Path, config: dict) -> dict:
-    """A checked generation config, with defaults for what is absent or null.
+    """Complete a generation config: keys that are missing or null get the reference's sampling.
 
-    The defaults are the reference's, which samples: the released files have no `do_sample`, and Hugging Face's default,
-    false, is not taken for it. Where it is false, the repetition penalty defaults to Hugging Face's 1.0.
+    A missing `do_sample` is true, because the released files lack it and the reference samples by default. If it is
+    false, the only other default is Hugging Face's, no repetition penalty.
 
     Raises:
-        CheckpointError: if a value is of the wrong type or out of its range.
+        CheckpointError: if a value has the wrong type or is out of range.
     """
     own = {key: value for key, value in config.items() if value is not None}
     if not isinstance(own.get("do_sample", True), bool):
@@ -235,5 +235,5 @@ def sampling_config(path: Path, config: dict) -> dict:
 
 
 def one_line(error: Exception) -> str:
-    """An error's text without its line breaks."""
+    """Return an error's text without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

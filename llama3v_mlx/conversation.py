@@ -1,4 +1,4 @@
-"""A conversation whose key-value cache is kept: a follow-up prefills its own text, and no image is ever read twice."""
+"""Multi-turn conversation that keeps its key-value cache: a follow-up only prefills its own tokens."""
 
 import json
 import os
@@ -17,26 +17,26 @@ from .image import ImageSource
 from .models.llama3v import Model
 from .prompt import EOT, Processor, Prompt
 
-# The caches of mlx-lm that a saved conversation may hold: its loader would take any name.
+# mlx-lm cache classes allowed in a saved conversation; mlx-lm's loader would accept any name.
 CACHES = {"KVCache", "QuantizedKVCache"}
 
 
 @dataclass
 class Turn:
-    """A question and its answer."""
+    """Question and answer."""
 
     text: str
-    images: list[str]  # what they are called
+    images: list[str]  # names of the images
     answer: str = ""
-    start: int = 0  # how many tokens come before the question
-    num_tokens: int = 0  # of the question, its images included
+    start: int = 0  # number of tokens before the question
+    num_tokens: int = 0  # tokens of the question, including its images
 
 
 @dataclass
 class Conversation:
-    """Questions and answers about images, one after another.
+    """Conversation about images.
 
-    `ids` are all tokens so far, each image one run of placeholders; the cache holds all of them but perhaps the last.
+    `ids` are all tokens so far, each image as one run of placeholders; the cache may lack the last one.
     """
 
     model: Model
@@ -52,17 +52,17 @@ class Conversation:
 
     @property
     def context(self) -> int:
-        """How many tokens there is room for."""
+        """Context length in tokens."""
         return self.model.language_model.args.max_position_embeddings
 
     def ask(self, text: str, images: Sequence[ImageSource] = (), names: Sequence[str] = ()) -> Generator:
-        """Answer the next question, piece by piece, as `stream_generate` does.
+        """Answer the next question; yields responses like `stream_generate`.
 
-        If the generator is closed early, what was answered until then is kept.
+        If the generator is closed early, the partial answer is kept.
 
         Raises:
-            ValueError: if the context has no room for the question; the conversation is then as it was before.
-            ImageError: if an image cannot be used; likewise.
+            ValueError: if the question does not fit the context; the conversation is unchanged.
+            ImageError: if an image is unusable; the conversation is unchanged.
         """
         tic = time.perf_counter()
         encoded = self._encode(text, images)
@@ -70,10 +70,10 @@ class Conversation:
         turn = Turn(text, list(names) or [str(image) for image in images], "", len(self.ids), len(new))
         if len(self.ids) + len(new) >= self.context:
             raise ValueError(
-                f"the question takes {len(new)} tokens, and of the context's {self.context} only "
-                f"{self.context - len(self.ids)} are left; drop the last question (/undo) or start anew (/clear)"
+                f"the question takes {len(new)} tokens, but only {self.context - len(self.ids)} of the context's "
+                f"{self.context} are left; remove the last question (/undo) or start over (/clear)"
             )
-        # The last token of an answer may not have gone through the model yet.
+        # The last token of an answer may not be in the cache yet.
         prompt = Prompt(self.ids[self._cache[0].offset :] + new, encoded.images)
         seconds, answer = time.perf_counter() - tic, []
         options = {**self.options, "features": self.features, "prompt_cache": self._cache}
@@ -89,11 +89,11 @@ class Conversation:
             if answer:
                 self.ids += new + answer
                 self.turns.append(turn)
-            # It runs ahead by a token of its own choice, and is cut where the answer was.
+            # mlx-lm generates one token ahead, so the cache is trimmed to the answer.
             self._trim(len(self.ids))
 
     def undo(self) -> Turn | None:
-        """Take the last question and its answer back; None if there is none."""
+        """Remove and return the last question and its answer; None if there is none."""
         if not self.turns:
             return None
         turn = self.turns.pop()
@@ -102,12 +102,12 @@ class Conversation:
         return turn
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Start over with an empty conversation."""
         self.turns, self.ids = [], []
         self._cache = make_prompt_cache(self.model)
 
     def save(self, path: Path, name: str) -> None:
-        """Write questions, answers and cache to a safetensors file, with the model's `name`."""
+        """Write the turns, the cache and the model's `name` to a safetensors file."""
         talk = {"model": name, "system_prompt": self.system_prompt, "ids": self.ids}
         talk["turns"] = list(map(asdict, self.turns))
         partial = path.with_name(f"{path.stem}.partial.safetensors")
@@ -115,25 +115,25 @@ class Conversation:
         os.replace(partial, path)
 
     def load(self, path: Path, name: str) -> None:
-        """Go on with a conversation that was saved.
+        """Load a saved conversation.
 
         Raises:
-            ValueError: if the file is something else, or of another model.
+            ValueError: if the file is not a conversation, or is another model's.
         """
         try:
             _, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
             talk = json.loads(metadata["0.conversation"])
             known = {value for key, value in metadata.items() if key.startswith("1.")} <= CACHES
         except (RuntimeError, OSError, KeyError, ValueError):
-            raise ValueError(f"{path}: is not a conversation that /save wrote") from None
+            raise ValueError(f"{path}: is not a conversation written by /save") from None
         if not known or talk["model"] != name:
-            raise ValueError(f"{path}: was made with {talk['model']}, and this is {name}")
+            raise ValueError(f"{path}: was saved with the model {talk['model']}, not {name}")
         self._cache = load_prompt_cache(str(path))
         self.system_prompt, self.ids = talk["system_prompt"], talk["ids"]
         self.turns = [Turn(**turn) for turn in talk["turns"]]
 
     def _encode(self, text: str, images: Sequence[ImageSource]) -> Prompt:
-        """What the next question adds: the end of the last answer if need be, the question, the head of its answer."""
+        """Encode the next question, with the last answer's end-of-turn token if missing, and the answer's header."""
         messages = [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), text]}]
         if not self.turns and self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
@@ -150,7 +150,7 @@ class Conversation:
 
 
 def last_figures(response: GenerationResponse, conversation: Conversation) -> str:
-    """What an answer took, in one line."""
+    """Format the timings and token counts of an answer in one line."""
     first = response.preprocess_seconds + response.vision_seconds + response.prefill_seconds
     parts = [f"first token {first:.2f} s"]
     if response.num_tiles:

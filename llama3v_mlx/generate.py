@@ -21,11 +21,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="images, PDFs (paper.pdf#3-5: pages) or data: URIs; - reads stdin",
     )
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")
-    parser.add_argument("--system-prompt", help="goes before the question (default: none)")
+    parser.add_argument("--system-prompt", help="instructions before the question (default: none)")
     add_generation_options(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--no-verbose", action="store_true", help="print the answer alone")
-    output.add_argument("--json", action="store_true", help="print one JSON object with the answer and all figures")
+    output.add_argument("--no-verbose", action="store_true", help="print only the answer")
+    output.add_argument("--json", action="store_true", help="print one JSON object with the answer and all statistics")
     output.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def answer(args: argparse.Namespace) -> None:
-    """Load, generate, print."""
+    """Load the model, generate the answer and print it."""
     import mlx.core as mx
 
     from .checkpoint import name_of
@@ -51,12 +51,12 @@ def answer(args: argparse.Namespace) -> None:
     from .pdf import PdfPage
 
     prompt = IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
-    # A bad file is found before a large model is loaded; one that is in a store is not even decoded.
+    # Report a bad file before loading a large model; with a feature store, stored images need no decoding.
     sources = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     images, names = [], []
     for source, name in zip(sources, args.image, strict=True):
         for image in expand(source):
-            is_page = isinstance(image, PdfPage)  # which is rendered for the model's tiles
+            is_page = isinstance(image, PdfPage)  # rendered later, for the model's tiles
             names.append(str(image) if is_page else name)
             images.append(image if is_page or args.features else load_image(image))
     if args.model is None:

@@ -1,7 +1,7 @@
-"""Chat messages and images to token ids, in the released prompt format, and mlx-lm's processor contract.
+"""Encode chat messages and images as token ids in the released prompt format; mlx-lm's processor interface.
 
-An image's whole block (`<image>…</image><slice>…</slice>`) is written as one run of its placeholder token; the model
-lays the block's true rows in. Text that a user wrote never becomes a special token.
+An image's whole block (`<image>…</image><slice>…</slice>`) is encoded as one run of its placeholder token; the model
+splices the block's embeddings in. User text never becomes a special token.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 ROLES = ("system", "user", "assistant")
 
-# A message's content: text, or texts and images in order (OpenAI's and Hugging Face's parts, or bare).
+# Content of a message: text, or texts and images in order (OpenAI's or Hugging Face's parts, or bare values).
 Content = str | Sequence[Any]
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The ids that an image's block is made of; `TEXTS` has the tokens.
+    """Token ids of an image's block; `TEXTS` has the tokens.
 
-    Without the marks, an image is its visual tokens and nothing else, in front of the text: the original article's way.
+    Without the structural ids, an image is only its visual tokens, before the text, as in the original article.
     """
 
     image: int  # one visual token
@@ -52,7 +52,7 @@ class PromptTokens:
     }
 
     def block(self, grid: tuple[int, int] | None, num_queries: int) -> list[int]:
-        """The ids of an image: the overview, then the slices row by row if there is a (columns, rows) grid."""
+        """Return the ids of an image: the overview, then, given a (columns, rows) grid, the slices row by row."""
         tile = [self.image] * num_queries
         if self.image_start is not None:
             tile = [self.image_start, *tile, self.image_end]
@@ -65,49 +65,49 @@ class PromptTokens:
         return [*ids, self.slice_end]
 
     def expand(self, ids: np.ndarray, grids: Sequence[tuple[int, int] | None], num_queries: int) -> np.ndarray:
-        """A prompt's ids (L,) with each image's run of placeholders written out as its block.
+        """Replace each image's run of placeholders in a prompt's ids (L,) by its block.
 
         Raises:
-            ValueError: if the runs and the images differ in number or length.
+            ValueError: if runs and images differ in number or length.
         """
         ids = np.array(ids)
         is_image = ids == self.image
         starts = np.flatnonzero(is_image & ~np.r_[False, is_image[:-1]])
         ends = np.flatnonzero(is_image & ~np.r_[is_image[1:], False]) + 1
         if len(starts) != len(grids):
-            raise ValueError(f"the prompt has places for {len(starts)} images, but {len(grids)} were given")
+            raise ValueError(f"the prompt has placeholders for {len(starts)} images, but {len(grids)} were given")
         for start, end, grid in zip(starts, ends, grids, strict=True):
             block = self.block(grid, num_queries)
             if end - start != len(block):
-                raise ValueError(f"an image of {len(block)} tokens does not fit its place of {end - start} tokens")
+                raise ValueError(f"an image of {len(block)} tokens does not fit its run of {end - start} placeholders")
             ids[start:end] = block
         return ids
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What goes into the model."""
+    """Encoded prompt: the input of the model."""
 
-    ids: list[int]  # each image one run of placeholders
+    ids: list[int]  # each image is one run of placeholders
     images: list[TiledImage]  # in the order of their runs
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Turns conversations with images into prompts; `processor.tokenizer` is mlx-lm's wrapped tokenizer."""
+    """Encode conversations with images as prompts; `processor.tokenizer` is mlx-lm's wrapped tokenizer."""
 
     image_config: ImageConfig
     num_queries: int  # visual tokens per tile
     prompt_tokens: PromptTokens
-    tokenizer: Any = None  # None where mlx-lm, which has its own, made the processor
-    tiler: Callable[[ImageSource], TiledImage] | None = None  # instead of `tile_image`: a feature store's
-    sampling: Sampling = Sampling()  # of the checkpoint's generation config
+    tokenizer: Any = None  # None if mlx-lm created the processor, as it has its own
+    tiler: Callable[[ImageSource], TiledImage] | None = None  # replaces `tile_image`, for a feature store
+    sampling: Sampling = Sampling()  # from the checkpoint's generation config
 
     image_token: ClassVar[str] = PromptTokens.TEXTS["image"]
 
     @classmethod
     def from_config(cls, config: dict, tokenizer: Any = None) -> Processor:
-        """The processor of a converted checkpoint's config."""
+        """Create a processor from a converted checkpoint's config."""
         return cls(
             image_config=ImageConfig(**config["image_config"]),
             num_queries=config["projector_config"]["num_queries"],
@@ -116,19 +116,19 @@ class Processor:
         )
 
     def with_max_tiles(self, max_tiles: int | None) -> Processor:
-        """The same, for at most `max_tiles` tiles per image."""
+        """Return a copy with at most `max_tiles` tiles per image."""
         return replace(self, image_config=self.image_config.with_max_tiles(max_tiles))
 
     def tile(self, image: ImageSource) -> TiledImage:
-        """The image as the model sees it."""
+        """Cut an image into the tiles that the model sees."""
         return self.tiler(image) if self.tiler else tile_image(image, self.image_config)
 
     def num_image_tokens(self, image: TiledImage | Tiling) -> int:
-        """How many tokens of the context an image takes."""
+        """Return the number of context tokens of an image."""
         return len(self.prompt_tokens.block(image.grid, self.num_queries))
 
     def check_pages(self, images: Sequence[ImageSource], room: int) -> None:
-        """Check that the pages of PDFs among images take at most `room` tokens, before any is rendered.
+        """Check that the PDF pages among images take at most `room` tokens, without rendering any.
 
         Raises:
             ValueError: if they take more.
@@ -139,20 +139,20 @@ class Processor:
         if sum(tokens) > room:
             name, fit = pages[0].file.name, sum(total <= room for total in itertools.accumulate(tokens))
             of_one = fit and pages[fit - 1].file == pages[0].file
-            some = f"name fewer ({name}#{pages[0].number}-{pages[fit - 1].number}), or " if of_one else ""
+            some = f"select fewer ({name}#{pages[0].number}-{pages[fit - 1].number}), or " if of_one else ""
             raise ValueError(
-                f"{name}: {len(pages)} pages take {sum(tokens)} tokens, and the context has room for {room}; "
-                f"{some}take fewer tiles of each (--max-image-tiles)"
+                f"{name}: {len(pages)} pages take {sum(tokens)} tokens, but the context has room for {room}; "
+                f"{some}use fewer tiles per page (--max-image-tiles)"
             )
 
     def __call__(self, text: str, *, images: Sequence[ImageSource]) -> tuple[str, list[TiledImage]]:
-        """mlx-lm's contract: each placeholder of a templated `text` grown to its image's length, and the images tiled.
+        """Expand each placeholder in templated `text` to its image's length, and tile the images: mlx-lm's interface.
 
-        A text without any placeholder gets the images in front of its last user turn.
+        If the text has no placeholder, the images are inserted at the start of its last user turn.
 
         Raises:
             ValueError: if the numbers of placeholders and images differ.
-            ImageError: if an image cannot be used.
+            ImageError: if an image is unusable.
         """
         if images and self.image_token not in text:
             head = f"{HEADER_START}user{HEADER_END}\n\n"
@@ -160,7 +160,7 @@ class Processor:
             text = before + found + f"{self.image_token}\n" * len(images) + after
         parts = text.split(self.image_token)
         if len(parts) - 1 != len(images):
-            raise ValueError(f"the text has places for {len(parts) - 1} images, but {len(images)} were given")
+            raise ValueError(f"the text has placeholders for {len(parts) - 1} images, but {len(images)} were given")
         tiled = [self.tile(image) for image in images]
         grown = parts[0]
         for image, part in zip(tiled, parts[1:], strict=True):
@@ -173,27 +173,28 @@ class Processor:
         images: Sequence[ImageSource] = (),
         system_prompt: str | None = None,
     ) -> Prompt:
-        """The prompt for a question, a conversation, or a text already templated.
+        """Encode a question, a conversation, or a templated text.
 
         Args:
-            prompt: a question of the user; or messages, dicts of `role` and `content`, whose image parts may hold
+            prompt: a user's question; or messages, dicts with `role` and `content`, whose image parts may contain
                 their image or stand for the next of `images`; or a templated text, which starts with
-                `<|begin_of_text|>`; or ids, in a list or an array; or a Prompt, which is returned.
-            images: they go in front of a question, or fill the places of messages or of a templated text.
-            system_prompt: goes before a question or messages.
+                `<|begin_of_text|>`; or ids, in a list or an array; or a `Prompt`, which is returned as is.
+            images: inserted before a question, or substituted for placeholders in messages or a templated text.
+            system_prompt: precedes a question or messages.
 
         Raises:
-            ValueError: if messages are malformed, places and images do not match, or `system_prompt` has no place.
-            ImageError: if an image cannot be used.
+            ValueError: if messages are malformed, placeholders and images do not match, or `system_prompt` is passed
+                with another kind of prompt.
+            ImageError: if an image is unusable.
         """
         if not isinstance(prompt, (str, Prompt)):
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
             if not prompt:
-                raise ValueError("the prompt is empty: there are no messages and no ids in it")
+                raise ValueError("the prompt is empty: it has no messages or ids")
         is_ids = isinstance(prompt, list) and all(isinstance(i, Integral) for i in prompt)
         is_templated = isinstance(prompt, str) and prompt.startswith(BOS)
         if system_prompt is not None and (is_ids or is_templated or isinstance(prompt, Prompt)):
-            raise ValueError("a system prompt goes before a question or messages; ids and templated texts are complete")
+            raise ValueError("a system prompt goes before a question or messages; ids and templated text are complete")
         if isinstance(prompt, Prompt):
             return prompt
         if is_ids:
@@ -211,13 +212,13 @@ class Processor:
         return self.tokenizer.decode(list(ids))
 
     def encode_answered(self, messages: Sequence[dict]) -> tuple[Prompt, list[bool]]:
-        """A conversation with its answers, and which of its ids are answers: what a model is trained on.
+        """Encode a conversation for training; also return which of its ids belong to answers.
 
-        An answer's own end-of-turn token is part of it. The images are in the messages.
+        An answer includes its end-of-turn token. The images are in the messages.
 
         Raises:
             ValueError: if messages are malformed.
-            ImageError: if an image cannot be used.
+            ImageError: if an image is unusable.
         """
         ids, answers, tiled = [self._special(BOS)], [False], []
         for message in messages:
@@ -235,22 +236,22 @@ class Processor:
             ids += head + body
             tiled += own
         if next(waiting, None) is not None:
-            raise ValueError(f"{len(images)} images were given, but the messages have places for fewer")
+            raise ValueError(f"{len(images)} images were given, but the messages have placeholders for fewer")
         ids += [self._special(HEADER_START), *self._text("assistant"), self._special(HEADER_END), *self._text("\n\n")]
         return Prompt(ids, tiled)
 
     def _encode_message(
         self, message: dict, waiting: Iterable[ImageSource]
     ) -> tuple[list[int], list[int], list[TiledImage]]:
-        """The ids of a message's header and of its content, and its images."""
+        """Encode a message; return the ids of its header, the ids of its content, and its images."""
         if not isinstance(message, dict):
-            raise ValueError(f"a message is {reprlib.repr(message)}; it must be a dict of role and content")
+            raise ValueError(f"a message is {reprlib.repr(message)}; it must be a dict with role and content")
         role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"a message has the role {role!r}; it must be one of {', '.join(ROLES)}")
         head = [self._special(HEADER_START), *self._text(role), self._special(HEADER_END)]
         ids, tiled, text = [], [], "\n\n"
-        if role == "assistant":  # its newlines are the prompt's, and no part of the answer
+        if role == "assistant":  # its newlines belong to the prompt, not to the answer
             head, text = head + self._text(text), ""
         for i, part in enumerate(_trimmed(_parts(message.get("content"), waiting))):
             text += "\n" if i else ""
@@ -267,7 +268,7 @@ class Processor:
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def _text(self, text: str) -> list[int]:
-        """Ids of text as text: what looks like a special token is spelled out."""
+        """Tokenize plain text: what looks like a special token is split into ordinary tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
 
@@ -277,7 +278,7 @@ class _Image:
 
 
 def _parts(content: Content | None, waiting: Iterable[ImageSource]) -> list[str | _Image]:
-    """The texts and images of a message's content, those without a source of their own taken from `waiting`."""
+    """Return a message's texts and images; image parts without a source take the next one from `waiting`."""
     if content is None or isinstance(content, str):
         return [content or ""]
     parts: list[str | _Image] = []
@@ -293,7 +294,7 @@ def _parts(content: Content | None, waiting: Iterable[ImageSource]) -> list[str 
             if isinstance(source, dict):
                 source = source.get("url")
             if source is None and (source := next(waiting, None)) is None:
-                raise ValueError("the messages have places for more images than were given")
+                raise ValueError("the messages have placeholders for more images than were given")
             parts.append(_Image(source))
         else:
             raise ValueError(f"a message part has the type {part.get('type')!r}; it must be text or image")
@@ -301,7 +302,7 @@ def _parts(content: Content | None, waiting: Iterable[ImageSource]) -> list[str 
 
 
 def _trimmed(parts: list[str | _Image]) -> list[str | _Image]:
-    """The reference trims a message's content at both ends."""
+    """Strip whitespace from both ends of a message's content, like the reference."""
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if parts and isinstance(parts[-1], str):
@@ -310,9 +311,9 @@ def _trimmed(parts: list[str | _Image]) -> list[str | _Image]:
 
 
 def chat_template(special_tokens: Iterable[str]) -> str:
-    """The same format as a Jinja template, for mlx-lm's own tools: an image part becomes one placeholder.
+    """Return the prompt format as a Jinja template, for mlx-lm's own tools: an image part becomes one placeholder.
 
-    Special tokens in a user's text are broken up by a zero-width space, for there the text is parsed after templating.
+    Special tokens in user text are split by a zero-width space, because those tools tokenize after templating.
     """
     specials = json.dumps([token for token in special_tokens if token.startswith("<")])
     return _TEMPLATE.replace("SPECIALS", specials)

@@ -1,4 +1,4 @@
-"""How the next token is drawn."""
+"""Sampling of the next token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,25 +9,25 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_p, greedy_sampler, make_r
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The defaults are the reference's, which the checkpoint's generation config holds."""
+    """Sampling parameters; the defaults are those of the reference and the released generation config."""
 
-    temperature: float = 0.7  # 0: always the likeliest token
-    top_p: float = 0.8  # of the likeliest tokens, those that make up this probability; 1: all
-    top_k: int = 100  # only this many of the likeliest; 0: all
-    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
-    repetition_penalty: float = 1.05  # on tokens already generated, never on the prompt's
+    temperature: float = 0.7  # 0: greedy
+    top_p: float = 0.8  # nucleus sampling: cumulative probability cutoff; 1: off
+    top_k: int = 100  # number of most likely tokens to sample from; 0: all
+    min_p: float = 0.0  # minimum probability relative to the most likely token; 0: off
+    repetition_penalty: float = 1.05  # of generated tokens, never of the prompt's; 1: off
 
     @classmethod
     def from_config(cls, config: dict) -> "Sampling":
-        """The sampling of a checked generation config; `do_sample: false` is temperature 0, the likeliest token."""
+        """Read a validated generation config; `do_sample: false` is greedy decoding, temperature 0."""
         own = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         return cls(**own if config.get("do_sample", True) else {**own, "temperature": 0.0})
 
     def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
-        """Log-probabilities (1, vocab_size) to a token, in Hugging Face's order: temperature, top-k, top-p, min-p.
+        """Sample from log-probabilities (1, vocab_size), in Hugging Face's order: temperature, top-k, top-p, min-p.
 
         Args:
-            key: of the random numbers of this sampler alone; by default they are MLX's global ones.
+            key: random key of this sampler; by default it uses MLX's global random state.
         """
         if self.temperature == 0:
             return greedy_sampler
@@ -54,7 +54,7 @@ class Sampling:
         return sample
 
     def logits_processors(self, num_prompt_tokens: int) -> list[Callable[[mx.array, mx.array], mx.array]]:
-        """mlx-lm's repetition penalty, on the generated tokens alone: the reference never sees the prompt's ids."""
+        """Return mlx-lm's repetition penalty, on generated tokens only: the reference never sees the prompt's ids."""
         if self.repetition_penalty in (0, 1):
             return []
         penalize = make_repetition_penalty(self.repetition_penalty, context_size=2**31 - 1)
@@ -62,7 +62,7 @@ class Sampling:
 
 
 def on_generated(process: Callable, num_prompt_tokens: int) -> Callable:
-    """A logits processor that sees generated tokens alone."""
+    """Wrap a logits processor so that it sees generated tokens only."""
 
     def processed(tokens: mx.array, logits: mx.array) -> mx.array:
         return process(tokens[num_prompt_tokens:], logits)

@@ -1,4 +1,4 @@
-"""Find images by words, or by another image: `llama3v search STORE "a red circle"`."""
+"""Search images by text or by another image: `llama3v search STORE "a red circle"`."""
 
 import argparse
 import json
@@ -12,21 +12,21 @@ from .cli import note_slow_cpu, run
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that was found."""
+    """Image found by a search."""
 
-    path: str | None  # its first name; None: the store has it under no name
+    path: str | None  # first of its names; None if the store has no name for it
     sha256: str
     cosine: float
-    probability: float | None  # that the text fits, SigLIP's sigmoid; None: searched by an image
+    probability: float | None  # of a match with the text, SigLIP's sigmoid; None if searched by image
 
 
 def nearest(store, query, top: int) -> list[tuple[bytes, float]]:
-    """The entries of a pooled store that are nearest to a query.
+    """Return the entries of a pooled store with the highest cosine similarity to a query.
 
     Args:
         store: a FeatureStore with one row per image.
         query: numpy (width,).
-        top: how many, at most.
+        top: maximum number of entries.
 
     Returns:
         (SHA-256, cosine), best first.
@@ -42,11 +42,11 @@ def nearest(store, query, top: int) -> list[tuple[bytes, float]]:
 
 
 def search(folder: str, text: str | None, image: str | None, top: int) -> list[Hit]:
-    """Rank the images of a store by a text, or by an image, with the model that the store was made with.
+    """Rank the images of a store by a text or an image, with the model that created the store.
 
     Raises:
-        ValueError: if the store is not a pooled one, is empty, or its model has changed or is gone.
-        ImageError: if the image cannot be used.
+        ValueError: if the store is not pooled or is empty, or its model has changed or is missing.
+        ImageError: if the image is unusable.
     """
     import mlx.core as mx
     import numpy as np
@@ -58,7 +58,7 @@ def search(folder: str, text: str | None, image: str | None, top: int) -> list[H
     if store.info.kind != "pooled":
         raise ValueError(f"{folder}: holds {store.info.kind} features; embed with --kind pooled to search")
     if not len(store):
-        raise ValueError(f"{folder}: is empty; llama3v embed fills it")
+        raise ValueError(f"{folder}: is empty; add images with llama3v embed")
     encoder, checkpoint = load_encoder_of(store)
     if image is not None:
         query = encoder.encode([encoder.prepare(image)])[0].rows[0]
@@ -77,11 +77,11 @@ def search(folder: str, text: str | None, image: str | None, top: int) -> list[H
     ]
 
 
-CELL, GAP, LINE = 240, 12, 17  # of a contact sheet, in pixels
+CELL, GAP, LINE = 240, 12, 17  # sizes in a contact sheet, in pixels
 
 
 def draw_sheet(hits: list[Hit], path: Path) -> None:
-    """Write a picture of the images that were found, best first, each over its rank, score and name."""
+    """Draw a contact sheet of the images found, best first, each above its rank, score and name."""
     from PIL import Image, ImageDraw, ImageFont
 
     from .features.sources import read_named
@@ -100,7 +100,7 @@ def draw_sheet(hits: list[Hit], path: Path) -> None:
             image.thumbnail((CELL, CELL))
             sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
         except (OSError, ImageError):
-            draw.text((x + CELL / 2, y + CELL / 2), "not there any more", "#666666", font, "mm")
+            draw.text((x + CELL / 2, y + CELL / 2), "file not found", "#666666", font, "mm")
         draw.text((x, y + CELL + 2), f"{i + 1}.  {_score(hit)}", "#222222", font)
         name = Path(hit.path or hit.sha256).name
         while draw.textlength(name, font) > CELL:
@@ -117,13 +117,13 @@ def _score(hit: Hit) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="llama3v search", description="Find the images of a store by words, or by another image."
+        prog="llama3v search", description="Search the images of a feature store by text or by another image."
     )
     parser.add_argument("store", metavar="STORE", help="pooled embeddings, from llama3v embed")
-    parser.add_argument("text", nargs="?", help="what is to be seen on the images")
-    parser.add_argument("--image", metavar="FILE", help="find images like this one, in the place of a text")
-    parser.add_argument("--top", type=int, default=9, help="how many to show (default: 9)")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw what was found into one picture")
+    parser.add_argument("text", nargs="?", help="description of the images")
+    parser.add_argument("--image", metavar="FILE", help="find images similar to this one, instead of a text")
+    parser.add_argument("--top", type=int, default=9, help="number of images to show (default: 9)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of the images found")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser

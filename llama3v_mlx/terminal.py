@@ -1,4 +1,4 @@
-"""Terminal input: paths that are typed or dragged into a line, completion, history, and the clipboard."""
+"""Terminal input: paths typed or dragged into a line, completion, history, and the clipboard."""
 
 import contextlib
 import json
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .files import find_path, is_junk
 
-# A word of a line: quoted where it begins with a quote, else with backslashes before spaces. Not split at \s, which has
-# U+202F, the narrow space in the names of a Mac's screenshots.
+# A word of a line: quoted if it begins with a quote, else with backslashes before spaces. Not split at \s, which
+# includes U+202F, the narrow space in the names of macOS screenshots.
 _WORD = re.compile(r"""(?:'[^']*'|"[^"]*")(?:\\.|'[^']*'|"[^"]*"|[^ \t\\])*|(?:\\.|[^ \t\\])+|\\""")
 _PARTIAL = re.compile(r"""(?:^|(?<=[ \t]))('[^']*|"[^"]*|(?:\\.|[^ \t\\])*)$""")
 _SPECIAL = re.compile(r"""([ \t\\'"()&;|<>$`!*?\[\]{}])""")
@@ -25,17 +25,17 @@ _PUNCTUATION = ".,;:!?)"
 
 _LIBEDIT = "_HiStOrY_V2_"
 _HISTORY_LINES = 1000
-# All files that Finder has copied; `the clipboard as «class furl»` would be the first of them alone.
+# All files copied in Finder; `the clipboard as «class furl»` would only return the first.
 _COPIED_FILES = """\
 ObjC.import("AppKit");
 JSON.stringify(ObjC.deepUnwrap($.NSPasteboard.generalPasteboard.propertyListForType("NSFilenamesPboardType")) || [])"""
 
 
 def find_images(text: str) -> tuple[list[str], str]:
-    """The image files in a line, and the rest of it.
+    """Split a line into the paths of image files and the remaining text.
 
-    A path may be quoted, escaped with backslashes, have plain spaces, be a file:// URL, or begin with ~. A word that
-    looks like a path is taken for one, whether or not there is such an image: it is never left to be read as text.
+    A path may be quoted, escaped with backslashes, contain plain spaces, be a file:// URL, or begin with ~. A word
+    that looks like a path is treated as one even if the image does not exist, and is never left in the text.
     """
     words = list(_WORD.finditer(text))
     ends = [j for j, word in enumerate(words) if _is_named_like_image(unescape(word[0].rstrip(_PUNCTUATION)))]
@@ -58,33 +58,33 @@ def find_images(text: str) -> tuple[list[str], str]:
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths of a text that has nothing else in it.
+    """Split a text that consists only of paths.
 
     Raises:
-        ValueError: if a quotation is not closed.
+        ValueError: if a quote is not closed.
     """
     whole = unescape(text)
     return [whole] if os.path.isfile(find_path(whole)) else [_local(part) for part in shlex.split(text)]
 
 
 def unescape(text: str) -> str:
-    """A path as it is on disk from what a terminal pastes: quoted, escaped, a file:// URL, or beginning with ~."""
+    """Decode a path as pasted into a terminal: quoted, escaped, a file:// URL, or beginning with ~."""
     try:
         parts = shlex.split(text)
-    except ValueError:  # an apostrophe, say
+    except ValueError:  # such as an apostrophe
         parts = []
     return _local(parts[0] if len(parts) == 1 else re.sub(r"\\(.)", r"\1", text))
 
 
 def _local(text: str) -> str:
-    """A path, of a file:// URL or one that begins with ~ too."""
+    """Decode a file:// URL and expand a leading ~."""
     if text.startswith("file://"):
         text = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
     return os.path.expanduser(text)
 
 
 def _is_named_like_image(path: str) -> bool:
-    """Whether a path is called like an image or a PDF, of a format that is read or not."""
+    """Return True if a path has the suffix of an image or a PDF, supported or not."""
     from .image import EXTENSIONS, UNREAD
     from .pdf import PDF
 
@@ -92,7 +92,7 @@ def _is_named_like_image(path: str) -> bool:
 
 
 def _existing(text: str) -> tuple[str | None, str]:
-    """The file that is called like an image and named by a text, and the punctuation after it; (None, "") if none."""
+    """Return the existing image file that a text names and the punctuation after it; (None, "") if none."""
     bare = text.rstrip(_PUNCTUATION)
     for candidate, after in ((unescape(text), ""), (text, ""), (unescape(bare), text[len(bare) :])):
         if _is_named_like_image(candidate) and any(
@@ -103,7 +103,7 @@ def _existing(text: str) -> tuple[str | None, str]:
 
 
 def _meant(word: str) -> tuple[str | None, str]:
-    """The path that a word is meant to be, and the punctuation after it; (None, "") for text such as and/or or 1/2."""
+    """Return the path that a word looks like and the punctuation after it; (None, "") for text like and/or, 1/2."""
     bare = word.rstrip(_PUNCTUATION)
     path = unescape(bare)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", bare) and not bare.startswith("file://"):
@@ -116,12 +116,12 @@ def _meant(word: str) -> tuple[str | None, str]:
 
 
 def completions(line: str, begin: int, commands: Sequence[str]) -> list[str]:
-    """What could stand in a line from `begin` to the cursor, at its end: commands, folders and images.
+    """Complete the end of a line with commands, folders and images; return replacements for `line[begin:]`.
 
     Args:
         line: the line up to the cursor.
-        begin: where the editor takes the word to begin, which may be after an escaped space.
-        commands: they are completed at the beginning of a line.
+        begin: start of the word according to the editor, which may be after an escaped space.
+        commands: completed only at the beginning of a line.
     """
     match = _PARTIAL.search(line)
     if match is None:
@@ -154,7 +154,7 @@ def completions(line: str, begin: int, commands: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def line_editing(history: Path, commands: Sequence[str]) -> Iterator[None]:
-    """Edit the lines that `input` reads: earlier lines from a file, and Tab completes."""
+    """Enable Tab completion and a persistent history for `input`."""
     try:
         import readline
     except ImportError:
@@ -183,13 +183,13 @@ def line_editing(history: Path, commands: Sequence[str]) -> Iterator[None]:
 
 
 def _tab_binding(readline) -> str:
-    """What makes Tab complete; the `readline` of many Macs is libedit, which has a syntax of its own."""
+    """Return the binding of Tab to completion; `readline` on many Macs is libedit, with its own syntax."""
     is_libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
     return "bind ^I rl_complete" if is_libedit else "tab: complete"
 
 
 def read_history(path: Path) -> list[str]:
-    """The lines of a history file; also of one that libedit has written, with \\040 for a space."""
+    """Read the lines of a history file, either plain or written by libedit, with \\040 for a space."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -201,7 +201,7 @@ def read_history(path: Path) -> list[str]:
 
 
 def write_history(path: Path, lines: Sequence[str]) -> None:
-    """Write a history file of plain lines, which any `readline` can be given."""
+    """Write a history file of plain lines, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(
@@ -211,30 +211,30 @@ def write_history(path: Path, lines: Sequence[str]) -> None:
 
 
 def read_clipboard() -> list:
-    """The paths of the files that were copied, or the image, as one PIL image.
+    """Return the paths of copied files, or else a list of one PIL image.
 
     Raises:
-        ValueError: if there is neither, or the program that is needed on Linux is not there.
+        ValueError: if the clipboard has neither, or the program needed on Linux is missing.
     """
     from PIL import ImageGrab, UnidentifiedImageError
 
-    if files := _copied_files():  # first: beside them, Finder puts an image of their icon
+    if files := _copied_files():  # first, because Finder also copies an image of their icon
         return files
     try:
         found = ImageGrab.grabclipboard()
     except NotImplementedError:
         raise ValueError("the clipboard needs wl-paste (package wl-clipboard) or xclip; install one of them") from None
-    except UnidentifiedImageError:  # xclip gives text where there is no image
+    except UnidentifiedImageError:  # xclip returns text if there is no image
         found = None
     except OSError as e:
         raise ValueError(f"the clipboard cannot be read: {e}") from e
     if not found:
-        raise ValueError("the clipboard holds no image, and no file")
+        raise ValueError("the clipboard holds no image or file")
     return found if isinstance(found, list) else [found]
 
 
 def _copied_files() -> list[str]:
-    """The paths of the files on the clipboard."""
+    """Return the paths of the files on the clipboard."""
     if sys.platform == "darwin":
         return json.loads(_output("osascript", "-l", "JavaScript", "-e", _COPIED_FILES) or "[]")
     kind = ("-t", "text/uri-list")
@@ -243,7 +243,7 @@ def _copied_files() -> list[str]:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing if it fails or is not there."""
+    """Return the output of a program; empty if it fails or is not installed."""
     if not shutil.which(command[0]):
         return ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Chatting: the cache is kept, images are read once, and lines do what they say."""
+"""Chat: the cache is kept, images are encoded once, and lines are executed."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def talk(demo) -> Conversation:
 
 
 def answer(talk: Conversation, text: str, *images: Path) -> tuple[str, int]:
-    """What is said, and how many tokens were read for it."""
+    """Return the answer and the number of prompt tokens processed for it."""
     responses = list(talk.ask(text, images))
     return "".join(response.text for response in responses), responses[-1].prompt_tokens
 
@@ -39,10 +39,10 @@ def test_a_follow_up_reads_its_own_tokens_alone(talk: Conversation, demo, monkey
     first, count = answer(talk, "What is this image?", STARS)
     whole = processor.encode([{"role": "user", "content": [STARS, "What is this image?"]}])
     assert count == len(whole.ids)
-    monkeypatch.setattr(type(model.vision_tower), "__call__", lambda *_: pytest.fail("the image was read again"))
+    monkeypatch.setattr(type(model.vision_tower), "__call__", lambda *_: pytest.fail("the image was encoded again"))
     second, count = answer(talk, "What color is the background?")
     alone = processor.encode([{"role": "user", "content": "What color is the background?"}])
-    assert count <= len(alone.ids)  # without BOS, and perhaps with the end of the last answer
+    assert count <= len(alone.ids)  # without BOS, and possibly with the last answer's end-of-turn token
     assert (first, second) == ("Two red stars on a yellow background.", "The background is yellow.")
 
 
@@ -94,7 +94,7 @@ def test_saved_and_loaded(talk: Conversation, demo, tmp_path: Path, options: dic
     other.load(tmp_path / "talk.safetensors", "demo")
     assert other.turns == talk.turns[:1]
     assert answer(other, "What color is the background?") == expected
-    with pytest.raises(ValueError, match="was made with demo, and this is mine"):
+    with pytest.raises(ValueError, match="was saved with the model demo, not mine"):
         other.load(tmp_path / "talk.safetensors", "mine")
     for path in (STARS, CHECKPOINT / "model-00001-of-00001.safetensors", tmp_path / "no.safetensors"):
         with pytest.raises(ValueError, match="is not a conversation"):
@@ -105,7 +105,9 @@ def test_saved_and_loaded(talk: Conversation, demo, tmp_path: Path, options: dic
 def test_a_full_context_is_said_in_time(talk: Conversation) -> None:
     answer(talk, "What is this image?", STARS)
     ids = list(talk.ids)
-    with pytest.raises(ValueError, match=r"of the context's 2048 only \d+ are left; drop the last question \(/undo\)"):
+    with pytest.raises(
+        ValueError, match=r"only \d+ of the context's 2048 are left; remove the last question \(/undo\)"
+    ):
         list(talk.ask("red " * 2000))
     assert talk.ids == ids
     assert answer(talk, "What color is the background?")[0] == "The background is yellow."
@@ -125,9 +127,9 @@ def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
     assert say("/images").strip() == f"1. {STARS}"
     assert "vision" in say("/stats")
     assert "no such" not in say(f"/save {tmp_path}/talk")
-    assert "taken back: What is this image?" in say("/undo")
+    assert "removed: What is this image?" in say("/undo")
     assert "Two red stars" in say(f"/load {tmp_path}/talk.safetensors")
-    assert "started anew" in say("r") and "/undo" in say("h")
+    assert "started over" in say("r") and "/undo" in say("h")
     for line in (
         "/nothing",
         "/Help",
@@ -145,7 +147,7 @@ def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
 
 
 def test_the_commands_are_those_of_the_help(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method is no command, whatever it is called."""
+    """No method of `Chat` becomes a command by its name."""
     listed = set(re.findall(r"^  /(\w+)", HELP, re.MULTILINE))
     chat = Chat(talk, "demo")
     monkeypatch.setattr(chat, "ask", lambda question: pytest.fail(f"the model was asked {question}"))
@@ -159,7 +161,7 @@ def test_the_commands_are_those_of_the_help(talk: Conversation, monkeypatch: pyt
 
 
 def test_a_line_may_begin_with_an_image(talk: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with one whose path a terminal has escaped."""
+    """Including an image whose path was escaped by a terminal."""
     path = tmp_path / "two red.jpg"
     path.write_bytes(STARS.read_bytes())
     asked = []
@@ -199,7 +201,7 @@ def test_ctrl_c_leaves_the_chat_running() -> None:
 
 
 class Terminal:
-    """The chat in a real pseudo-terminal."""
+    """Chat process in a pseudo-terminal."""
 
     def __init__(self, *args: str | Path, **env: str):
         main, side = pty.openpty()
@@ -211,7 +213,7 @@ class Terminal:
         self.end, self.seen = main, ""
 
     def read_to(self, text: str, timeout: float = 90) -> str:
-        """What is printed up to and with `text`."""
+        """Read the output up to and including `text`."""
         limit = time.monotonic() + timeout
         while text not in self.seen:
             assert time.monotonic() < limit, self.seen
@@ -232,24 +234,24 @@ class Terminal:
         return self.read_to(">> ")
 
     def say(self, line: str) -> str:
-        """What a line is answered with, up to the next prompt."""
+        """Send a line and return the output up to the next prompt."""
         os.write(self.end, f"{line}\n".encode())
         return self.read_to(">> ")
 
 
 def test_in_a_terminal(tmp_path: Path) -> None:
-    """Three turns, a second image in the second, Ctrl-C, and the conversation saved and loaded."""
+    """Three turns, with a second image in the second, Ctrl-C, and saving and loading the conversation."""
     env = {"XDG_CACHE_HOME": str(tmp_path), "TERM": "xterm"}
     shell = Terminal("--image", STARS, **env)
     shell.read_to(">> ")
-    assert "nothing was asked yet" in shell.say("/sta\t")
+    assert "no answer yet" in shell.say("/sta\t")
     out = shell.say("What is this image?")
     assert "Two red stars on a yellow background." in out and "\033[2mfirst token" in out
     assert "One purple cross" in shell.say(f"{CROSS.parent}/one-p\t What is this image?")
     assert "The background is orange." in shell.say("What color is the background?")
     assert "saved to" in shell.say(f"/save {tmp_path}/talk")
     shell.interrupt()
-    assert "started anew" in shell.say("/clear")
+    assert "started over" in shell.say("/clear")
     assert "One purple cross" in shell.say(f"/load {tmp_path}/talk")
     assert "The background is orange." in shell.say("What color is the background?")
     os.write(shell.end, b"\x04")

@@ -1,4 +1,4 @@
-"""Configs as transformers 4 and 5 write them, and generation configs: read alike, or refused in one line."""
+"""Configs written by transformers 4 and 5, and generation configs: read as equal, or rejected in one line."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ from llama3v_mlx.synthesize import LocalTeacher
 THETA = 500000.0
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
-# How each kind of rope is written by transformers 4, by 5, and by 5 for programs that expect 4.
+# Rope types and their parameters in a config.
 KINDS = {"default": {}, "linear": {"factor": 2.0}, "llama3": LLAMA3, "yarn": YARN}
 
 
 @pytest.fixture
 def llama(llama: Path, tmp_path: Path) -> Path:
-    """A copy of the published Llama, to be changed."""
+    """Modifiable copy of the published Llama."""
     return Path(shutil.copytree(llama, tmp_path / "llama"))
 
 
@@ -52,7 +52,7 @@ def logits(folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_forms_are_the_same_model(folder: Path, kind: str) -> None:
-    """Unconverted; the demo's own rope_theta of 10000 gives other logits than 500000."""
+    """For an unconverted checkpoint; the demo's own rope_theta of 10000 yields other logits than 500000."""
     config = folder / "config.json"
     before = logits(folder)
     write(config, **older(kind))
@@ -67,7 +67,7 @@ def test_both_forms_are_the_same_model(folder: Path, kind: str) -> None:
 
 
 def test_conversions_of_both_forms_are_the_same(folder: Path, tmp_path: Path) -> None:
-    """And are as mlx-lm reads them; the dtype is the config's in either form."""
+    """They have mlx-lm's form, and the dtype of the config, in either form."""
     config = folder / "config.json"
     write(config, **older("llama3"), torch_dtype="bfloat16")
     convert(folder, tmp_path / "older")
@@ -82,13 +82,13 @@ def test_conversions_of_both_forms_are_the_same(folder: Path, tmp_path: Path) ->
 
 
 def test_a_conversion_in_the_newer_form(folder: Path, tmp_path: Path) -> None:
-    """As a tool that knows transformers 5 alone would write a converted folder's nested configs."""
+    """Nested configs of a converted folder, rewritten by a tool that only knows transformers 5."""
     write(folder / "config.json", **older("yarn"))
     convert(folder, tmp_path / "older")
     shutil.copytree(tmp_path / "older", tmp_path / "newer")
     config = json.loads((tmp_path / "newer" / "config.json").read_text())
     text = config["text_config"] | newer("yarn") | {"dtype": config.pop("dtype")}
-    for key in ("rope_theta", "rope_scaling", "tie_word_embeddings"):  # of which mlx-lm takes the last for true
+    for key in ("rope_theta", "rope_scaling", "tie_word_embeddings"):  # mlx-lm defaults the last to true
         del text[key]
     (tmp_path / "newer" / "config.json").write_text(json.dumps({**config, "text_config": text}))
     assert read_config(tmp_path / "newer") == read_config(tmp_path / "older")
@@ -111,7 +111,7 @@ def test_a_new_model_of_a_llama_in_either_form(llama: Path, tmp_path: Path, kind
 
 
 def test_a_teacher_in_the_newer_form(llama: Path) -> None:
-    """mlx-lm's own load, which would take its rope_theta for 10000."""
+    """mlx-lm's own `load` would assume a rope_theta of 10000."""
     write(llama / "config.json", "rope_theta", "rope_scaling", **newer("llama3"))
     (llama / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     args = LocalTeacher(str(llama), 1, 0.0).model.args
@@ -130,7 +130,7 @@ def test_what_is_given_to_mlx_lms_load() -> None:
 
 
 def test_an_absent_flag_is_false(folder: Path) -> None:
-    """mlx-lm's Llama would tie the embeddings; transformers writes no null and no false for some."""
+    """mlx-lm's Llama would tie the embeddings; flags may be missing or null."""
     write(folder / "config.json", "tie_word_embeddings", attention_bias=None, mlp_bias=None)
     assert read_config(folder)["text_config"]["tie_word_embeddings"] is False
     load(folder)
@@ -171,13 +171,13 @@ def rope(**changes) -> dict:
         (rope(factor="8"), "rope_parameters.factor is '8'"),
         (rope(factor=0), "rope_parameters.factor is 0; it must be a number over 0"),
         (rope(original_max_position_embeddings=64.5), "original_max_position_embeddings is 64.5; it must be a whole"),
-        (rope(high_freq_factor=1.0), "high_freq_factor must be over low_freq_factor"),
-        (rope(attention_factor=1.2), "rope_parameters.attention_factor is not understood for the type llama3"),
+        (rope(high_freq_factor=1.0), "high_freq_factor must be greater than low_freq_factor"),
+        (rope(attention_factor=1.2), "rope_parameters.attention_factor is not supported for rope type llama3"),
         (rope(partial_rotary_factor=0.5), "rope_parameters.partial_rotary_factor is 0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
         ({"rope_scaling": {"type": "linear", "factor": 2}} | rope(), "rope_parameters is .*, but rope_scaling is"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": THETA}}}, "full_attention is not understood"),
-        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but torch_dtype is 'float16'; which is right?"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": THETA}}}, "full_attention is not supported"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but torch_dtype is 'float16'; they must be equal"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not Llama's silu"),
         ({"hidden_size": "256"}, "hidden_size is '256'; it must be a whole number of 1 or more"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
@@ -189,7 +189,7 @@ def rope(**changes) -> dict:
 def test_what_is_not_understood_is_refused(
     folder: Path, llama: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    """By `load` and `convert`, and where a Llama is to be joined."""
+    """By `load`, by `convert`, and when a Llama becomes part of a new model."""
 
     def refused(checkpoint: Path, command: Callable[[], object]) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -201,7 +201,7 @@ def test_what_is_not_understood_is_refused(
         write(checkpoint / "config.json", **changes)
     refused(folder, lambda: load(folder))
     refused(folder, lambda: convert(folder, tmp_path / "out"))
-    if "eos_token_id" not in changes:  # which a new model has of its tokenizer
+    if "eos_token_id" not in changes:  # a new model takes it from its tokenizer
         refused(llama, lambda: convert(mlx_path=tmp_path / "out", vision=SIGLIP, llm=llama))
 
 
@@ -240,7 +240,7 @@ def sampling(folder: Path, text: str) -> Sampling:
 
 
 def test_do_sample_false_is_greedy(folder: Path, circles: Image.Image, tmp_path: Path) -> None:
-    """Whatever else is set; a penalty is no part of sampling, and has Hugging Face's default. Conversions keep it."""
+    """Whatever else is set. The penalty is independent, with Hugging Face's default. Conversions keep this."""
     hot = '"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0'
     assert sampling(folder, f'{{"do_sample": true, {hot}}}').temperature == 50
     assert sampling(folder, f'{{"do_sample": false, {hot}}}') == Sampling(0, 1, 0, 0, repetition_penalty=1)
@@ -252,7 +252,7 @@ def test_do_sample_false_is_greedy(folder: Path, circles: Image.Image, tmp_path:
             response = next(stream_generate(model, processor, "What is this image?", circles))
             assert response.token == response.logprobs.argmax().item()
     assert sampling(folder, '{"do_sample": false, "repetition_penalty": 1.2}').repetition_penalty == 1.2
-    # What is asked for by hand is sampled, in the reference's way where the file says nothing.
+    # An explicit temperature samples, with the reference's defaults for what the file leaves open.
     model, processor = load(folder)
     tokens = set()
     for seed in range(20):
@@ -262,7 +262,7 @@ def test_do_sample_false_is_greedy(folder: Path, circles: Image.Image, tmp_path:
 
 
 def test_null_and_absent_are_the_defaults(folder: Path) -> None:
-    """The reference samples where no file says otherwise, as the released one, though Hugging Face would not."""
+    """Unlike Hugging Face, the reference samples by default, and the released file does not disable it."""
     nulls = dict.fromkeys(("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
     for config in ({}, nulls, {"bos_token_id": 1, "_from_model_config": True}):
         assert sampling(folder, json.dumps(config)) == Sampling()

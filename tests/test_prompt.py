@@ -1,4 +1,4 @@
-"""The prompt, against the released format: exact text, exact ids."""
+"""Prompts against the released format: exact text, exact ids."""
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ def text_of(processor: Processor, ids: list[int]) -> str:
 
 
 def trained_form(processor: Processor, *grids: tuple[int, int] | None) -> list[str]:
-    """The released text of image blocks, from the format's description."""
+    """Return the released text of image blocks, from the description of the format."""
     tile = "<image>" + "<unk>" * processor.num_queries + "</image>"
     return [
         tile if grid is None else tile + "<slice>" + "\n".join([tile * grid[0]] * grid[1]) + "</slice>"
@@ -48,7 +48,7 @@ def test_block_is_the_released_text(processor: Processor, grid: tuple[int, int] 
 
 
 def test_block_lengths_of_the_released_model() -> None:
-    """98 per tile, 2 for the slices, one newline between rows: the numbers of model-facts.md."""
+    """98 tokens per tile, 2 for the slices, one newline between rows."""
     tokens = PromptTokens(128002, 128010, 128011, 128020, 128021, 198)
     for grid, length in ((None, 98), ((2, 1), 296), ((1, 2), 297), ((3, 3), 984), ((1, 9), 990), ((9, 1), 982)):
         assert len(tokens.block(grid, 96)) == length
@@ -84,7 +84,7 @@ def test_special_tokens_typed_by_a_user_stay_text(processor: Processor, text: st
     assert [i for i in prompt.ids if i in special] == [i for i in plain.ids if i in special]
     assert question in text_of(processor, prompt.ids)
 
-    # mlx-lm parses the templated text, so there the template breaks the token up.
+    # mlx-lm tokenizes the templated text, so the template splits the token.
     templated = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
         add_generation_prompt=True,
@@ -95,7 +95,7 @@ def test_special_tokens_typed_by_a_user_stay_text(processor: Processor, text: st
 
 
 def test_template_gives_the_same_ids(processor: Processor) -> None:
-    """mlx-lm's way (template, then processor, then tokenizer) and ours meet."""
+    """mlx-lm's pipeline (template, then processor, then tokenizer) matches ours."""
     messages = [
         {"role": "system", "content": "Answer briefly."},
         {
@@ -150,8 +150,8 @@ def test_max_tiles(processor: Processor) -> None:
         ([{"role": "user", "content": [{"type": "image"}]}], (), "more images than were given"),
         ([{"role": "user", "content": "x"}], (RED,), "1 images were given"),
         ([{"role": "user", "content": [{"type": "audio"}]}], (), "type 'audio'"),
-        ("<|begin_of_text|><unk> and <unk>", (RED,), "places for 2 images, but 1"),
-        (["Hi"], (), "a message is 'Hi'; it must be a dict of role and content"),
+        ("<|begin_of_text|><unk> and <unk>", (RED,), "placeholders for 2 images, but 1"),
+        (["Hi"], (), "a message is 'Hi'; it must be a dict with role and content"),
         ([[1, 2, 3]], (), r"a message is \[1, 2, 3\]; it must be a dict"),
         ([], (), "the prompt is empty"),
         (mx.array([]), (), "the prompt is empty"),

@@ -1,4 +1,4 @@
-"""Searching a store by words and by images, with the bundled SigLIP."""
+"""Search of a store by text and by image, with the bundled SigLIP."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def texts() -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """The bundled images, and a red square inside a tar archive."""
+    """Store of the bundled images and of a red square in a tar archive."""
     folder = tmp_path_factory.mktemp("search")
     image = Image.new("RGB", (300, 200), "white")
     ImageDraw.Draw(image).rectangle((100, 50, 180, 130), fill=(225, 20, 20))
@@ -81,7 +81,7 @@ def test_nearest_is_the_order_of_all_cosines(store: Path, rng: np.random.Generat
 
 
 def test_sheet(store: Path, tmp_path: Path, capsys) -> None:
-    """Six cells, of which the archive's is read from the archive."""
+    """The best hit is read from its archive."""
     main([str(store), "a red square", "--top", "4", "--sheet", str(tmp_path / "sheet.png")])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "red" in lines[0]

@@ -1,4 +1,4 @@
-"""What people type, drag and paste into the chat's line."""
+"""Input that users type, drag or paste into the chat's line."""
 
 import io
 import json
@@ -39,17 +39,17 @@ ODD = [
 
 
 def dragged(path: Path | str) -> str:
-    """As Terminal and iTerm2 write the path of a file that is dropped into them."""
+    """Escape a path like Terminal and iTerm2 do when a file is dropped into them."""
     return re.sub(r"""([ \\'"()&;|<>$`!*?#\[\]{}~])""", r"\\\1", str(path))
 
 
 def quoted(path: Path | str) -> str:
-    """As the terminal of VS Code does."""
+    """Quote a path like VS Code's terminal."""
     return "'" + str(path).replace("'", "'\\''") + "'"
 
 
 def url(path: Path) -> str:
-    """As Finder and browsers copy it."""
+    """Return the URL that Finder and browsers copy."""
     return "file://" + urllib.parse.quote(str(path))
 
 
@@ -82,7 +82,7 @@ def test_several_dragged_at_once(tmp_path: Path) -> None:
 
 
 def test_a_path_with_plain_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Typed, or pasted from somewhere that does not escape it."""
+    """Typed, or pasted without escapes."""
     path = tmp_path / SCREENSHOT
     path.touch()
     for written in (str(path), str(path).replace("\u202f", " ")):
@@ -155,7 +155,7 @@ def test_all_images_of_a_line_or_none(demo, capsys) -> None:
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Put a program of this name and shell script first on the PATH, which has nothing else."""
+    """Return a function that creates a shell script in the only folder on the PATH."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     for name in ("WAYLAND_DISPLAY", "DISPLAY"):
@@ -185,7 +185,7 @@ def test_paste_on_linux(demo, program, capsys, name: str) -> None:
     assert read_clipboard() == [str(CROSS), str(STARS)]
     assert str(CROSS) in ask_pasted(demo, capsys, "/paste")
     program(name, 'case "$*" in *uri-list*) exit 1;; esac\necho Nothing is copied >&2; exit 1')
-    with pytest.raises(ValueError, match="the clipboard holds no image, and no file"):
+    with pytest.raises(ValueError, match="the clipboard holds no image or file"):
         read_clipboard()
     program(name, 'case "$*" in *uri-list*) exit 1;; esac\necho no display >&2; exit 1')
     with pytest.raises(ValueError, match=f"the clipboard cannot be read: {name} error: no display"):
@@ -204,7 +204,7 @@ def test_paste_without_a_program(program, run_main, monkeypatch) -> None:
 
 
 def test_paste_on_a_mac(program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what osascript is known to print: JSON of the script, and «data PNGf…» of Pillow's."""
+    """Simulate osascript's output: JSON for our script, and «data PNGf…» for Pillow's."""
     monkeypatch.setattr(sys, "platform", "darwin")
     image = io.BytesIO()
     Image.new("RGB", (30, 20), "red").save(image, "PNG")
@@ -212,7 +212,7 @@ def test_paste_on_a_mac(program, monkeypatch: pytest.MonkeyPatch) -> None:
     program(
         "osascript", f"if [ \"$1\" = -l ]; then echo '{json.dumps([str(STARS), 'b c.png'])}'; else echo '{icon}'; fi"
     )
-    assert read_clipboard() == [str(STARS), "b c.png"]  # and not the icon
+    assert read_clipboard() == [str(STARS), "b c.png"]  # not the icon
     program("osascript", f"if [ \"$1\" = -l ]; then echo '[]'; else echo '{icon}'; fi")
     (found,) = read_clipboard()
     assert found.size == (30, 20)
@@ -235,7 +235,7 @@ def test_a_pasted_image_is_remembered_by_name(demo, monkeypatch, capsys, tmp_pat
 
 
 def complete(line: str, delimiters: str = " \t\n") -> list[str]:
-    """The whole lines that Tab offers, by a readline that knows nothing of backslashes."""
+    """Return the completed lines for an editor that does not know about backslashes."""
     begin = max((line.rfind(delimiter) for delimiter in delimiters), default=-1) + 1
     return [line[:begin] + found for found in completions(line, begin, [*Chat.COMMANDS, "/exit"])]
 
@@ -273,7 +273,7 @@ def test_what_completes_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_libedit", [False, True])
 @pytest.mark.parametrize("by_backend", [False, True])
 def test_both_editors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_libedit: bool, by_backend: bool) -> None:
-    """A readline that writes down what it is told; Python 3.13 names its backend, before that the docstring does."""
+    """With a fake readline that records calls; Python 3.13 names the backend, older versions in the docstring."""
     told, items = [], []
     editor = types.ModuleType("readline", "Importing this module enables command line editing using GNU readline.")
     if by_backend:
@@ -301,6 +301,6 @@ def test_history_of_either_editor(tmp_path: Path) -> None:
     assert read_history(path) == lines[-1000:] and [*path.parent.iterdir()] == [path]
     path.write_text("_HiStOrY_V2_\nWhat\\040color\\040is\\040it?\nCaf\\303\\251\n", encoding="utf-8")
     assert read_history(path) == ["What color is it?", "Café"]
-    path.write_bytes(b"Caf\xe9\n")  # not UTF-8, as a terminal without a locale leaves it
+    path.write_bytes(b"Caf\xe9\n")  # not UTF-8, as from a terminal without a locale
     write_history(path, read_history(path))
     assert path.read_bytes() == b"Caf\xe9\n"

@@ -1,6 +1,6 @@
-"""The bundled demo: a Llama3-V and a SigLIP in miniature, in the published Hugging Face layouts, and a few images.
+"""Bundled demo: a tiny Llama3-V and a tiny SigLIP in the published Hugging Face layouts, and a few images.
 
-`CHECKPOINT`, `SIGLIP` and `IMAGES` are their folders; `make` and `make_siglip` are how they were made.
+`CHECKPOINT`, `SIGLIP` and `IMAGES` are their folders; `tools/demo/` has the scripts that made them.
 """
 
 from pathlib import Path

@@ -53,7 +53,7 @@ class Model(nn.Module):
     def encode_image(self, images: Sequence[TiledImage]) -> list[mx.array]:
         """Encode images as visual tokens, one (tiles·num_queries, hidden_size) array each.
 
-        Tiles of equal size are batched across images; no tile's result depends on another's. The rows are evaluated, and
+        Tiles of equal size are batched across images; no tile's result depends on another's. Rows are evaluated, and
         the memory that computing them took is released.
         """
         if not images:
