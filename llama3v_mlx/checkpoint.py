@@ -1,7 +1,7 @@
 """Checkpoints on disk: find one, read its config in either layout, load its tensors strictly.
 
-Two layouts are read: Hugging Face's (the released llama3v and MiniCPM-Llama3-V-2.5 folders) and ours, which `convert`
-writes. Only safetensors, JSON and the chat template are read; nothing from a checkpoint is ever run.
+Two layouts are supported: Hugging Face's (the released llama3v and MiniCPM-Llama3-V-2.5 folders) and ours, written by
+`convert`. Only safetensors, JSON and the chat template are read; no code from a checkpoint is ever run.
 """
 
 from collections.abc import Iterable
@@ -31,20 +31,20 @@ RELEASED_TYPES = ("llama3v", "minicpmv")
 CONFIG, INDEX, GENERATION_CONFIG = "config.json", "model.safetensors.index.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
-DOWNLOADED += ("preprocessor_config.json", "processor_config.json", "spiece.model")  # of SigLIP
+DOWNLOADED += ("preprocessor_config.json", "processor_config.json", "spiece.model")  # SigLIP's
 
-# The bundled models, under the names that stores and conversations keep, wherever the package is installed.
+# Names of the bundled models in stores and conversations, independent of where the package is installed.
 BUNDLED = {f"demo:{name}": Path(__file__).parent / "demo" / name for name in ("checkpoint", "siglip")}
 
 
-# What a config in our layout has beside `text_config`.
+# Required keys of a config in our layout, besides `text_config`.
 OUR_KEYS = ("vision_config", "projector_config", "image_config", "prompt_tokens", "bos_token_id", "eos_token_id")
-# What the released llama3v config leaves out is as in MiniCPM-Llama3-V-2.5, whose weights have the same structure.
+# Defaults of keys that the released llama3v config lacks: those of MiniCPM-Llama3-V-2.5, which has the same structure.
 _VISION_DEFAULTS = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
 
 def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None, more: float = 0.0) -> Path:
-    """The folder of a checkpoint: a local one, or a Hub repository's, downloaded into Hugging Face's cache.
+    """Find the folder of a checkpoint: a local one, or a Hub repository downloaded into Hugging Face's cache.
 
     Args:
         path_or_hf_repo: a folder, or owner/name.
@@ -52,12 +52,12 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None, mo
         more: what the caller will write to the same disk, as a share of the download.
 
     Raises:
-        CheckpointError: if there is no such folder, and no such repository can be had.
+        CheckpointError: if there is no such folder, and the repository cannot be downloaded.
     """
     path = BUNDLED.get(str(path_or_hf_repo)) or Path(path_or_hf_repo).expanduser()
     if path.is_dir():
         if not (path / CONFIG).is_file():
-            raise CheckpointError(f"{path}: has no {CONFIG}; give the folder of a checkpoint")
+            raise CheckpointError(f"{path}: has no {CONFIG}; give a checkpoint folder")
         return path
     name = str(path_or_hf_repo)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -71,7 +71,7 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None, mo
 
 
 def name_of(path_or_hf_repo: str | Path) -> str:
-    """The name that stores keep of a checkpoint: a folder's full path, a repository's name, or one of `BUNDLED`."""
+    """Name of a checkpoint in stores: a folder's full path, a repository's name, or one of `BUNDLED`."""
     path = Path(path_or_hf_repo).expanduser()
     if not path.is_dir():
         return str(path_or_hf_repo)
@@ -79,18 +79,16 @@ def name_of(path_or_hf_repo: str | Path) -> str:
 
 
 def read_config(folder: Path) -> dict:
-    """The config of a checkpoint in our layout, translated if it is in the released one.
+    """Read the config of a checkpoint, translated to our layout if it is in the released one.
 
     Raises:
-        CheckpointError: if it is missing, damaged, of another model, or means what cannot be computed here.
+        CheckpointError: if it is missing, damaged, of another model, or not supported.
     """
     path = folder / CONFIG
     config = read_json(path)
     kind = config.get("model_type")
     if kind not in RELEASED_TYPES:
-        raise CheckpointError(
-            f"{path}: model_type is {kind!r}; this package takes {' and '.join(RELEASED_TYPES)} checkpoints"
-        )
+        raise CheckpointError(f"{path}: model_type is {kind!r}; expected {' or '.join(RELEASED_TYPES)}")
     dtype = read_dtype(path, config, config.get("text_config"), config.get("vision_config"))
     if config.get("text_config") is not None:
         return _our_config(path, config, dtype)
@@ -98,7 +96,7 @@ def read_config(folder: Path) -> dict:
     if "query_num" not in config:
         raise CheckpointError(f"{path}: lacks query_num")
     if kind == "minicpmv" and str(config.get("version", "2.5")) != "2.5":
-        raise CheckpointError(f"{path}: MiniCPM-V {config['version']} is another architecture than 2.5")
+        raise CheckpointError(f"{path}: MiniCPM-V {config['version']} is not supported; only 2.5 is")
 
     slices = config.get("slice_config") or {}
     patch_size = config.get("patch_size", 14)
@@ -123,7 +121,7 @@ def read_config(folder: Path) -> dict:
 
 
 def _our_config(path: Path, config: dict, dtype: str | None) -> dict:
-    """A config in our layout, checked, and with its Llama's as mlx-lm reads it."""
+    """Check a config in our layout, and translate its Llama config for mlx-lm."""
     if missing := [key for key in OUR_KEYS if key not in config]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
     llama = llama_config(path, config["text_config"], "text_config")
@@ -146,7 +144,7 @@ def make_config(
     image: dict,
     prompt_tokens: dict,
 ) -> dict:
-    """A config in our layout; `tokenizer` is the folder that has it, the projector's widths follow from the others."""
+    """Make a config in our layout; `tokenizer` is the tokenizer's folder, the projector's widths are derived."""
     width = text["hidden_size"]
     return {
         "model_type": MODEL_TYPE,
@@ -169,7 +167,7 @@ def make_config(
 
 
 def read_generation_config(folder: Path, config: dict) -> dict:
-    """How to sample and where to stop: the folder's own file over the reference's values, see `sampling_config`."""
+    """Sampling parameters and stop tokens: the folder's file over the reference's values, see `sampling_config`."""
     path = folder / GENERATION_CONFIG
     sampling = sampling_config(path, read_json(path) if path.exists() else {})
     # The released file names <|end_of_text|> alone, but turns end with <|eot_id|>.
@@ -177,7 +175,7 @@ def read_generation_config(folder: Path, config: dict) -> dict:
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a checkpoint by name, in the order of its files, lazily: one is read when it is first evaluated.
+    """Load all tensors of a checkpoint lazily, by name, in the order of its files.
 
     Raises:
         CheckpointError: if a shard is missing or damaged.
@@ -205,10 +203,10 @@ def check_shard(path: Path) -> list[str]:
     """Check a safetensors file against its header, before MLX reads it.
 
     Returns:
-        The names of its tensors, in the order of its data.
+        The names of its tensors, in the order of their data.
 
     Raises:
-        CheckpointError: if it is no safetensors file, is damaged, or is shorter or longer than its header says.
+        CheckpointError: if it is not a safetensors file, is damaged, or its size does not match its header.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -220,7 +218,7 @@ def check_shard(path: Path) -> list[str]:
 
 
 def lay_out(name: str, tensor: mx.array) -> dict[str, mx.array]:
-    """What becomes of one tensor in our model, lazily. One that does not fit stays, for `check_tensors` to name."""
+    """Map one tensor to our model's parameters, lazily. A misfit is kept, for `check_tensors` to report."""
     try:
         return Model.sanitize({name: tensor})
     except (ValueError, IndexError):
@@ -228,7 +226,7 @@ def lay_out(name: str, tensor: mx.array) -> dict[str, mx.array]:
 
 
 def build_model(config: dict, tensors: dict[str, mx.array] | None = None) -> Model:
-    """The model of a config in our layout, its weights not yet loaded, quantized where config and `tensors` say so."""
+    """Build the model of a config in our layout, without weights, quantized as config and `tensors` say."""
     try:
         model = Model(ModelArgs.from_dict(config))
     except (TypeError, ValueError, KeyError) as e:
@@ -246,13 +244,13 @@ def build_model(config: dict, tensors: dict[str, mx.array] | None = None) -> Mod
 
 
 def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: bool = False) -> Model:
-    """The model of a folder of either layout, its weights loaded strictly.
+    """Load the model of a folder in either layout, with strict weights.
 
     Args:
         folder: the checkpoint.
-        config: what `read_config` made of its config.
-        dtype: what floating tensors are cast to; by default they stay as they are.
-        lazy: leave the tensors to be read when first used.
+        config: its config, from `read_config`.
+        dtype: dtype that floating-point tensors are cast to; by default they are not cast.
+        lazy: read the tensors when they are first used.
 
     Raises:
         CheckpointError: if tensors are missing, unknown or of the wrong shape.
@@ -268,7 +266,7 @@ def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: 
 
 
 def model_tensors(folder: Path, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-    """The tensors of a folder under the names of our model, the floating ones in `dtype`, lazily."""
+    """Load the tensors of a folder lazily, by our model's names, floating-point ones cast to `dtype`."""
     tensors = {}
     for name, tensor in read_tensors(folder).items():
         tensors.update(lay_out(name, tensor))
@@ -278,7 +276,7 @@ def model_tensors(folder: Path, dtype: mx.Dtype | None = None) -> dict[str, mx.a
 
 
 def check_tensors(folder: Path, model: Model, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise one CheckpointError that names up to ten tensors which are missing, unknown or of the wrong shape."""
+    """Raise a CheckpointError that names up to ten tensors that are missing, unknown or of the wrong shape."""
     expected = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
     wrong = [f"{name} missing" for name in expected if name not in shapes]
     wrong += [f"{name} unknown" for name in shapes if name not in expected]
@@ -288,11 +286,11 @@ def check_tensors(folder: Path, model: Model, shapes: dict[str, tuple[int, ...]]
         if name in shapes and tuple(shapes[name]) != tuple(shape)
     ]
     if wrong:
-        raise CheckpointError(f"{folder}: {_some('wrong tensor', wrong)}; is it the checkpoint you meant?")
+        raise CheckpointError(f"{folder}: {_some('wrong tensor', wrong)}; is this the right checkpoint?")
 
 
 def load_tokenizer(folder: Path, eos_token_ids: list[int]):
-    """mlx-lm's wrapped tokenizer of a folder of either layout, from tokenizer.json alone, with our chat template."""
+    """Load mlx-lm's wrapped tokenizer from the tokenizer.json of a folder, with our chat template."""
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
     from transformers import PreTrainedTokenizerFast
 
@@ -306,7 +304,7 @@ def load_tokenizer(folder: Path, eos_token_ids: list[int]):
 
 
 def tokenizer_config(folder: Path) -> dict:
-    """The settings of a checkpoint's tokenizer that a plain fast tokenizer needs; no class or code names."""
+    """Read the tokenizer settings that a plain fast tokenizer needs; class and code names are ignored."""
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights")
     path = folder / TOKENIZER_CONFIG
@@ -324,7 +322,7 @@ def tokenizer_config(folder: Path) -> dict:
 
 
 def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
-    """The one id of each text in a folder's tokenizer."""
+    """Look up the single id of each text in a folder's tokenizer."""
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER
@@ -338,7 +336,7 @@ def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
     for text in texts:
         encoded = tokenizer.encode(text, add_special_tokens=False).ids
         if len(encoded) != 1:
-            raise CheckpointError(f"{path}: {text!r} is not one token; is it the tokenizer of these weights?")
+            raise CheckpointError(f"{path}: {text!r} is not a single token; is this the tokenizer of these weights?")
         ids += encoded
     return ids
 

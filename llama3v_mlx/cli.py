@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, errors in one line, quiet libraries, and the options of generation."""
+"""Code shared by the commands: exit codes, one-line errors, quiet libraries, and generation options."""
 
 import argparse
 import contextlib
@@ -22,10 +22,10 @@ GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
 
 
 def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -> None:
-    """Run a command and exit: 0 when it is done, 1 with one `error:` line when it fails, 130 on Ctrl-C.
+    """Run a command and exit: 0 on success, 1 with one `error:` line on failure, 130 on Ctrl-C.
 
-    With `debug`, a failure shows its traceback in place of the line, and libraries may warn. With `awake`, a Mac does
-    not sleep before the command has ended.
+    With `debug`, a failure shows its traceback instead of that line, and library warnings are shown. With `awake`, a
+    Mac does not sleep until the command has ended.
     """
     _leave_torch_out()
     if not debug:
@@ -42,7 +42,7 @@ def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -
         print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader went away (`| head`): nothing is left to say, and flushing at exit would only fail again.
+        # The reader has closed the pipe (`| head`): there is nothing to report, and flushing at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as e:
@@ -59,7 +59,7 @@ def keep_awake() -> Iterator[None]:
     if program is None:
         yield
         return
-    # -w: should this process be killed, caffeinate ends by itself. Ctrl-C is for this process to answer.
+    # -w: caffeinate exits if this process is killed. A session of its own keeps Ctrl-C from reaching it.
     command = [program, "-i", "-w", str(os.getpid())]
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
@@ -71,7 +71,7 @@ def keep_awake() -> Iterator[None]:
 
 
 def error_line(error: Exception) -> str:
-    """What went wrong, in one line; errors that are nobody's input name their type."""
+    """Format an error as one line, with its type unless it is a ValueError or OSError."""
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError)) and text:
         return text
@@ -79,7 +79,7 @@ def error_line(error: Exception) -> str:
 
 
 def note_slow_cpu() -> None:
-    """Say once, on Linux without a GPU, what makes float32 matmul fast there."""
+    """Print a note if MLX computes on a Linux CPU without OpenBLAS, where float32 matmul is slow."""
     from . import HAS_OPENBLAS
     from .device import on_gpu
 
@@ -91,14 +91,14 @@ def note_slow_cpu() -> None:
 
 
 def _leave_torch_out() -> None:
-    """Keep transformers from importing torch where it is installed: no command uses it, and it takes 2 s to import.
+    """Keep transformers from importing torch if it is installed: no command uses it, and importing it takes 2 s.
 
-    Only in a process that was started as one of our commands: what else imports us may well use torch.
+    This applies only to processes started as one of our commands: other programs that import us may use torch.
     """
-    main = sys.modules["__main__"]  # of `python -m llama3v_mlx…`, or one of the scripts llama3v, llama3v.generate, …
+    main = sys.modules["__main__"]  # `python -m llama3v_mlx…`, or one of the scripts llama3v, llama3v.generate, …
     script = Path(getattr(main, "__file__", None) or "").name
     if main.__package__ == __package__ or script.split(".")[0] == "llama3v":
-        sys.modules.setdefault("torch", None)  # which Python takes for not installed
+        sys.modules.setdefault("torch", None)  # Python treats this as not installed
 
 
 def _hush_libraries() -> None:
@@ -110,48 +110,56 @@ def _hush_libraries() -> None:
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
-    """Adapters, sampling, memory and feature store, as generate and chat take them."""
-    parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v train")
-    parser.add_argument("-m", "--max-tokens", type=positive, default=1024, help="length of the answer (default: 1024)")
+    """Add the options of generate and chat: adapters, sampling, memory and feature store."""
+    parser.add_argument("--adapter-path", metavar="DIR", help="adapters written by llama3v train")
+    parser.add_argument(
+        "-m", "--max-tokens", type=positive, default=1024, help="maximum number of tokens to generate (default: 1024)"
+    )
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
-    sampling.add_argument("--temp", type=share_or_more, help="temperature; 0: always the likeliest token")
-    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability together")
-    sampling.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens; 0: all")
-    sampling.add_argument("--min-p", type=float, help="draw from tokens of this share of the likeliest's probability")
-    sampling.add_argument("--repetition-penalty", type=share_or_more, help="on tokens already generated; 1: none")
-    sampling.add_argument("--seed", type=int, help="of the random numbers, to repeat an answer")
+    sampling.add_argument("--temp", type=share_or_more, help="sampling temperature; 0: greedy")
+    sampling.add_argument("--top-p", type=float, help="nucleus sampling: cumulative probability cutoff")
+    sampling.add_argument("--top-k", type=int, help="sample from this many of the most likely tokens; 0: all")
+    sampling.add_argument("--min-p", type=float, help="minimum probability, as a fraction of the most likely token's")
+    sampling.add_argument("--repetition-penalty", type=share_or_more, help="penalty on generated tokens; 1: none")
+    sampling.add_argument("--seed", type=int, help="random seed, to repeat an answer")
     cache = parser.add_argument_group("memory")
-    cache.add_argument("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the key-value cache")
-    cache.add_argument("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="(default: 64)")
-    cache.add_argument("--quantized-kv-start", type=int, default=5000, help="from this token on (default: 5000)")
-    cache.add_argument("--features", metavar="STORE", help="a store where images are looked up, and new ones kept")
-    cache.add_argument("--max-image-tiles", type=positive, help="tiles per image, the overview included, at most")
+    cache.add_argument(
+        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per value of a quantized key-value cache"
+    )
+    cache.add_argument(
+        "--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="its group size (default: 64)"
+    )
+    cache.add_argument(
+        "--quantized-kv-start", type=int, default=5000, help="number of tokens before it is quantized (default: 5000)"
+    )
+    cache.add_argument("--features", metavar="STORE", help="feature store to look images up in and add new ones to")
+    cache.add_argument("--max-image-tiles", type=positive, help="maximum tiles per image, including the overview")
     add_memory_options(cache)
 
 
 def add_memory_options(parser: argparse._ActionsContainer) -> None:
-    """What to do on a machine that is small for the model; for generate, chat and server."""
+    """Add the options of generate, chat and server for machines with little memory."""
     parser.add_argument(
         "--low-memory",
         action="store_true",
-        help="tower and projector are in memory only while images are encoded (default on 8 GB)",
+        help="keep tower and projector in memory only while images are encoded (default on 8 GB)",
     )
-    parser.add_argument("--force", action="store_true", help="load a model that does not fit the memory")
+    parser.add_argument("--force", action="store_true", help="load a model even if it does not fit in memory")
 
 
 def loading_options(
     args: argparse.Namespace, model: str | Path, images: int | None = None, text_tokens: int = 0
 ) -> dict:
-    """What `add_memory_options` has read, for `load`, after a look at the memory.
+    """Check that a model fits in memory, and return the arguments of `load` from the options of `add_memory_options`.
 
     Args:
-        args: as parsed.
+        args: parsed options.
         model: the checkpoint.
-        images: how many images a prompt has; None: as many as the context has room for.
-        text_tokens: of prompt and answer together.
+        images: number of images in a prompt; None: as many as fit in the context.
+        text_tokens: text tokens of prompt and answer together.
 
     Raises:
-        MemoryLimitError: if the model does not fit, and --force is not given.
+        MemoryLimitError: if the model does not fit and --force is not given.
     """
     from .memory import check_memory, is_small
 
@@ -163,12 +171,12 @@ def loading_options(
 
 
 def generation_options(args: argparse.Namespace) -> dict:
-    """What `add_generation_options` has read, for `stream_generate`."""
+    """Arguments of `stream_generate` from the options of `add_generation_options`."""
     return {"temperature": args.temp} | {name: getattr(args, name) for name in GENERATION}
 
 
 def positive(text: str) -> int:
-    """An option's whole number from 1 on."""
+    """Parse a positive integer option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
@@ -176,7 +184,7 @@ def positive(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """An option's number of bytes: 500000, 500k, 500M or 5G."""
+    """Parse an option in bytes: 500000, 500k, 500M or 5G."""
     units = {"k": 10**3, "m": 10**6, "g": 10**9}
     unit = units.get(text[-1:].lower(), 1)
     return positive(text[:-1] if unit > 1 else text) * unit

@@ -1,4 +1,4 @@
-"""The device that MLX computes on. `LLAMA3V_DEVICE=cpu` or `gpu` chooses it, here and in all processes started here."""
+"""The device that MLX computes on. `LLAMA3V_DEVICE=cpu` or `gpu` selects it for this process and its children."""
 
 import os
 import platform
@@ -10,15 +10,15 @@ from pathlib import Path
 import mlx.core as mx
 
 DEVICE = "LLAMA3V_DEVICE"
-# For tests: the CPU takes every branch of a GPU, such as half precision.
+# For tests: the CPU takes all GPU branches, such as half precision.
 PRETEND = "LLAMA3V_PRETEND_GPU"
 
 
 def select() -> None:
-    """Make the device that `LLAMA3V_DEVICE` names MLX's default; without it, MLX's own choice stays.
+    """Set MLX's default device to the one named by `LLAMA3V_DEVICE`, if that is set.
 
     Raises:
-        ValueError: if it names no device, or one that is not there.
+        ValueError: if the value is not a device, or the device is not available.
     """
     name = os.environ.get(DEVICE)
     if not name:
@@ -27,22 +27,22 @@ def select() -> None:
         raise ValueError(f"{DEVICE} is {name!r}; it must be cpu or gpu")
     device = mx.Device(getattr(mx, name))
     if not mx.is_available(device):
-        raise ValueError(f"{DEVICE} is gpu, but MLX has no GPU here; leave it out, or set it to cpu")
+        raise ValueError(f"{DEVICE} is gpu, but MLX has no GPU here; unset it, or set it to cpu")
     mx.set_default_device(device)
 
 
 def on_gpu() -> bool:
-    """Whether to compute as suits a GPU: in half precision, and with none of `models.linux_cpu`."""
+    """Return True to compute as on a GPU: in half precision and without `models.linux_cpu`."""
     return os.environ.get(PRETEND) == "1" or mx.default_device() == mx.Device(mx.gpu)
 
 
 def name() -> str:
-    """MLX's default device: cpu or gpu."""
+    """Name of MLX's default device: cpu or gpu."""
     return mx.default_device().type.name
 
 
 def chip() -> str:
-    """The name of the chip that is computed on."""
+    """Name of the chip of MLX's default device."""
     if mx.default_device() == mx.Device(mx.gpu):
         return str(mx.device_info()["device_name"])
     if sys.platform == "darwin":
@@ -56,24 +56,24 @@ def chip() -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int:
-    """Bytes of memory of this machine."""
+    """Physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_limit() -> int:
-    """Bytes that computation may take: a GPU's recommended working set, else the machine's memory."""
+    """Usable memory in bytes: the GPU's recommended working set, otherwise the machine's memory."""
     return int(mx.device_info().get("max_recommended_working_set_size", 0)) or memory()
 
 
 def matmul_peak(dtype: mx.Dtype) -> float:
-    """Floating-point operations per second of a large square matrix product, measured.
+    """Measure the floating-point operations per second of a large square matrix product.
 
-    The matrices are the smallest that keep the device busy for 10 ms, of 256 to 8192 rows.
+    The matrices have 256 to 8192 rows: the smallest size that keeps the device busy for 10 ms.
     """
     n, best = 128, 0.0
     while best < 0.01 and n < 8192:

@@ -1,7 +1,7 @@
-"""Check this machine: `llama3v doctor`. What it is, which model fits, whether the port is right on it.
+"""Check this machine with `llama3v doctor`: its hardware, the models that fit, correctness and speed.
 
-The exit status is 0 only if what the bundled models compute here is right. Speeds are those of random layers of the
-real model's width, extrapolated to all of its layers.
+The exit status is 0 only if the bundled models compute correct results here. Speeds are measured on random layers of
+the real model's width, and extrapolated to all of its layers.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from .cli import note_slow_cpu, run
 
 MODEL = "openbmb/MiniCPM-Llama3-V-2_5"
 DOWNLOAD_BYTES = 17.1e9
-BITS = (16, 8, 6, 5, 4, 3)  # per weight of Llama
-ANSWER = {"images": 1, "text_tokens": 1024 + 64}  # what memory is reckoned for: a large image, a question, an answer
-SECONDS = 1.5  # of repeating a measurement, after a warm-up
+BITS = (16, 8, 6, 5, 4, 3)  # bits per weight of Llama
+ANSWER = {"images": 1, "text_tokens": 1024 + 64}  # memory is estimated for a large image, a question, an answer
+SECONDS = 1.5  # duration of a measurement, after a warm-up
 
 
 def released_config() -> dict:
-    """The config of the released weights, in our layout; ids of tokens do not matter here."""
+    """Config of the released weights in our layout; token ids do not matter here."""
     text = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     text |= {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
     return {
@@ -39,7 +39,7 @@ def released_config() -> dict:
 
 
 def machine() -> dict:
-    """What is computed on, and with what."""
+    """Hardware, system and library versions."""
     from importlib.metadata import version
 
     import mlx.core as mx
@@ -68,7 +68,7 @@ def machine() -> dict:
 
 
 def fits() -> list[dict]:
-    """For each number of bits: what the released model takes in memory, without and with --low-memory."""
+    """Memory of the released model for each number of bits, without and with --low-memory."""
     from dataclasses import replace
 
     import mlx.core as mx
@@ -79,7 +79,7 @@ def fits() -> list[dict]:
     from .memory import footprint_of
 
     config, limit = released_config(), memory_limit()
-    model = build_model(config)  # of lazy arrays, which are never evaluated
+    model = build_model(config)  # lazy arrays, never evaluated
     model.set_dtype(mx.float16)
     whole = footprint_of(config, tree_flatten(model.parameters()), **ANSWER)
     rows = []
@@ -92,7 +92,7 @@ def fits() -> list[dict]:
 
 
 def selftest() -> list[dict]:
-    """Every stage of the bundled models against what is stored, in the dtype that this device computes in."""
+    """Compare every stage of the bundled models with the stored results, in this device's default dtype."""
     from .selftest import compare, observe
 
     found, dtype = observe()
@@ -101,7 +101,7 @@ def selftest() -> list[dict]:
 
 
 def speed() -> dict:
-    """Seconds of random layers of the real width, and what follows from them for the whole model."""
+    """Measure random layers of the real width, and extrapolate to the whole model."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models import llama
@@ -113,12 +113,12 @@ def speed() -> dict:
     dtype = mx.float16 if on_gpu() else mx.float32
     with linux_cpu.all_threads():
         peak = matmul_peak(dtype)
-    # So many layers and rows keep a GPU busy; of few a CPU is done in seconds.
+    # Enough layers and rows to keep a GPU busy; few on a CPU, to finish in seconds.
     layers, batch, prompt = (4, 8, 512) if peak > 1e12 else (1, 1, 8)
 
     tower = VisionTower(VisionConfig(num_hidden_layers=layers))
     tower.set_dtype(dtype)
-    side = 448  # pixels: a tile of the released model
+    side = 448  # pixels per side of a tile of the released model
     pixels = mx.random.randint(0, 256, (batch, side, side, 3)).astype(mx.uint8)
     tile_seconds = measure(lambda: tower(pixels)) / batch / layers * VisionConfig().num_hidden_layers
 
@@ -150,12 +150,12 @@ def speed() -> dict:
         "tiles_per_second": 1 / tile_seconds,
         "prompt_tokens_per_second": 1 / prompt_seconds,
         "tokens_per_second": 1 / token_seconds,
-        "first_token_seconds": 10 * tile_seconds + 1040 * prompt_seconds,  # of an image of ten tiles, and a question
+        "first_token_seconds": 10 * tile_seconds + 1040 * prompt_seconds,  # for an image of ten tiles and a question
     }
 
 
 def randomize(module) -> None:
-    """Fill a quantized module with random codes of small values, without making the weights first."""
+    """Fill a quantized module with random codes of small values, without creating the weights first."""
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
 
@@ -170,7 +170,7 @@ def randomize(module) -> None:
 
 
 def measure(compute: Callable) -> float:
-    """Seconds of a computation: the median of runs within `SECONDS`, three at least, after a warm-up."""
+    """Median time of a computation in seconds, over `SECONDS` and at least three runs, after a warm-up."""
     import mlx.core as mx
 
     mx.eval(compute())
@@ -183,25 +183,25 @@ def measure(compute: Callable) -> float:
 
 
 def report(figures: dict) -> str:
-    """The figures for people."""
+    """Format the figures as text."""
     m = figures["machine"]
     gb = 1e9
     lines = [
         "This machine",
         f"  {'chip':14}{m['chip']}, {m['cores']} CPU cores",
-        f"  {'memory':14}{m['memory_bytes'] / gb:.1f} GB, of which {m['usable_bytes'] / gb:.1f} GB can be used",
+        f"  {'memory':14}{m['memory_bytes'] / gb:.1f} GB, {m['usable_bytes'] / gb:.1f} GB usable",
         f"  {'disk':14}{m['disk_free_bytes'] / gb:.0f} GB free",
         f"  {'system':14}{m['system']}, Python {m['python']}",
         f"  {'MLX':14}{m['mlx']} on the {m['device'].upper()}, mlx-lm {m['mlx_lm']}, llama3v_mlx {m['llama3v_mlx']}",
         "",
-        "Does Llama3-V fit? For one large image, and an answer of 1,024 tokens",
+        "Does Llama3-V fit? With one large image and an answer of 1,024 tokens",
         f"  {'bits':6}{'memory':>9}{'--low-memory':>15}   fits",
     ]
     for row in figures["fits"]:
         lines.append(
             f"  {row['bits']:<6}{row['bytes'] / gb:6.1f} GB{row['low_memory_bytes'] / gb:12.1f} GB   {row['fits']}"
         )
-    lines += [f"  {figures['advice']}", "", f"Is it right here? The bundled models in {figures['checks'][0]['dtype']}"]
+    lines += [f"  {figures['advice']}", "", f"Is it correct? The bundled models in {figures['checks'][0]['dtype']}"]
     for check in figures["checks"]:
         measured = f"error {check['error']:.1e}, at most {check['tolerance']:.0e}"
         if not check["tolerance"]:
@@ -214,30 +214,30 @@ def report(figures: dict) -> str:
             "How fast is it?",
             f"  {'matrix product':26}{s['matmul_tflops']:9.3g} TFLOP/s in {s['dtype']}, measured",
             f"  Extrapolated from {many} of the real width with random 4-bit weights:",
-            f"  {'images of 448 px, tower':26}{s['tiles_per_second']:9.3g} a second",
-            f"  {'prompt':26}{s['prompt_tokens_per_second']:9.3g} tokens a second",
-            f"  {'answer':26}{s['tokens_per_second']:9.3g} tokens a second",
+            f"  {'images of 448 px, tower':26}{s['tiles_per_second']:9.3g} per second",
+            f"  {'prompt':26}{s['prompt_tokens_per_second']:9.3g} tokens per second",
+            f"  {'answer':26}{s['tokens_per_second']:9.3g} tokens per second",
             f"  {'first token, 10 tiles':26}{s['first_token_seconds']:9.3g} s",
         ]
     return "\n".join(lines)
 
 
 def advice(rows: list[dict], disk_free: int) -> str:
-    """The command that makes the best model that fits: 4 bits at least, all of it in memory, the most bits."""
+    """Command that creates the best fitting model: prefer at least 4 bits, then no --low-memory, then more bits."""
     fitting = [row for row in rows if row["fits"] != "no" and row["bits"] < 16]
     if not fitting:
-        return "no size of it fits; SigLIP alone (embed, search) takes 1 GB"
+        return "no size fits; SigLIP alone (embed, search) takes 1 GB"
     best = max(fitting, key=lambda row: (row["bits"] >= 4, row["fits"] == "yes", row["bits"]))
     bits = best["bits"]
     text = f"llama3v convert --hf-path {MODEL} --mlx-path llama3v-{bits}bit -q --q-bits {bits}"
     if best["fits"] != "yes":
-        text += ", then --low-memory"
+        text += ", then use --low-memory"
     disk = DOWNLOAD_BYTES + (bits + 0.5) / 8 * 8.03e9 + 1.01e9
-    return text if disk < disk_free else f"{text} (needs {disk / 1e9:.0f} GB of disk)"
+    return text if disk < disk_free else f"{text} (needs {disk / 1e9:.0f} GB of disk space)"
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Examine, measure, report; exit with 1 if a check fails."""
+    """Check, measure, report; exit with 1 if a check fails."""
     note_slow_cpu()
     figures = {"machine": machine(), "fits": fits()}
     figures["advice"] = advice(figures["fits"], figures["machine"]["disk_free_bytes"])
@@ -248,16 +248,16 @@ def doctor(args: argparse.Namespace) -> None:
     print(json.dumps({"right": right, **figures}) if args.json else report(figures))
     if not right:
         wrong = ", ".join(check["stage"] for check in figures["checks"] if not check["passed"])
-        print(f"error: what is computed here is wrong: {wrong}; please send in the output of --json", file=sys.stderr)
+        print(f"error: wrong results on this machine: {wrong}; please report the output of --json", file=sys.stderr)
         sys.exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="llama3v doctor", description="Check this machine: what fits, what is right, how fast."
+        prog="llama3v doctor", description="Check this machine: which models fit, correctness, speed."
     )
-    parser.add_argument("--no-speed", action="store_true", help="leave out the measurements of speed")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with all figures, to send in")
+    parser.add_argument("--no-speed", action="store_true", help="skip the speed measurements")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with all figures, for bug reports")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     args = parser.parse_args(argv)
     run(lambda: doctor(args), args.debug)

@@ -1,4 +1,4 @@
-"""Load a checkpoint and ask it: the Python interface, in the words of mlx-lm and mlx-vlm users."""
+"""Load a checkpoint and generate answers: the Python interface, modelled on mlx-lm's and mlx-vlm's."""
 
 import contextlib
 import dataclasses
@@ -43,14 +43,14 @@ Images = ImageSource | Sequence[ImageSource] | None
 
 @dataclass
 class GenerationResponse(MLXResponse):
-    """mlx-lm's response, and what the images took."""
+    """mlx-lm's response, with statistics of the images."""
 
     num_tiles: int = 0
     visual_tokens: int = 0
     preprocess_seconds: float = 0.0  # decoding, resizing, tokenizing
     vision_seconds: float = 0.0  # tower and projector
-    prefill_seconds: float = 0.0  # Llama, to the first token
-    stored_images: int = 0  # found in the feature store, so neither decoded nor encoded
+    prefill_seconds: float = 0.0  # Llama, until the first token
+    stored_images: int = 0  # images found in the feature store, neither decoded nor encoded
 
 
 def load(
@@ -63,25 +63,26 @@ def load(
     lazy: bool = False,
     low_memory: bool = False,
 ) -> tuple[Model, Processor]:
-    """Load a converted or an unconverted checkpoint.
+    """Load a converted or unconverted checkpoint.
 
     Args:
         path_or_hf_repo: a folder, or a Hub repository.
         revision: a branch, tag or commit of the repository.
-        dtype: of the floating tensors; by default float32 on a CPU, where half precision is slow, else as they are.
-        max_image_tiles: at most this many tiles per image, the overview included.
-        adapter_path: a folder of adapters, from `llama3v_mlx.train` or mlx-lm's own training.
-        lazy: leave the weights to be read when first used.
+        dtype: dtype of floating-point tensors; by default float32 on a CPU, where half precision is slow, otherwise
+            they are not cast.
+        max_image_tiles: maximum number of tiles per image, including the overview.
+        adapter_path: a folder of adapters, from `llama3v train` or mlx-lm's own training.
+        lazy: read the weights when they are first used.
         low_memory: keep tower and projector in memory only while an image is encoded, and Llama from its first token
-            on. Answers are the same; an image takes as much longer as reading them takes. `check_memory`
-            says beforehand what a checkpoint takes.
+            on. Answers are the same; each image takes longer by the time needed to read them. See `check_memory` for
+            the memory that a checkpoint needs.
 
     Returns:
-        The model and its processor, which has the tokenizer and the checkpoint's sampling.
+        The model and its processor, which has the tokenizer and the checkpoint's sampling parameters.
 
     Raises:
         CheckpointError: if there is no usable checkpoint.
-        ValueError: if `LLAMA3V_DEVICE` names no device that is there.
+        ValueError: if `LLAMA3V_DEVICE` does not name an available device.
     """
     folder = find_checkpoint(path_or_hf_repo, revision)
     config = read_config(folder)
@@ -93,7 +94,7 @@ def load(
     if adapter_path is not None:
         load_adapters(model, adapter_path)
     if low_memory:
-        # A projector that comes with the adapters is not in the folder, and stays.
+        # A projector from the adapters is not in the folder, so it stays in memory.
         now = dict(tree_flatten(model.parameters()))
         names = [n for n in on_disk if n.startswith(VISION) and now[n] is on_disk[n]]
         model.reload_vision = functools.partial(_read_again, folder, dtype, names)
@@ -109,12 +110,12 @@ def _read_again(folder: Path, dtype: mx.Dtype | None, names: list[str]) -> dict[
 
 
 def load_adapters(model: Model, folder: str | Path) -> None:
-    """Put adapters into a model: LoRA layers, or whole parameters, which take the model's dtypes.
+    """Load adapters into a model: LoRA layers, or whole parameters, cast to the model's dtypes.
 
     Raises:
-        CheckpointError: if the folder has no adapters, or another model's.
+        CheckpointError: if the folder has no adapters, or those of another model.
     """
-    from mlx_lm.tuner import utils  # which takes its time to import
+    from mlx_lm.tuner import utils  # slow to import
 
     try:
         dtypes = {name: tensor.dtype for name, tensor in tree_flatten(model.parameters())}
@@ -142,18 +143,21 @@ def stream_generate(
     features: FeatureCache | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
-    """Answer a question about images, text piece by text piece.
+    """Stream the answer to a question about images.
 
     Args:
         model: from `load`.
         processor: from `load`.
-        prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or what that has made of them.
-        image: one image or several; none for text alone. The path of a PDF stands for its pages.
-        system_prompt: goes before a question or messages; other prompts are complete without one.
-        max_tokens: at most so many, and no more than the context has room for.
+        prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or the encoded `Prompt`.
+        image: one image or several; None for a text-only prompt. The path of a PDF stands for its pages.
+        system_prompt: precedes a question or messages; not allowed with other prompts.
+        max_tokens: maximum number of tokens to generate, limited by the remaining context.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
-        features: a store in which images are looked up, and to which new ones are added.
-        kwargs: go to mlx-lm's `generate_step` (`kv_bits`, `prompt_cache`, `sampler`, `logits_processors`, …).
+        features: a store to look images up in and to add new ones to.
+        kwargs: arguments of mlx-lm's `generate_step` (`kv_bits`, `prompt_cache`, `sampler`, `logits_processors`, …).
+
+    Yields:
+        A response per generated token.
 
     Raises:
         ValueError: if the prompt is malformed or longer than the context.
@@ -179,7 +183,7 @@ def stream_generate(
     if encoded.images:
         encode = features.encode if features else model.encode_image
         kwargs["input_embeddings"] = model.splice(ids, [image.grid for image in encoded.images], encode(encoded.images))
-        # The prefill runs on another stream, which must find the rows ready.
+        # The prefill runs on another stream, where the rows must be ready.
         mx.eval(kwargs["input_embeddings"])
     vision_seconds = time.perf_counter() - tic
 
@@ -194,7 +198,7 @@ def stream_generate(
         room = context - cached - length
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
     responses = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
-    # mlx-lm warns of a model close to the memory's size, on stdout, where only the answer belongs.
+    # mlx-lm warns on stdout about models that nearly fill the memory; only the answer belongs there.
     warning = io.StringIO()
     with contextlib.redirect_stdout(warning):
         first = list(itertools.islice(responses, 1))
@@ -220,16 +224,16 @@ def generate(
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:
-    """The whole answer; `verbose` prints it as it comes, and the statistics. For the rest see `stream_generate`."""
+    """Generate a whole answer; `verbose` streams it to stdout with statistics. Arguments: see `stream_generate`."""
     responses = stream_generate(model, processor, prompt, image, **kwargs)
     text = print_answer(responses) if verbose else "".join(response.text for response in responses)
     return text.strip()
 
 
 def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) -> str:
-    """Print an answer as it comes, in mlx-lm's frame and with the statistics, or alone; and return it.
+    """Print an answer as it is generated, optionally with mlx-lm's frame and statistics, and return it.
 
-    Nothing is printed before there is a first response: an error finds stdout empty.
+    Nothing is printed before the first response, so stdout stays empty on an error.
     """
     text = ""
     for i, response in enumerate(responses):
@@ -250,7 +254,7 @@ def _print_once(text: str) -> None:
 
 
 def statistics(response: GenerationResponse) -> str:
-    """mlx-lm's statistics of an answer, from its last response, and one line for the images."""
+    """Format mlx-lm's statistics from the last response of an answer, with a line for the images."""
     lines = [
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
@@ -267,13 +271,13 @@ def statistics(response: GenerationResponse) -> str:
 
 
 def register() -> None:
-    """Make Llama3-V known to mlx-lm: its `load`, `stream_generate`, `generate` and server then take our checkpoints."""
+    """Register Llama3-V with mlx-lm: its `load`, `stream_generate`, `generate` and server then take our checkpoints."""
     sys.modules[f"mlx_lm.models.{MODEL_TYPE}"] = model_module
     mlx_lm.processors.PROCESSORS[MODEL_TYPE] = Processor
 
 
 class Llama3V:
-    """The interface of the original README: `Llama3V.from_pretrained(path).generate(image=…, message=…)`."""
+    """Interface of the original README: `Llama3V.from_pretrained(path).generate(image=…, message=…)`."""
 
     def __init__(self, model: Model, processor: Processor):
         self.model = model
@@ -289,12 +293,12 @@ class Llama3V:
         return self.processor.tokenizer
 
     def generate(self, image: Images = None, message: str = "", tokenizer: Any = None, **kwargs: Any) -> str:
-        """The answer to a message about images.
+        """Answer a message about images.
 
         Args:
-            image: one image, several, or none.
+            image: one image, several, or None.
             message: the question.
-            tokenizer: a Hugging Face tokenizer to use in the place of the checkpoint's own.
+            tokenizer: a Hugging Face tokenizer to use instead of the checkpoint's own.
             kwargs: see `stream_generate`.
         """
         processor = self.processor

@@ -1,4 +1,4 @@
-"""How much memory a checkpoint needs, known from its headers before a tensor is read, and what fits this machine."""
+"""Memory requirements of a checkpoint, computed from its headers before any tensor is read."""
 
 import math
 from collections.abc import Iterable
@@ -13,27 +13,27 @@ from .image import ImageConfig
 from .models.llama3v import ModelArgs, rename, tile_batch_size, tile_bytes
 from .prompt import PromptTokens
 
-PREFILL_STEP = 2048  # tokens that mlx-lm reads at once
-SMALL_MEMORY = 9 * 10**9  # bytes; a Mac of 8 GB has less
+PREFILL_STEP = 2048  # tokens per prefill step of mlx-lm
+SMALL_MEMORY = 9 * 10**9  # bytes; an 8 GB Mac has less
 BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # of `llama3v convert -q`
 
 
 class MemoryLimitError(ValueError):
-    """A model that does not fit the memory; the message says what would."""
+    """Raised when a model does not fit in memory; the message says what would."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a model takes, loaded and in use."""
+    """Memory of a loaded model in use, in bytes."""
 
     vision: int  # weights of tower and projector
     language: int  # weights of Llama
-    parameters: int  # of Llama, a number
-    cache: int  # keys and values
+    parameters: int  # number of parameters of Llama
+    cache: int  # key-value cache
     tiles: int  # activations while images are encoded
-    prefill: int  # activations while a prompt is read
-    item_bytes: int  # of a floating value
-    low_memory: bool = False  # tower and projector are not in memory together with Llama
+    prefill: int  # activations of the prefill
+    item_bytes: int  # size of a floating-point value
+    low_memory: bool = False  # tower and projector are never in memory together with Llama
 
     @property
     def total(self) -> int:
@@ -42,7 +42,7 @@ class Footprint:
         return self.vision + self.language + self.cache + max(self.tiles, self.prefill)
 
     def quantized(self, bits: int) -> "Footprint":
-        """The same checkpoint with a Llama of so many bits per weight, and a scale and a bias for each group."""
+        """Footprint with Llama quantized to `bits` per weight, plus a scale and a bias per group."""
         return replace(self, language=int(self.parameters * (bits / 8 + 2 * self.item_bytes / GROUP_SIZE)))
 
     def __str__(self) -> str:
@@ -61,14 +61,14 @@ def footprint(
     dtype: mx.Dtype | None = None,
     low_memory: bool = False,
 ) -> Footprint:
-    """What the checkpoint in a folder takes. Only headers are read.
+    """Compute the footprint of the checkpoint in a folder. Only headers are read.
 
     Args:
-        folder: the checkpoint, of either layout.
-        images: how many a prompt has; None: as much as the context has room for.
-        text_tokens: of prompt and answer together.
+        folder: a checkpoint in either layout.
+        images: number of images in a prompt; None: as many as fit in the context.
+        text_tokens: text tokens of prompt and answer together.
         max_image_tiles, dtype, low_memory: see `load`.
-        kv_bits: bits per value of a quantized cache.
+        kv_bits: bits per value of a quantized key-value cache.
 
     Raises:
         CheckpointError: if the checkpoint cannot be used.
@@ -88,7 +88,7 @@ def footprint_of(
     kv_bits: int | None = None,
     low_memory: bool = False,
 ) -> Footprint:
-    """`footprint` of a config in our layout and of named tensors, which are not evaluated."""
+    """Compute the footprint from a config in our layout and named tensors, which are not evaluated."""
     args, text = ModelArgs.from_dict(config), config["text_config"]
     dtype = dtype or (None if on_gpu() else mx.float32)
     weights, parameters, item_bytes = {True: 0, False: 0}, 0, 1
@@ -119,7 +119,7 @@ def footprint_of(
     kv_heads = text.get("num_key_value_heads") or heads
     kv_bytes = kv_bits / 8 + 2 * item_bytes / GROUP_SIZE if kv_bits else item_bytes
     activations = step * (3 * text["intermediate_size"] + 6 * text["hidden_size"]) + 4 * text["vocab_size"]
-    if not on_gpu():  # without a fused kernel, the scores of all heads
+    if not on_gpu():  # without a fused kernel, the attention scores of all heads
         activations += 2 * heads * step**2
     return Footprint(
         vision=weights[False],
@@ -134,16 +134,16 @@ def footprint_of(
 
 
 def check_memory(path_or_hf_repo: str | Path, *, revision: str | None = None, **options) -> Footprint:
-    """Compare what a checkpoint takes with what this machine has for it, before it is loaded.
+    """Check that a checkpoint fits in memory before it is loaded.
 
-    That is the recommended working set of a GPU, or else the system's memory.
+    The limit is the GPU's recommended working set, or the system's memory without a GPU.
 
     Args:
         path_or_hf_repo, revision: see `load`.
         options: see `footprint`.
 
     Raises:
-        MemoryLimitError: if it does not fit; the message says what would.
+        MemoryLimitError: if it does not fit; the message says what would fit.
         CheckpointError: if the checkpoint cannot be used.
     """
     folder, limit = find_checkpoint(path_or_hf_repo, revision), memory_limit()
@@ -162,16 +162,17 @@ def check_memory(path_or_hf_repo: str | Path, *, revision: str | None = None, **
         fitting = [bits for bits in BITS if model.quantized(bits).total <= limit]
         if fitting and model.quantized(fitting[0]).language < need.language:
             size = model.quantized(fitting[0]).total
-            ways.append(f"llama3v convert -q --q-bits {fitting[0]} of the original{more} ({_gb(size)})")
+            ways.append(f"llama3v convert -q --q-bits {fitting[0]} on the original checkpoint{more} ({_gb(size)})")
             break
-    what = f"what fits: {', or '.join(ways)}" if ways else "nothing here makes it fit"
+    what = f"what fits: {', or '.join(ways)}" if ways else "no option makes it fit"
     raise MemoryLimitError(
-        f"{path_or_hf_repo} takes {need} of memory, and {_gb(limit)} can be used here; {what}; --force loads it anyway"
+        f"{path_or_hf_repo} needs {need} of memory, but only {_gb(limit)} is usable here; {what}; --force loads it "
+        "anyway"
     )
 
 
 def is_small() -> bool:
-    """Whether this machine has 8 GB or less, so that tower and projector had better not stay in its memory."""
+    """Return True if this machine has 8 GB or less, which calls for `low_memory`."""
     return memory() < SMALL_MEMORY
 
 

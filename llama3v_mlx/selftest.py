@@ -1,4 +1,4 @@
-"""What the bundled models make of bundled images, stage by stage, against what they made of them in float32."""
+"""Compare the bundled models' results on bundled images, stage by stage, with stored float32 results."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from .features.encoder import TextEncoder, load_encoder
 from .generation import load, stream_generate
 
 GOLDEN = Path(__file__).parent / "demo" / "golden.safetensors"
-# Lossless files alone: decoders of JPEG differ by machine.
+# Lossless files only: JPEG decoders differ between machines.
 ASKED = (("three-blue-circles.png", "What is this image?"), ("42.png", "What number is written?"))
 TEXTS = ("three blue circles on a white background", "the number 42")
-# Largest relative L2 error against float32: at least five times what a right computation has on a CPU.
+# Largest relative L2 error against float32: at least five times that of a correct computation on a CPU.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
 EXACT = ("tiles", "tokens")
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far one stage is from what was stored."""
+    """Deviation of one stage from the stored results."""
 
     stage: str
-    error: float  # relative L2, or the share of values that differ where all must be equal
+    error: float  # relative L2, or the fraction of differing values for stages that must be equal
     tolerance: float
 
     @property
@@ -40,7 +40,7 @@ def observe(dtype: mx.Dtype | None = None) -> tuple[dict[str, np.ndarray], mx.Dt
         dtype: see `load`.
 
     Returns:
-        Arrays by stage, float32 or integer, and the dtype of the computation.
+        Arrays by stage, float32 or integer, and the compute dtype.
     """
     model, processor = load(CHECKPOINT, dtype=dtype)
     dtype = model.vision_tower.post_layernorm.weight.dtype
@@ -62,7 +62,7 @@ def observe(dtype: mx.Dtype | None = None) -> tuple[dict[str, np.ndarray], mx.Dt
 
 
 def compare(found: dict[str, np.ndarray], dtype: mx.Dtype) -> list[Check]:
-    """Hold what `observe` found against what was stored, in the order of the stages."""
+    """Compare the results of `observe` with the stored ones, stage by stage."""
     checks = []
     for name, array in found.items():
         expected = np.array(mx.load(str(GOLDEN))[name])

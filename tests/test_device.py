@@ -1,4 +1,4 @@
-"""The device switch: by the environment, for every command and the processes it starts; and a pretended GPU."""
+"""Device selection by an environment variable, for every command and its child processes; and a pretended GPU."""
 
 import ast
 import os
@@ -43,7 +43,7 @@ def test_a_wrong_value_is_one_line(value: str, said: str, no_gpu, monkeypatch, r
 
 
 def test_the_package_selects_when_it_is_imported(run_python) -> None:
-    """Before anything is computed, in a process that a command started; a wrong value is not yet an error."""
+    """Importing selects the device, also in child processes of a command; a wrong value is not an error yet."""
     code = "import sys, llama3v_mlx; print('mlx.core' in sys.modules)"
     for value, imported in (("cpu", "True"), ("", "False")):
         env = {**os.environ, "LLAMA3V_DEVICE": value}
@@ -65,7 +65,7 @@ def test_a_pretended_gpu_takes_its_branches(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_function_asks_for_the_device() -> None:
-    """Else a branch of a GPU is one that no test here can take."""
+    """Otherwise a GPU branch could not be taken by any test here."""
     package = Path(llama3v_mlx.__file__).parent
     asks = set()
     for path in package.rglob("*.py"):

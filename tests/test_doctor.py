@@ -1,4 +1,4 @@
-"""The doctor: what it says of a machine, and that it finds what is wrong."""
+"""The doctor command: its report on a machine, and its detection of wrong results."""
 
 import json
 
@@ -38,12 +38,12 @@ def test_json_has_all_figures(run_main, monkeypatch) -> None:
 
 
 def test_a_wrong_tower_is_found(run_main, monkeypatch) -> None:
-    """A GELU of the wrong kind: off by under 1e-3 a value, so that answers may well be the same."""
+    """A GELU of the wrong kind differs by under 1e-3 per value, so answers may well be the same."""
     monkeypatch.setattr(siglip.linux_cpu, "gelu", lambda x: x * mx.sigmoid(1.702 * x))
     done = run_main("llama3v_mlx.doctor", "--no-speed")
     assert done.returncode == 1
     assert "tiles         ok" in done.stdout and "tower         WRONG" in done.stdout
-    assert done.stderr.startswith("error: what is computed here is wrong: tower, ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: wrong results on this machine: tower, ") and done.stderr.count("\n") == 1
 
 
 def test_no_number_is_not_right() -> None:
@@ -74,7 +74,7 @@ def test_advice_for_real_macs(gigabytes: float, bits: int | None, low_memory: bo
     assert next(row["bytes"] for row in rows if row["bits"] == 4) == pytest.approx(6.6e9, rel=0.1)
     text = doctor.advice(rows, disk_free=10**12)
     if bits is None:
-        assert text.startswith("no size of it fits")
+        assert text.startswith("no size fits")
         return
     assert f"--q-bits {bits}" in text and ("--low-memory" in text) is low_memory
     assert "GB of disk" in doctor.advice(rows, disk_free=10**9)

@@ -1,4 +1,4 @@
-"""Files on disks that lack flushes, locks or links (exFAT, SMB, NFS), on macOS, and while a Mac would sleep."""
+"""Files on file systems without fsync, locks or links (exFAT, SMB, NFS), fsync on macOS, and keeping a Mac awake."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ def refuse(code: int):
 
 @pytest.fixture(params=[errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
 def poor_disk(request, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without flushes, locks and links."""
+    """A file system without fsync, locks and links."""
     for module, name in ((os, "fsync"), (os, "symlink"), (fcntl, "flock")):
         monkeypatch.setattr(module, name, refuse(request.param))
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
@@ -72,7 +72,7 @@ def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_macos_flushes_the_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file of a new folder, and the folder, by F_FULLFSYNC."""
+    """Every file of a new folder, and the folder itself, is flushed with F_FULLFSYNC."""
     flushed = []
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", lambda fd, what: flushed.append((os.fstat(fd).st_ino, what)))
@@ -93,10 +93,10 @@ def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a stand-in for macOS's `caffeinate` notes: its arguments, and how it ended."""
+    """Folder where a stand-in for macOS's `caffeinate` records its arguments and how it ended."""
     program = tmp_path / "bin" / "caffeinate"
     program.parent.mkdir()
-    # Like the real one, it ends when the process does that -w names.
+    # Like the real one, it exits when the process given by -w does.
     program.write_text(
         f"#!{shutil.which('sh')}\n"
         f"cd {tmp_path}\n"
@@ -114,7 +114,7 @@ def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def wait_for(path: Path) -> str:
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
+        assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.01)
     return path.read_text().strip()
 

@@ -1,4 +1,4 @@
-"""The Python interface, on the bundled model."""
+"""The Python interface with the bundled model."""
 
 import dataclasses
 import shutil
@@ -50,7 +50,7 @@ def test_stream_is_the_answer_in_pieces(demo, circles: Image.Image) -> None:
 
 def test_original_interface(circles: Image.Image) -> None:
     model = Llama3V.from_pretrained(CHECKPOINT)
-    tokenizer = model.tokenizer._tokenizer  # what transformers' AutoTokenizer would give
+    tokenizer = model.tokenizer._tokenizer  # as from transformers' AutoTokenizer
     answer = model.generate(image=circles, message="What is this image?", temperature=0.1, tokenizer=tokenizer)
     assert answer == "Three blue circles on a white background."
 
@@ -61,7 +61,7 @@ def test_text_alone_and_several_images(demo, circles: Image.Image) -> None:
 
 
 def test_a_system_prompt_wants_a_question_or_messages(demo, circles: Image.Image) -> None:
-    """In front of ids, or of a text with a template's tokens in it, there is no place for one."""
+    """A system prompt cannot be added to ids or to a text that already contains template tokens."""
     model, processor = demo
     text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     encoded = processor.encode("What is this image?", [circles])
@@ -75,7 +75,7 @@ def test_a_system_prompt_wants_a_question_or_messages(demo, circles: Image.Image
 
 
 def test_ids_are_a_whole_prompt(demo, circles: Image.Image) -> None:
-    """In a list or an array, as mlx-lm's own functions take them."""
+    """Ids may be a list or an array, as in mlx-lm's own functions."""
     model, processor = demo
     ids = processor.encode("What is this image?", [circles]).ids
     for prompt in (ids, np.array(ids), mx.array(ids)):
@@ -84,7 +84,7 @@ def test_ids_are_a_whole_prompt(demo, circles: Image.Image) -> None:
 
 
 def test_an_exclamation_mark_is_kept(demo) -> None:
-    """The reference drops id 0, which is "!"."""
+    """The reference implementation drops id 0, which is "!"."""
     assert generate(*demo, "Hello", temperature=0).startswith("Hello!")
 
 
@@ -122,7 +122,7 @@ def test_sampling_comes_from_the_checkpoint(folder: Path) -> None:
 
 
 def test_sampler_keeps_hugging_face_order() -> None:
-    """Temperature before top-p: a high one lets more tokens through, which top-p first would not."""
+    """Temperature is applied before top-p, so a high temperature lets more tokens through."""
     logprobs = mx.log(mx.array([[0.85, 0.1, 0.05]]))
     hot, cold = (Sampling(temperature=t, top_p=0.8, top_k=0).sampler() for t in (3.0, 1.0))
     mx.random.seed(0)
@@ -152,7 +152,7 @@ def test_fewer_tiles(circles: Image.Image) -> None:
 
 
 def test_visual_tokens_do_not_depend_on_neighbours(demo, circles: Image.Image) -> None:
-    """A tile alone, and among others of its size: equal but for float32 rounding in products of other shapes."""
+    """A tile gives the same result alone and in a batch, up to float32 rounding in matmuls of other shapes."""
     model, processor = demo
     tiled = processor.encode("?", [circles]).images[0]
     together = model.encode_image([tiled, dataclasses.replace(tiled, tiles=tiled.tiles[::-1])])
@@ -185,7 +185,7 @@ def test_no_such_checkpoint(tmp_path: Path) -> None:
     for name in (tmp_path / "nothing", "nobody", "a/b/c"):
         with pytest.raises(CheckpointError, match="no such folder, and not a Hub repository"):
             load(name)
-    with pytest.raises(CheckpointError, match="the Hub could not give it"):
+    with pytest.raises(CheckpointError, match="the download from the Hub failed"):
         load("nobody/nothing")
 
 
@@ -203,7 +203,7 @@ def _cut(path: Path) -> None:
 
 
 def all_of_the_vocabulary(sampling: Sampling):
-    """`Sampling.sampler` as mlx-lm's filters make it, over the whole vocabulary at each step."""
+    """`Sampling.sampler` built from mlx-lm's filters, over the whole vocabulary at each step."""
 
     def sample(logprobs: mx.array) -> mx.array:
         logits = logprobs.astype(mx.float32) / sampling.temperature
@@ -219,7 +219,7 @@ def all_of_the_vocabulary(sampling: Sampling):
     return sample
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])  # half ones have many equal logits
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])  # half precision has many equal logits
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.1}, {"top_k": 1000, "temperature": 5.0}]
 )

@@ -1,4 +1,4 @@
-"""What a checkpoint takes is known and compared before it is loaded; little memory changes no answer."""
+"""Memory is checked before a checkpoint is loaded, and low-memory mode gives the same answers."""
 
 import dataclasses
 import importlib.util
@@ -26,11 +26,11 @@ from llama3v_mlx.models.llama3v import Model
 
 ROOT = Path(__file__).parents[1]
 STORED = {mx.float16: "F16", mx.uint32: "U32"}
-SMALL_MAC, MIDDLE_MAC, LARGE_MAC = 5_730_000_000, 11_450_000_000, 28_600_000_000  # of 8, 16 and 36 GB
+SMALL_MAC, MIDDLE_MAC, LARGE_MAC = 5_730_000_000, 11_450_000_000, 28_600_000_000  # working sets at 8, 16 and 36 GB
 
 
 def write_hollow(folder: Path, bits: int | None, **changes) -> Path:
-    """A checkpoint of the released size whose weights are a hole in a file: nothing of the disk, all zero."""
+    """Write a checkpoint of the released size with all-zero weights in a sparse file."""
     folder.mkdir()
     spec = importlib.util.spec_from_file_location("convert_memory", ROOT / "benchmarks" / "convert_memory.py")
     benchmark = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ def full_size(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch):
-    """Pretend to be a Mac whose GPU may use so many bytes."""
+    """Pretend to be a Mac whose GPU may use `limit` bytes."""
 
     def pretend(limit: int) -> None:
         monkeypatch.setenv(device_module.PRETEND, "1")
@@ -105,17 +105,22 @@ def test_a_cpu_computes_in_float32(full_size: dict[int, Path], monkeypatch) -> N
         (4, LARGE_MAC, {}, None),
         (4, MIDDLE_MAC, {}, None),
         (16, LARGE_MAC, {}, None),
-        (16, MIDDLE_MAC, {}, ["llama3v convert -q --q-bits 8 of the original ("]),
-        (4, SMALL_MAC, {"images": 1, "text_tokens": 1064}, ["--low-memory (", "llama3v convert -q --q-bits 3 of"]),
+        (16, MIDDLE_MAC, {}, ["llama3v convert -q --q-bits 8 on the original checkpoint ("]),
+        (
+            4,
+            SMALL_MAC,
+            {"images": 1, "text_tokens": 1064},
+            ["--low-memory (", "llama3v convert -q --q-bits 3 on the original"],
+        ),
         (4, SMALL_MAC, {"images": 1, "text_tokens": 1064, "low_memory": True}, None),
-        (16, SMALL_MAC, {"low_memory": True}, ["llama3v convert -q --q-bits 3 of the original ("]),
+        (16, SMALL_MAC, {"low_memory": True}, ["llama3v convert -q --q-bits 3 on the original checkpoint ("]),
         (
             4,
             4_750_000_000,
             {"images": 1, "text_tokens": 200, "low_memory": True},
             ["--max-image-tiles 1 (", "-q --q-bits 3"],
         ),
-        (4, 10**9, {}, ["nothing here makes it fit"]),
+        (4, 10**9, {}, ["no option makes it fit"]),
     ],
 )
 def test_what_does_not_fit_is_told_with_what_would(full_size, mac, bits, limit, options, ways) -> None:
@@ -126,8 +131,8 @@ def test_what_does_not_fit_is_told_with_what_would(full_size, mac, bits, limit, 
     with pytest.raises(MemoryLimitError) as caught:
         check_memory(full_size[bits], **options)
     message = str(caught.value)
-    assert message.startswith(f"{full_size[bits]} takes ") and "\n" not in message
-    assert f"{limit / 1e9:.2f} GB can be used here" in message and message.endswith("--force loads it anyway")
+    assert message.startswith(f"{full_size[bits]} needs ") and "\n" not in message
+    assert f"only {limit / 1e9:.2f} GB is usable here" in message and message.endswith("--force loads it anyway")
     for way in ways:
         assert way in message
     for size in re.findall(r"\((\d+\.\d\d) GB\)", message):
@@ -147,12 +152,12 @@ def test_commands_look_before_they_load(module: str, mac, run_main, monkeypatch)
     options = ["--prompt", "Hello"] if module == "generate" else []
     done = run_main(f"llama3v_mlx.{module}", *options)
     assert (done.returncode, done.stdout, loaded) == (1, "", [])
-    assert re.search(r"^error: \S+checkpoint takes 0\.\d\d GB .*--force loads it anyway\n\Z", done.stderr, re.M)
+    assert re.search(r"^error: \S+checkpoint needs 0\.\d\d GB .*--force loads it anyway\n\Z", done.stderr, re.M)
 
 
 @pytest.mark.parametrize(("size", "low_memory"), [(8 << 30, True), (16 << 30, False)])
 def test_force_and_low_memory(size: int, low_memory: bool, mac, run_main, monkeypatch) -> None:
-    """`--force` loads what does not fit, and 8 GB are low memory unasked."""
+    """`--force` loads a model that does not fit; low-memory mode is the default on 8 GB."""
     mac(2_000_000)
     monkeypatch.setattr(memory, "memory", lambda: size)
     loaded = []
@@ -163,7 +168,7 @@ def test_force_and_low_memory(size: int, low_memory: bool, mac, run_main, monkey
 
 
 def answers(model: Model, processor, images: list, features: FeatureCache | None = None) -> list:
-    """Tokens and log-probabilities of greedy answers about images, one after the other."""
+    """Tokens and log-probabilities of greedy answers about each image in turn."""
     said = []
     for image in images:
         responses = stream_generate(model, processor, "What is this image?", image, temperature=0, features=features)
@@ -172,7 +177,7 @@ def answers(model: Model, processor, images: list, features: FeatureCache | None
 
 
 def in_memory(model: Model) -> int:
-    """Bytes that MLX has allocated for anything."""
+    """Memory allocated by MLX in bytes."""
     mx.clear_cache()
     return mx.get_active_memory()
 
@@ -190,7 +195,7 @@ def test_low_memory_drops_the_tower_between_images(circles: Image.Image) -> None
     model, processor = load(CHECKPOINT, low_memory=True)
     size = sum(t.nbytes for part in (model.vision_tower, model.projector) for _, t in tree_flatten(part.parameters()))
     language = sum(t.nbytes for _, t in tree_flatten(model.language_model.parameters()))
-    assert in_memory(model) - start < 0.01 * size  # nothing has been read
+    assert in_memory(model) - start < 0.01 * size  # no weights have been read
     tiled = processor.tile(circles)
     rows = model.encode_image([tiled])
     assert in_memory(model) - start < rows[0].nbytes + 0.05 * size
@@ -206,7 +211,7 @@ def test_low_memory_with_a_feature_store(circles: Image.Image, demo, tmp_path: P
     features = FeatureCache(tmp_path / "store", model, processor.image_config, "demo")
     language = sum(t.nbytes for _, t in tree_flatten(model.language_model.parameters()))
     expected = [token for token, _ in answers(*demo, [circles])]
-    for _ in range(2):  # encoded, then found
+    for _ in range(2):  # encoded, then found in the store
         assert [token for token, _ in answers(model, processor, [circles], features)] == expected
         assert in_memory(model) - start < 1.5 * language
 
@@ -244,7 +249,7 @@ def test_batches_of_tiles_fit_the_memory(full_size: dict[int, Path], mac) -> Non
 
 @pytest.mark.parametrize("dtype", [None, mx.float32])
 def test_loading_never_holds_the_weights_twice(tmp_path: Path, dtype: mx.Dtype | None) -> None:
-    """The peak is what stays, and a few tensors once more as they are cast."""
+    """Peak memory is the loaded weights plus a few tensors being cast."""
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 4096}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -261,7 +266,7 @@ def test_loading_never_holds_the_weights_twice(tmp_path: Path, dtype: mx.Dtype |
 
 
 def test_a_warning_of_mlx_lm_is_not_an_answer(demo, monkeypatch, capsys) -> None:
-    """It prints on stdout that a model is large for the GPU."""
+    """mlx-lm warns on stdout that a model is large for the GPU; the warning is moved to stderr."""
     module = sys.modules["mlx_lm.generate"]
     monkeypatch.setattr(module, "maybe_set_recommended_wired_limit", lambda: 0)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1})
