@@ -1,4 +1,4 @@
-"""Embed images with SigLIP in batches, once: `llama3v embed photos/ --out photos.features`."""
+"""Embed images with SigLIP in batches: `llama3v embed photos/ --out photos.features`."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
 
 
 def best_batch_size(encoder) -> int:
-    """The smallest batch that is within 3% of the fastest here, measured once and then remembered."""
+    """Find the smallest batch size within 3% of the fastest on this machine; the measurement is cached."""
     import mlx.core as mx
     import numpy as np
 
@@ -42,7 +42,7 @@ def best_batch_size(encoder) -> int:
     for size in BATCH_SIZES:
         batch = [TiledImage((np.zeros((side, side, 3), np.uint8),), None)] * size
         times = []
-        for _ in range(2):  # the first compiles
+        for _ in range(2):  # the first run compiles
             start = time.perf_counter()
             mx.eval([f.rows for f in encoder.encode(batch)])
             times.append(time.perf_counter() - start)
@@ -50,14 +50,14 @@ def best_batch_size(encoder) -> int:
         if times[-1] > 2 or speeds[size] < 0.9 * max(speeds.values()):
             break
     best = next(size for size, speed in speeds.items() if speed >= 0.97 * max(speeds.values()))
-    with contextlib.suppress(OSError):  # only a cache: a full disk or a read-only home costs the next run a few seconds
+    with contextlib.suppress(OSError):  # only a cache: on a full disk or a read-only home, the next run measures again
         BATCH_SIZES_FILE.parent.mkdir(parents=True, exist_ok=True)
         write_beside(BATCH_SIZES_FILE, json.dumps({**known, key: best}, indent=1).encode())
     return best
 
 
 def _known_batch_sizes() -> dict[str, int]:
-    """The batch sizes that were measured before; what is damaged is left out, and measured again."""
+    """Load the batch sizes measured before; damaged entries are skipped, to be measured again."""
     try:
         known = json.loads(BATCH_SIZES_FILE.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -68,7 +68,7 @@ def _known_batch_sizes() -> dict[str, int]:
 
 
 def embed(args: argparse.Namespace) -> None:
-    """Find, embed, store, report."""
+    """Find images, embed and store them, report."""
     import mlx.core as mx
     from tqdm import tqdm
 
@@ -83,7 +83,7 @@ def embed(args: argparse.Namespace) -> None:
     if first is None:
         found = f"; skipped: {skipped}" if skipped.suffixes else ""
         denied = "".join(f"; {name} cannot be listed ({reason})" for name, reason in skipped.denied)
-        raise ValueError(f"{', '.join(args.paths)}: no images there{found}{denied}")
+        raise ValueError(f"{', '.join(args.paths)}: no images found{found}{denied}")
     group = mx.distributed.init()
     if group.rank() == 0:
         note_slow_cpu()
@@ -101,7 +101,7 @@ def embed(args: argparse.Namespace) -> None:
             total = min(count_sources(args.paths), args.limit or sys.maxsize)
             bar.total = len(range(group.rank(), total, group.size()))
 
-        # Millions of files take a while to count, and that must not keep the first ones waiting.
+        # Counting millions of files takes a while and must not delay the first ones.
         threading.Thread(target=count, daemon=True).start()
 
         def progress(report: Report) -> None:
@@ -112,14 +112,14 @@ def embed(args: argparse.Namespace) -> None:
             report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
     for name, reason in report.failed:
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    if group.rank() == 0:  # each rank goes through all folders
+    if group.rank() == 0:  # every rank lists all folders
         for name, reason in skipped.denied:
             print(f"failed: {name}: the folder cannot be listed ({reason})", file=sys.stderr)
     counts = [report.new, report.known, len(report.failed)]
     sums = mx.distributed.all_sum(mx.array([*counts, report.flops, *report.seconds.values()]), stream=mx.cpu).tolist()
     new, known, failed = (round(n) for n in sums[:3])
     if group.rank() == 0:
-        store.refresh()  # the other ranks are done: the sum has waited for them
+        store.refresh()  # the other ranks are done: all_sum waits for them
         figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
         figures |= {"store": args.out, "model": encoder.name, "kind": encoder.kind, "batch_size": batch_size}
         figures |= {"seconds": round(report.wall, 3), "images_per_second": new / report.wall}
@@ -134,9 +134,9 @@ def embed(args: argparse.Namespace) -> None:
 
 
 def table(figures: dict) -> str:
-    """The figures of a run for people."""
+    """Format the figures of a run as text."""
     lines = [
-        f"{figures['new']} images embedded, {figures['known']} were known, {figures['failed']} failed; "
+        f"{figures['new']} images embedded, {figures['known']} already stored, {figures['failed']} failed; "
         f"{figures['store']} has {figures['rows']}",
         f"{figures['images_per_second']:.1f} images/s, {figures['tflops']:.3f} TFLOP/s, "
         f"batches of {figures['batch_size']}",
@@ -183,20 +183,20 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
         for path, ready in zip((matrix, index), partial, strict=True):
             os.replace(ready, path)
     except OSError as e:
-        e.filename = e.filename or str(folder)  # a full disk, say, without a word on which
+        e.filename = e.filename or str(folder)  # a full disk, for example, where the error names no file
         raise
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
-    print(f"{folder}: {row} rows of {store.info.width}", file=sys.stderr if json_only else sys.stdout)
+    print(f"{folder}: {row} rows of width {store.info.width}", file=sys.stderr if json_only else sys.stdout)
 
 
 def check(folder: str) -> None:
-    """Verify a store, repair it, and say what was found."""
+    """Verify and repair a store, and print the result."""
     from .features.store import verify
 
     verdict = verify(folder)
-    print(f"{folder}: {verdict.good} entries are good, {verdict.restored} put back into a manifest")
+    print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored to a manifest")
     for line in verdict.lost:
         print(f"lost: {line}", file=sys.stderr)
     if verdict.lost:
@@ -205,40 +205,50 @@ def check(folder: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="llama3v embed", description="Embed images with SigLIP in batches, and keep the result."
+        prog="llama3v embed", description="Embed images with SigLIP in batches and store the features."
     )
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="images, PDFs, folders, .txt or .jsonl lists, .tar archives"
     )
-    parser.add_argument("--out", metavar="STORE", help="the folder of the features, made or gone on with")
+    parser.add_argument("--out", metavar="STORE", help="folder of the feature store, created or extended")
     parser.add_argument(
-        "--model", help="folder or Hub repository of a SigLIP or llama3v checkpoint (default: the demo)"
+        "--model", help="folder or Hub repository of a SigLIP or llama3v checkpoint (default: the bundled demo)"
     )
-    parser.add_argument("--kind", choices=("pooled", "patch", "visual-tokens"), help="(default: pooled, or else patch)")
-    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="tiles at once, or auto (default)")
+    parser.add_argument(
+        "--kind",
+        choices=("pooled", "patch", "visual-tokens"),
+        help="kind of features (default: pooled if possible, otherwise patch)",
+    )
+    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="tiles per batch, or auto (default)")
     workers = min(16, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=positive, default=workers, help=f"threads that decode (default: {workers})")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(default: what suits the device)")
+    parser.add_argument("--workers", type=positive, default=workers, help=f"decoding threads (default: {workers})")
     parser.add_argument(
-        "--store-dtype", choices=("float16", "bfloat16", "float32", "int8"), help="of rows on disk (default: half)"
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="compute dtype (default: float32 on a CPU, float16 on a GPU)",
     )
     parser.add_argument(
-        "--draft", action="store_true", help="decode large JPEGs smaller: off by under 1 of 255 in the mean"
+        "--store-dtype",
+        choices=("float16", "bfloat16", "float32", "int8"),
+        help="dtype of stored rows (default: half precision)",
     )
-    parser.add_argument("--limit", type=positive, help="stop after so many images")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write the store as embeddings.npy and index.jsonl")
-    parser.add_argument("--verify", metavar="STORE", help="check every entry of a store, and repair it")
+    parser.add_argument(
+        "--draft", action="store_true", help="decode large JPEGs at a smaller scale: mean error under 1 of 255"
+    )
+    parser.add_argument("--limit", type=positive, help="stop after this many images")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="export the store to embeddings.npy and index.jsonl")
+    parser.add_argument("--verify", metavar="STORE", help="check every entry of a store and repair it")
     parser.add_argument("--json", action="store_true", help="print one JSON object with all figures")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser
 
 
 def _batch_size(text: str) -> int | None:
-    """A number, or None for "auto"."""
+    """Parse a batch size; None for "auto"."""
     if text == "auto":
         return None
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor auto")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive integer nor auto")
     return int(text)
 
 
@@ -260,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.paths:
                 embed(args)
         finally:
-            # A run that has failed before there was a store says that, and not that there is none.
+            # If the run failed before creating the store, report that failure, not the missing store.
             if args.export and (not args.paths or (Path(args.out) / "store.json").exists()):
                 export(args.out, args.export, args.json)
 

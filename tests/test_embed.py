@@ -1,4 +1,4 @@
-"""The embed command on real files: what it stores, what it skips, and how it ends."""
+"""The embed command on real files: stored and skipped files, failures and interruption."""
 
 import json
 import resource
@@ -28,7 +28,7 @@ from llama3v_mlx.image import tile_image
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Nine pictures of several sizes in two folders, two of them the same file; and what is no picture."""
+    """Nine pictures of several sizes in two folders, two of them identical, and files that are not pictures."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     for i in range(8):
@@ -123,7 +123,7 @@ def test_export(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
 
 
 def test_export_to_a_full_disk(tmp_path: Path, photos: Path, siglip: Path, run_main) -> None:
-    """One file may have 1500 bytes: enough for the matrix, not for the index; or 300, which neither fits."""
+    """Files are limited to 1500 bytes, enough for the matrix but not the index, or to 300, too few for either."""
     store, folder = tmp_path / "store", tmp_path / "export"
     main([str(photos), "--out", str(store), "--model", str(siglip), "--batch-size", "8"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -156,7 +156,7 @@ def test_bad_images_are_listed_and_the_rest_goes_on(photos: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: (f / "none").mkdir(), "none: no images there"),
+        (lambda f: (f / "none").mkdir(), "none: no images found"),
         (lambda f: (f / "none").write_bytes(b""), "the file is empty"),
         (lambda f: None, "none: no such file or folder"),
     ],
@@ -236,7 +236,7 @@ def test_usage(args: list[str], capsys) -> None:
 def test_a_damaged_list_of_batch_sizes_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siglip: Path, found
 ) -> None:
-    """A file that is damaged as a whole, or one whose value for this device and model is."""
+    """The whole file is damaged, or only the value for this device and model."""
     path = tmp_path / "cache" / "batch_sizes.json"
     monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES_FILE", path)
     monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES", (2,))
@@ -250,7 +250,7 @@ def test_a_damaged_list_of_batch_sizes_is_measured_anew(
 
 
 def test_batch_sizes_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siglip: Path) -> None:
-    """The file is a folder, or its folder is a file."""
+    """The file's path is a folder, or its parent is a file."""
     monkeypatch.setattr("llama3v_mlx.embed.BATCH_SIZES", (2,))
     encoder = load_encoder(siglip)
     (tmp_path / "folder").mkdir()
@@ -278,7 +278,7 @@ def test_another_model_is_refused(photos: Path, tmp_path: Path, capsys, siglip: 
     for changes in (["--dtype", "bfloat16"], ["--kind", "patch"], ["--draft"], ["--model", str(CHECKPOINT)]):
         with pytest.raises(SystemExit):
             main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), *changes])
-        assert "give another folder" in capsys.readouterr().err
+        assert "use another folder" in capsys.readouterr().err
     assert len(FeatureStore(tmp_path / "store")) == 8
 
 
@@ -304,7 +304,7 @@ def test_two_ranks_share_the_work(photos: Path, tmp_path: Path, siglip: Path, ru
 
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path, siglip: Path) -> None:
-    """Interrupted when some batches are stored and the 13th image does not come, so the moment is sure."""
+    """Interrupt while some batches are stored and the 13th image blocks, so that the moment is deterministic."""
     (tmp_path / "photos").mkdir()
     for i in range(20):
         Image.new("RGB", (60, 60), (i, 0, 0)).save(tmp_path / "photos" / f"{i:02}.png")
@@ -329,14 +329,14 @@ main(sys.argv[1:])
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)  # which ends the wait for the 13th image
+    _, errors = process.communicate(timeout=60)  # closes stdin, which unblocks the 13th image
     assert process.returncode == 130 and "Traceback" not in errors
     assert 0 < len(FeatureStore(tmp_path / "store")) < 20
     assert not list((tmp_path / "store").glob("*.open"))
 
 
 def test_no_batch_waits_for_the_next_one(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    """By order of calls: the tower has its next batch before the last one is stored, on another stream than its own."""
+    """The tower gets its next batch before the last one is stored, and storing uses another stream."""
     encoder = load_encoder(SIGLIP)
     store = FeatureStore.create(tmp_path / "store", encoder.store_info())
     calls = []
@@ -363,7 +363,7 @@ def test_no_batch_waits_for_the_next_one(photos: Path, tmp_path: Path, monkeypat
 
 
 def test_the_command_measures_no_peak(photos: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """It would take 4 s and 0.9 GB for a single picture."""
+    """Measuring the peak would take 4 s and 0.9 GB, even for a single picture."""
     monkeypatch.setattr(device, "matmul_peak", None)
     found = figures(capsys, photos, "--out", tmp_path / "store")
     assert found["tflops"] > 0 and "share_of_peak" not in found

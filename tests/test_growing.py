@@ -1,4 +1,4 @@
-"""Additions to a feature store that end early: at Ctrl-C on any line, at any write that fails, on a full disk."""
+"""Interrupted additions to a feature store: Ctrl-C on any line, any failing write, a full disk."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ ENTRIES = entries(0, 9)
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here loses power."""
+    """Disable fsync: no test here simulates a power failure."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -39,7 +39,7 @@ def embed(
     shard_bytes: int = 4096 + 10 * WIDTH,
     on_exception: Callable[[], None] = lambda: None,
 ) -> None:
-    """Add nine entries, three at a time, as `Pipeline` does: after an exception, what is in hand is finished."""
+    """Add nine entries, three at a time, like `Pipeline`: after an exception, the started batch is finished."""
     with FeatureWriter(FeatureStore.create(folder, info("int8")), shard_bytes) as writer:
         for start in (0, 3, 6):
             batch = ENTRIES[start : start + 3]
@@ -58,7 +58,7 @@ def add(writer: FeatureWriter, batch: list, name_length: int) -> None:
 
 
 def contents(folder: Path) -> dict:
-    """All that a store has: features, exactly, by SHA-256; and names."""
+    """Exact contents of a store: features by SHA-256, and names."""
     store = FeatureStore(folder)
     rows = np.concatenate([np.zeros((0, WIDTH), np.float32), *store.matrix()])
     sizes = store.sizes()
@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict:
 
 
 def check(folder: Path, expected: dict) -> None:
-    """Check a store that was interrupted, and is finished now."""
+    """Check a store that was completed after an interruption."""
     assert contents(folder) == expected
     verdict = verify(folder)
     assert (verdict.good, verdict.lost, verdict.restored) == (9, [], 0)
@@ -76,7 +76,7 @@ def check(folder: Path, expected: dict) -> None:
 
 
 def executed_lines(action: Callable[[], None], files: set[str] = FILES) -> Iterator[tuple[str, int, int]]:
-    """(file, line, which time): the first and the last execution of each line of the files."""
+    """Yield (file, line, n) for the first and the last execution of each line in `files`."""
     counts: dict[tuple[str, int], int] = {}
 
     def trace(frame, event, _):
@@ -93,7 +93,7 @@ def executed_lines(action: Callable[[], None], files: set[str] = FILES) -> Itera
 
 
 def interrupt(action: Callable[[], None], file: str, line: int, time: int) -> None:
-    """Run with a KeyboardInterrupt before a line is executed for the n-th time."""
+    """Run an action with a KeyboardInterrupt before the n-th execution of a line."""
     left = time
 
     def trace(frame, event, _):
@@ -136,7 +136,7 @@ def test_ctrl_c_at_any_line_stores_nothing_wrong(tmp_path: Path) -> None:
 
 
 class Encoder:
-    """A tower of fixed features, for what surrounds it."""
+    """Stand-in for the tower with fixed features, to test the pipeline around it."""
 
     config = SimpleNamespace(patch_size=14)
     tiling = ImageConfig()
@@ -152,7 +152,7 @@ class Encoder:
 
 
 def test_ctrl_c_at_any_line_of_the_pipeline(tmp_path: Path) -> None:
-    """What is in hand is finished, and the next run does the rest, with two of the eleven files the same."""
+    """Started batches are finished, and the next run does the rest; two of the eleven files are identical."""
     files = {f"{i}.png": bytes([min(i, 9), 1, 1]) for i in range(11)}
 
     def run(folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_ctrl_c_at_any_line_of_the_pipeline(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_a_reader_looks_for_more(tmp_path: Path) -> None:
-    """The same object goes on, as in a chat; records of two writers must not be taken for each other's."""
+    """The same reader continues, as in a chat; records of two writers must not be mixed up."""
 
     def fill(folder: Path) -> FeatureStore:
         reader = FeatureStore.create(folder, info())
@@ -267,7 +267,7 @@ def test_what_does_not_count_is_no_part_of_the_shard(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_disk_that_is_really_full(tmp_path: Path, goes_on: bool) -> None:
-    """A limit on the size of files cuts names short, and rows; room is made for the same run, or for the next one."""
+    """A file size limit truncates names and rows; it is lifted during the same run, or before the next one."""
     one_shard = {"name_length": 700, "shard_bytes": 1 << 20}
     embed(tmp_path / "whole", **one_shard)
     expected = contents(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Images looked up in a feature store: the same tokens, without the tower and without decoding."""
+"""Images found in a feature store give the same tokens without running the tower or decoding."""
 
 from pathlib import Path
 
@@ -40,12 +40,12 @@ def test_second_time_no_tower(demo, picture: Path, tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("the image was decoded"))
     again, response = last(model, processor, picture, features)
     assert (again, response.stored_images, response.num_tiles) == (plain, 1, 5)
-    as_bytes, response = last(model, processor, picture.read_bytes(), features)  # another name, the same file
+    as_bytes, response = last(model, processor, picture.read_bytes(), features)  # no name, the same content
     assert (as_bytes, response.stored_images) == (plain, 1)
 
 
 def test_visual_tokens_of_new_and_stored_images(demo, tmp_path: Path, rng: np.random.Generator) -> None:
-    """Both in one prompt, and an image that is in no file; float16 rows are within half of their last bit."""
+    """New and stored images in one prompt, with one not from a file; float16 rows are within half an ulp."""
     model, processor = demo
     files = []
     for i, size in enumerate(((90, 70), (300, 100), (64, 256))):

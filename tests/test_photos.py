@@ -482,7 +482,7 @@ def test_embed_says_what_it_skipped(home: Path, tmp_path: Path, run_main, siglip
     assert json.loads(done.stdout)["skipped"][".dng"] == 1
     (home / "a.png").unlink()
     done = run_main("llama3v_mlx.embed", home, *args)
-    assert done.returncode == 1 and "no images there; skipped: 2 .mov" in done.stderr
+    assert done.returncode == 1 and "no images found; skipped: 2 .mov" in done.stderr
 
 
 def test_denied_folders_are_named(home: Path, tmp_path: Path, run_main, siglip: Path, monkeypatch) -> None:

@@ -122,7 +122,7 @@ def test_errors(store: Path, tmp_path: Path, siglip: Path, picture: Path, capsys
     copy = shutil.copytree(siglip, tmp_path / "copy")
     embed([str(picture), "--out", str(tmp_path / "third"), "--model", str(copy)])
     (copy / "preprocessor_config.json").write_text('{"resample": 2}')
-    assert "no longer what the store was made with" in error(tmp_path / "third", "--image", picture)
+    assert "has changed since the store was made" in error(tmp_path / "third", "--image", picture)
     shutil.rmtree(copy)
     assert "no such folder" in error(tmp_path / "third", "--image", picture)
 

@@ -1,4 +1,4 @@
-"""The feature store: what is put in comes out, whatever happens to the process or the files in between."""
+"""The feature store: entries survive kills, full disks and damaged files."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def info(dtype: str = "float16", **changes) -> StoreInfo:
 
 
 def entries(start: int, count: int) -> list[tuple[bytes, F]]:
-    """Entry i has 1 + i % 5 rows of random numbers."""
+    """Entries of random rows; entry i has 1 + i % 5 of them."""
     made = []
     for i in range(start, start + count):
         rows = np.random.default_rng(i).normal(size=(1 + i % 5, WIDTH)).astype(np.float32)
@@ -47,7 +47,7 @@ def same(store: FeatureStore, expected: list[tuple[bytes, F]], tolerance: float 
         np.testing.assert_allclose(rows, np.array(features.rows), rtol=tolerance, atol=tolerance)
 
 
-# Half a unit in the last place of each dtype at numbers up to 8; for int8, half of (largest of a row) / 127.
+# Half a unit in the last place of each dtype for values up to 8; for int8, half of max|row| / 127.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2), ("float32", 0), ("int8", 2e-2)]
 )
@@ -62,7 +62,7 @@ def test_rows_come_back(tmp_path: Path, dtype: str, tolerance: float) -> None:
     assert [sha256 for sha256, _ in store] == [sha256 for sha256, _ in entries(0, 30)]
     matrix = np.concatenate(list(store.matrix()))
     one_by_one = np.concatenate([np.array(features.rows.astype(mx.float32)) for _, features in store])
-    # Entry by entry, int8 rows come as float16: 11 bits.
+    # `get` returns int8 rows as float16: 11 bits.
     np.testing.assert_allclose(matrix, one_by_one, rtol=2**-11 if dtype == "int8" else 0)
     assert verify(tmp_path / "store").good == 30
 
@@ -141,11 +141,11 @@ def test_a_kill_loses_nothing_that_was_added(tmp_path: Path, dtype: str, reopene
 
 
 def test_half_written_rows_are_never_taken_for_whole(tmp_path: Path) -> None:
-    """As after a loss of power: the manifest says more than the shard has, and ends in half a record."""
+    """As after a power failure: the manifest lists more rows than the shard has, and ends in a partial record."""
     folder = tmp_path / "store"
     writer = FeatureWriter(FeatureStore.create(folder, info()))
     writer.add(entries(0, 10))
-    del writer  # no sealing: the process is gone
+    del writer  # without sealing, as after a kill
     (path,) = folder.glob("*.open")
     with path.open("r+b") as shard:
         shard.truncate(path.stat().st_size - 1)
@@ -211,11 +211,11 @@ def test_a_changed_byte_is_an_error_until_it_is_repaired(tmp_path: Path, dtype: 
     fill(folder, 10, dtype)
     (path,) = folder.glob("*.safetensors")
     row_bytes = WIDTH * {"float32": 4, "int8": 1}.get(dtype, 2)
-    change_a_byte(path, 4096 + row_bytes + 5)  # of the second entry, whose rows are 1 and 2
+    change_a_byte(path, 4096 + row_bytes + 5)  # in the second entry, rows 1 and 2
     if dtype == "int8":
         change_a_byte(path, 4096 + 30 * row_bytes + 4 * 3)  # the scale of the third entry's first row
     store = FeatureStore(folder)
-    message = f"{path.name}: rows 1 to 2 are not what was written there; .*embed --verify .*store"
+    message = f"{path.name}: rows 1 to 2 do not match their checksum; .*embed --verify .*store"
     with pytest.raises(FeatureError, match=message):
         store.get(entries(1, 1)[0][0])
     with pytest.raises(FeatureError, match=message):
@@ -224,7 +224,7 @@ def test_a_changed_byte_is_an_error_until_it_is_repaired(tmp_path: Path, dtype: 
 
     bad = 2 if dtype == "int8" else 1
     verdict = verify(folder)
-    assert (verdict.good, verdict.lost) == (10 - bad, [f"{bad} entries of {path}: not what was written, or not finite"])
+    assert (verdict.good, verdict.lost) == (10 - bad, [f"{bad} entries of {path}: checksum mismatch or not finite"])
     verdict = verify(folder)
     assert (verdict.good, verdict.lost, verdict.restored) == (10 - bad, [], 0)
     assert sum(map(len, FeatureStore(folder).matrix())) == {"int8": 25}.get(dtype, 28)
@@ -234,13 +234,13 @@ def test_a_changed_byte_is_an_error_until_it_is_repaired(tmp_path: Path, dtype: 
 
 
 def test_a_shard_without_a_good_entry_is_set_aside(tmp_path: Path) -> None:
-    """As rows that were stored behind others that nothing counted: each is read one row too early."""
+    """All rows are shifted by one, as if stored after an uncommitted row."""
     folder = tmp_path / "store"
     fill(folder, 10)
     (path,) = folder.glob("*.safetensors")
     data = path.read_bytes()
     path.write_bytes(data[:4096] + bytes(2 * WIDTH) + data[4096 : -2 * WIDTH])
-    with pytest.raises(FeatureError, match="damaged or cut short|not what was written"):
+    with pytest.raises(FeatureError, match="damaged or cut short|do not match their checksum"):
         FeatureStore(folder).get(entries(0, 1)[0][0])
     assert len(verify(folder).lost) == 1 and verify(folder).lost == []
     assert path.with_suffix(".damaged").exists()
@@ -255,11 +255,11 @@ def test_an_entry_is_compared_with_its_checksum_once(tmp_path: Path, monkeypatch
 
 
 def test_a_writer_goes_on_where_verify_has_dropped_an_entry(tmp_path: Path) -> None:
-    """An unsealed shard with a gap: what follows the gap is kept, and not written over."""
+    """In an unsealed shard with a gap, rows after the gap are kept and not overwritten."""
     folder = tmp_path / "store"
     writer = FeatureWriter(FeatureStore.create(folder, info()))
     writer.add(entries(0, 10))
-    del writer  # no sealing: the process is gone
+    del writer  # without sealing, as after a kill
     (path,) = folder.glob("*.open")
     change_a_byte(path, 4096 + 5)
     assert verify(folder).good == 9
@@ -301,7 +301,7 @@ def test_a_damaged_name_is_skipped_named_and_repaired(tmp_path: Path, capsys, li
     for _ in range(2):
         assert list(store.names()) == [(first, "a"), (second, "b")]
     said = capsys.readouterr().err
-    assert said == f"note: {names}:2: damaged, skipped; llama3v embed --verify {folder} drops what is lost\n"
+    assert said == f"note: {names}:2: damaged, skipped; llama3v embed --verify {folder} removes damaged entries\n"
     with FeatureWriter(store) as writer:
         writer.name(second, "c")
     assert list(store.names()) == [(first, "a"), (second, "b"), (second, "c")]
@@ -323,7 +323,7 @@ def test_verify_cuts_a_half_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_shard_grows_from_writer_to_writer(tmp_path: Path, dtype: str) -> None:
-    """An image at a time, each by a writer of its own; a store that is open meanwhile reads them all."""
+    """Each image is added by its own writer; a store opened before reads all of them."""
     folder = tmp_path / "store"
     store = FeatureStore.create(folder, info(dtype))
     for i in range(30):

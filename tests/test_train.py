@@ -389,4 +389,4 @@ def test_a_store_of_another_model(data: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         train.main(options)
     said = capsys.readouterr().err
-    assert "tokens: was made with other weights" in said and "give another folder" in said
+    assert "tokens: was made with other weights" in said and "use another folder" in said

@@ -1,4 +1,4 @@
-"""From image files and texts to features with any SigLIP: Google's checkpoints, and the tower of a llama3v one."""
+"""Image and text features from any SigLIP: Google's checkpoints, and the tower of a llama3v checkpoint."""
 
 import hashlib
 import json
@@ -32,21 +32,21 @@ from .store import FeatureError, Features, FeatureStore, StoreInfo
 
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 PREPROCESSOR, PROCESSOR, SENTENCEPIECE = "preprocessor_config.json", "processor_config.json", "spiece.model"
-# What Google's configs leave out is Hugging Face's default: the base model.
+# Defaults of keys missing in Google's configs: Hugging Face's, those of the base model.
 _BASE_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _BASE_VISION |= {"image_size": 224, "patch_size": 16}
 
 
 class ImageEncoder:
-    """A checkpoint's way from images to features. `prepare` may run on any thread, `encode` on one.
+    """Image encoder of a checkpoint. `prepare` may run on any thread, `encode` on one only.
 
     Args:
-        name: the checkpoint's name, for people.
-        model: a SigLIP, or a Llama3-V whose tower is used.
+        name: the checkpoint's name, for display.
+        model: a SigLIP, or a Llama3-V, of which the tower is used.
         kind: "pooled" (one row per image), "patch" (a row per patch) or "visual-tokens" (the projector's output).
-        image_config: the slicing of a Llama3-V; None: the image is resized to the tower's square.
-        resample: how it is resized there.
-        draft: decode large JPEGs at a smaller scale: faster, not exact.
+        image_config: slicing of a Llama3-V; None: images are resized to the tower's square input.
+        resample: filter for resizing to the square.
+        draft: decode large JPEGs at a smaller scale, which is faster but not exact.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ImageEncoder:
         draft: bool = False,
     ):
         self.draft = draft
-        self.all_cores = False  # on a Linux CPU: share batches among the cores, where nothing else is to be computed
+        self.all_cores = False  # on a Linux CPU: split batches among the cores, when nothing else is being computed
         self.name, self.model, self.kind = name, model, kind
         self.image_config, self.resample = image_config, resample
         self.config = model.vision_tower.config
@@ -72,11 +72,11 @@ class ImageEncoder:
 
     @property
     def tiling(self) -> ImageConfig:
-        """The slicing, also of a tower that sees a single square."""
+        """Slicing config; a single square for a tower without slicing."""
         return self.image_config or ImageConfig(self.config.image_size, self.config.patch_size, 1, square=True)
 
     def prepare(self, source: ImageSource) -> TiledImage:
-        """The tiles of an image, uint8.
+        """Load an image and cut it into uint8 tiles.
 
         Raises:
             ImageError: see `load_image`.
@@ -88,7 +88,7 @@ class ImageEncoder:
         return TiledImage((np.asarray(image.resize(size, self.resample)),), None)
 
     def encode(self, images: Sequence[TiledImage]) -> list[Features]:
-        """The features of images, unevaluated; tiles of equal size share one batch, whichever image they are of."""
+        """Compute the features of images, unevaluated; tiles of equal size are batched across images."""
         patch = self.config.patch_size
         num_tiles = sum(len(image.tiles) for image in images)
         features = []
@@ -105,7 +105,7 @@ class ImageEncoder:
         return self._encode(mx.array(tiles))
 
     def _rows(self, tiles: mx.array) -> mx.array:
-        """uint8 (B, height, width, 3) to (B, rows, width)."""
+        """Features (B, rows, width) of uint8 tiles (B, height, width, 3)."""
         tower = self.model.vision_tower
         x = tower(tiles)
         if self.kind == "pooled":
@@ -116,7 +116,7 @@ class ImageEncoder:
         return x
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that features depend on: weights, compute dtype, preprocessing, kind."""
+        """Hex SHA-256 of everything the features depend on: weights, compute dtype, preprocessing, kind."""
         image = vars(self.image_config) if self.image_config else {"size": self.config.image_size}
         settings = {"kind": self.kind, "dtype": str(self.dtype), "image": image, "resample": int(self.resample)}
         settings["draft"] = self.draft
@@ -132,17 +132,17 @@ class ImageEncoder:
         return digest.hexdigest()
 
     def store_info(self, stored: str | None = None) -> StoreInfo:
-        """What a store of these features says of itself; `stored` is the dtype of its rows, by default a half one."""
+        """Metadata of a store of these features; `stored` is the dtype of its rows, half precision by default."""
         if stored is None:
             stored = "bfloat16" if self.dtype == mx.bfloat16 else "float16"
         dtype = str(self.dtype).removeprefix("mlx.core.")
         return StoreInfo(self.name, self.kind, self.fingerprint(), self.width, stored, dtype, self.draft)
 
     def flops(self, tile: tuple[int, int]) -> float:
-        """Floating-point operations for a tile of (width, height) pixels; a multiplication and an addition are two.
+        """Floating-point operations for a tile of (width, height) pixels; a multiply-add counts as two.
 
-        With N patches of width D, an MLP of F and L layers: L·(2N·(4D² + 2DF) + 4N²D), and 2N·3p²·D for the patches
-        of p² pixels. The pooling head, and the projector's few rows, are counted likewise.
+        With N patches of width D, an MLP of width F and L layers: L·(2N·(4D² + 2DF) + 4N²D), plus 2N·3p²·D for
+        embedding patches of p² pixels. The pooling head and the projector are counted the same way.
         """
         c = self.config
         D, F, N = c.hidden_size, c.intermediate_size, (tile[0] // c.patch_size) * (tile[1] // c.patch_size)
@@ -157,23 +157,23 @@ class ImageEncoder:
 
 
 class TextEncoder:
-    """A SigLIP's way from texts to embeddings in the space of its images.
+    """Text encoder of a SigLIP, into the embedding space of its images.
 
     Args:
         folder: the checkpoint, for its tokenizer.
-        model: what was loaded from it.
+        model: the model loaded from it.
 
     Raises:
         CheckpointError: if there is no text tower, or no tokenizer.
     """
 
-    EOS = 1  # what a text ends with, and what fills it up
+    EOS = 1  # end-of-text token, also used as padding
 
     def __init__(self, folder: str | Path, model: SigLIP):
-        import sentencepiece  # mlx-lm brings it
+        import sentencepiece  # a dependency of mlx-lm
 
         if "text_tower" not in model:
-            raise CheckpointError(f"{folder}: has no text tower; take a checkpoint of a whole SigLIP")
+            raise CheckpointError(f"{folder}: has no text tower; use a checkpoint of a whole SigLIP")
         path = Path(folder) / SENTENCEPIECE
         if not path.is_file():
             raise CheckpointError(f"{folder}: has no {SENTENCEPIECE}; copy it from the repository of the weights")
@@ -185,11 +185,11 @@ class TextEncoder:
 
     @staticmethod
     def canonicalize(text: str) -> str:
-        """Lower case, without punctuation and needless spaces, as SigLIP was trained."""
+        """Lower-case a text, and strip punctuation and extra whitespace, as in SigLIP's training."""
         return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """Ids int32 (n, max_position_embeddings): cut to that length or filled up to it, as in training."""
+        """Token ids, int32 (n, max_position_embeddings), truncated or padded to that length as in training."""
         length = self.model.text_tower.config.max_position_embeddings
         ids = np.full((len(texts), length), self.EOS, np.int32)
         for row, text in zip(ids, texts, strict=True):
@@ -209,13 +209,13 @@ def load_encoder(
     draft: bool = False,
     revision: str | None = None,
 ) -> ImageEncoder:
-    """The encoder of a checkpoint, downloaded if need be; of a llama3v one, only tower and projector are read.
+    """Load the image encoder of a checkpoint, downloaded if necessary; llama3v: only tower and projector are read.
 
     Args:
         path_or_hf_repo: a folder, or a Hub repository such as google/siglip-so400m-patch14-384.
         kind: see `ImageEncoder`; by default "pooled" if the tower has a pooling head, else "patch".
-        dtype: of the computation; by default float32 on a CPU, else float16.
-        draft: see `ImageEncoder`; Google's checkpoints only.
+        dtype: compute dtype; by default float32 on a CPU, otherwise float16.
+        draft: see `ImageEncoder`; only for Google's checkpoints.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged or of another model.
@@ -229,9 +229,9 @@ def load_encoder(
         model, resample = load_siglip(folder, dtype)
         kind = kind or ("pooled" if model.vision_tower.config.vision_use_head else "patch")
         if kind == "visual-tokens":
-            raise ValueError(f"{path_or_hf_repo}: has no projector, so no visual tokens; take pooled or patch")
+            raise ValueError(f"{path_or_hf_repo}: has no projector, so no visual tokens; use --kind pooled or patch")
         if kind == "pooled" and not model.vision_tower.config.vision_use_head:
-            raise ValueError(f"{path_or_hf_repo}: has no pooling head; take --kind patch")
+            raise ValueError(f"{path_or_hf_repo}: has no pooling head; use --kind patch")
         return ImageEncoder(name, model, kind, None, resample, draft)
     config = read_config(folder)
     if draft:
@@ -240,26 +240,26 @@ def load_encoder(
     mx.eval(model.vision_tower.parameters(), model.projector.parameters())
     kind = kind or "patch"
     if kind == "pooled":
-        raise ValueError(f"{path_or_hf_repo}: a llama3v tower has no pooling head; take --kind patch or visual-tokens")
+        raise ValueError(f"{path_or_hf_repo}: a llama3v tower has no pooling head; use --kind patch or visual-tokens")
     return ImageEncoder(name, model, kind, ImageConfig(**config["image_config"]))
 
 
 def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
-    """The encoder that a store was made with, and the folder of its checkpoint.
+    """Load the encoder that a store was made with; return it with the folder of its checkpoint.
 
     Raises:
-        FeatureError: if the checkpoint is another by now.
-        CheckpointError: if it is gone.
+        FeatureError: if the checkpoint has changed since.
+        CheckpointError: if it no longer exists.
     """
     info = store.info
     encoder = load_encoder(info.model, info.kind, getattr(mx, info.compute_dtype), info.draft)
     if encoder.fingerprint() != info.fingerprint:
-        raise FeatureError(f"{store.folder}: {info.model} is no longer what the store was made with; embed again")
+        raise FeatureError(f"{store.folder}: {info.model} has changed since the store was made; embed again")
     return encoder, find_checkpoint(info.model)
 
 
 def vision_config(folder: Path) -> VisionConfig:
-    """The vision tower of one of Google's checkpoints.
+    """Read the vision tower's config from one of Google's checkpoints.
 
     Raises:
         CheckpointError: if it is another model.
@@ -276,10 +276,10 @@ def vision_config(folder: Path) -> VisionConfig:
 
 
 def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling]:
-    """Google's two towers (or its vision tower alone), and how its images are resized.
+    """Load Google's two towers (or the vision tower alone), and the resampling filter of its images.
 
     Raises:
-        CheckpointError: if tensors are missing, unknown or of the wrong shape, or images are prepared otherwise.
+        CheckpointError: if tensors are missing, unknown or of the wrong shape, or the preprocessing is not supported.
     """
     text = read_json(folder / CONFIG).get("text_config")
     try:
@@ -298,7 +298,7 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
 
     path = folder / PREPROCESSOR
     images = read_json(path) if path.exists() else {}
-    if not images and (folder / PROCESSOR).exists():  # where transformers 5 saves it with the tokenizer's settings
+    if not images and (folder / PROCESSOR).exists():  # transformers 5 saves it there
         path = folder / PROCESSOR
         images = read_json(path).get("image_processor") or {}
     half = [0.5] * 3
@@ -312,7 +312,7 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
 
 
 def published_tensors(model: SigLIP) -> dict[str, mx.array]:
-    """A SigLIP's weights under the names and in the layouts that Google publishes, as `load_siglip` reads them."""
+    """Convert a SigLIP's weights to the names and layouts published by Google, as read by `load_siglip`."""
     tensors = {}
     for name, tensor in tree_flatten(model.parameters()):
         name = name.replace("vision_tower.", "vision_model.").replace("text_tower.", "text_model.")

@@ -1,7 +1,7 @@
-"""The files that one writing process of a feature store appends to: its manifest, its names, and a growing shard.
+"""Files that one writing process of a feature store appends to: its manifest, its names, and a growing shard.
 
-Only what the manifest has a whole record of counts. Rows are written first, behind those that count, and then their
-records, so that an append that ends early, in whatever way, has added nothing; what it leaves behind is overwritten.
+Only rows with a complete record in the manifest are committed. Rows are written first, after the committed ones, and
+then their records, so that an interrupted append adds nothing; its leftovers are overwritten.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": 
 
 
 def take_manifest(folder: Path, writer: int) -> FileIO | None:
-    """Open a writer's manifest and lock it; None if another process has it."""
+    """Open and lock a writer's manifest; None if another process holds it."""
     manifest = _open_unbuffered(folder / f"manifest-{writer:03}.bin")
     if not lock(manifest, wait=False):
         manifest.close()
@@ -34,21 +34,21 @@ def names_path(folder: Path, writer: int) -> Path:
 
 
 class WriterFiles:
-    """A writer's files, taken over from the last process that had its number.
+    """Files of a writer, taken over from the last process with its number.
 
-    After an exception of any kind, the next call first recovers from the files, as a new process would after a kill.
+    After any exception, the next call first recovers from the files, as a new process would after a kill.
 
     Args:
         folder: the store.
         width: values per row.
-        dtype: of rows: a key of `DTYPES`.
-        shard_bytes: a shard of this size is sealed, and a new one begun.
+        dtype: dtype of rows, a key of `DTYPES`.
+        shard_bytes: size at which a shard is sealed and a new one started.
     """
 
     def __init__(self, folder: Path, width: int, dtype: str, shard_bytes: int):
         self._folder, self._width, self._dtype, self._shard_bytes = folder, width, dtype, shard_bytes
         self._shard: OpenShard | None = None
-        self._settled = False  # whether what is known here is what the files have
+        self._settled = False  # whether this object's state matches the files
         for self.number in range(65536):
             self._manifest = take_manifest(folder, self.number)
             if self._manifest:
@@ -63,12 +63,12 @@ class WriterFiles:
             raise
 
     def append(self, records: np.ndarray, values: Sequence[np.ndarray], scales: Sequence[np.ndarray]) -> None:
-        """Add entries: all of them, or none.
+        """Add entries atomically.
 
         Args:
-            records: RECORD for each, without its place.
-            values: the rows of each, as `to_stored` gives them.
-            scales: of int8 rows, for each.
+            records: a RECORD per entry, without its position.
+            values: the rows of each entry, from `to_stored`.
+            scales: the scales of each entry, from `to_stored`.
         """
         with self._change():
             if self._shard and self._shard.num_bytes >= self._shard_bytes:
@@ -86,7 +86,7 @@ class WriterFiles:
         append(self._names, line.encode() + b"\n")
 
     def close(self) -> None:
-        """Seal the shard, and let go of the files."""
+        """Seal the shard and close the files."""
         with self._manifest, self._names, self.lock, self._change():
             if self._shard:
                 self._seal()
@@ -100,7 +100,7 @@ class WriterFiles:
         self._settled = True
 
     def _recover(self) -> None:
-        """Go on where a process ended, or this one was interrupted, in whatever way."""
+        """Resume from the files after another process ended or this one was interrupted."""
         if self._shard:
             self._shard.close()
             self._shard = None
@@ -113,7 +113,7 @@ class WriterFiles:
         growing = shard_path(self._folder, self.number, self._next).with_suffix(OPEN)
         if mine.any() or growing.exists():
             self._shard = self._open(records[mine])
-            # They are the manifest's last; those whose rows a loss of power has taken are dropped.
+            # They are the last in the manifest; those whose rows were lost in a power failure are dropped.
             count -= int(mine.sum()) - len(self._shard.records)
         os.ftruncate(self._manifest.fileno(), count * RECORD.itemsize)
         for scales in self._folder.glob(f"shard-{self.number:03}-*{SCALES}"):
@@ -121,7 +121,7 @@ class WriterFiles:
                 scales.unlink()
 
     def _begin(self) -> "OpenShard":
-        """Open the last shard again if it is not full, or else a new one."""
+        """Reopen the last shard if it is not full, otherwise open a new one."""
         last = self._next - 1
         if last >= 0 and shard_path(self._folder, self.number, last).stat().st_size < self._shard_bytes:
             records = _read_manifest(self._manifest)
@@ -149,30 +149,30 @@ class OpenShard:
 
     Args:
         folder: the store.
-        writer: its number.
-        number: the shard's.
+        writer: number of the writer.
+        number: number of the shard.
         width: values per row.
-        dtype: of rows: a key of `DTYPES`.
-        records: those that the manifest has of it; those whose rows are not all there are dropped.
+        dtype: dtype of rows, a key of `DTYPES`.
+        records: its records in the manifest; those with missing rows are dropped.
     """
 
     def __init__(self, folder: Path, writer: int, number: int, width: int, dtype: str, records: np.ndarray):
         self.number, self._width, self._dtype = number, width, dtype
         self._path = shard_path(folder, writer, number).with_suffix(OPEN)
         self._row_bytes = width * np.dtype(DTYPES[dtype]).itemsize
-        # Unbuffered: what has been written is the system's, and a kill does not take it.
+        # Unbuffered: written data is in the system's cache, and survives a kill.
         self._file = _open_unbuffered(self._path)
         self._scales = _open_unbuffered(self._path.with_suffix(SCALES)) if dtype == "int8" else None
         found = max(0, os.fstat(self._file.fileno()).st_size - HEADER_BYTES) // self._row_bytes
         if self._scales:
             found = min(found, os.fstat(self._scales.fileno()).st_size // 4)
         self._records = [records[records["start"].astype(np.int64) + records["rows"] <= found]]
-        # Not the sum of their rows: `--verify` may have dropped one from the middle.
+        # Not the sum of their rows: `--verify` may have removed one from the middle.
         self.num_rows = int((self.records["start"] + self.records["rows"]).max(initial=0))
 
     @property
     def records(self) -> np.ndarray:
-        """The records of the rows that count."""
+        """Records of the committed rows."""
         return np.concatenate(self._records)
 
     @property
@@ -180,18 +180,18 @@ class OpenShard:
         return HEADER_BYTES + self.num_rows * self._row_bytes
 
     def write(self, values: Sequence[np.ndarray], scales: Sequence[np.ndarray]) -> None:
-        """Write rows behind those that count; they count when `count` is told their records."""
+        """Write rows after the committed ones; `count` commits them."""
         write_at(self._file, b"".join(v.tobytes() for v in values), self.num_bytes)
         if self._scales:
             write_at(self._scales, b"".join(s.tobytes() for s in scales), 4 * self.num_rows)
 
     def count(self, records: np.ndarray) -> None:
-        """Count rows that were written, and whose records the manifest has by now."""
+        """Commit written rows whose records are in the manifest."""
         self._records.append(records)
         self.num_rows += int(records["rows"].sum())
 
     def seal(self) -> None:
-        """Make it a safetensors file."""
+        """Turn the shard into a safetensors file."""
         records = self.records
         parts = [("features", _SAFETENSORS[self._dtype], [self.num_rows, self._width], self.num_rows * self._row_bytes)]
         tail = records.tobytes()
@@ -206,7 +206,7 @@ class OpenShard:
             end += size
         header = json.dumps({"__metadata__": {"format": "mlx"}, **tensors}).encode()
         write_at(self._file, tail, self.num_bytes)
-        # safetensors lets the header be padded with spaces, which keeps the rows where they are.
+        # A safetensors header may be padded with spaces, so the rows need not move.
         write_at(self._file, struct.pack("<Q", HEADER_BYTES - 8) + header.ljust(HEADER_BYTES - 8), 0)
         os.ftruncate(self._file.fileno(), HEADER_BYTES + end)
         sync(self._file.fileno())
@@ -216,7 +216,7 @@ class OpenShard:
         self.close()
 
     def remove(self) -> None:
-        """Remove a shard in which nothing counts."""
+        """Remove a shard without committed rows."""
         self._path.with_suffix(SCALES).unlink(missing_ok=True)
         self._path.unlink()
         self.close()
@@ -228,7 +228,7 @@ class OpenShard:
 
 
 def _unseal(folder: Path, writer: int, number: int, width: int, dtype: str, records: np.ndarray) -> bool:
-    """Let a sealed shard grow again, unless it is damaged or has other entries than the manifest."""
+    """Reopen a sealed shard, unless it is damaged or its entries differ from the manifest's."""
     try:
         shard = Shard(folder, writer, number, width, dtype)
     except FeatureError:
@@ -246,10 +246,10 @@ def _unseal(folder: Path, writer: int, number: int, width: int, dtype: str, reco
 
 
 def _open_unbuffered(path: Path) -> FileIO:
-    """Open a file to read and write, and make it if need be."""
+    """Open a file for reading and writing, creating it if necessary."""
     return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
 
 
 def _read_manifest(manifest: FileIO) -> np.ndarray:
-    """The whole records of a manifest."""
+    """Read the complete records of a manifest."""
     return np.fromfile(manifest.name, RECORD, os.fstat(manifest.fileno()).st_size // RECORD.itemsize)

@@ -1,4 +1,4 @@
-"""Visual tokens by way of a feature store, for generate, chat and server: an image seen before is not encoded again."""
+"""Visual tokens cached in a feature store, for generate, chat and server."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,16 +13,16 @@ from .store import STORE, FeatureError, Features, FeatureStore, FeatureWriter
 
 
 class FeatureCache:
-    """A Llama3-V's visual tokens by way of a store: what it holds is not computed again, what it lacks is added.
+    """Cache of a Llama3-V's visual tokens in a feature store; missing images are encoded and added.
 
     Args:
-        folder: a store of visual tokens or patch features of this model; it is made if it is not there.
-        model: what encodes.
-        image_config: the slicing that is asked for.
-        name: the checkpoint's name, for people.
+        folder: a store of visual tokens or patch features of this model; created if it does not exist.
+        model: the model that encodes images.
+        image_config: slicing of the images.
+        name: the checkpoint's name, for display.
 
     Raises:
-        FeatureError: if the folder is something else, or a store of another model, kind or preprocessing.
+        FeatureError: if the folder is not a store, or one of another model, kind or preprocessing.
     """
 
     def __init__(self, folder: str | Path, model: Model, image_config: ImageConfig, name: str):
@@ -34,10 +34,10 @@ class FeatureCache:
                 raise FeatureError(f"{folder}: holds pooled embeddings; Llama3-V needs visual-tokens or patch features")
         self.encoder = ImageEncoder(name, model, kind, image_config)
         self.store = FeatureStore.create(folder, self.encoder.store_info(stored))
-        model.release_vision()  # its fingerprint has read them all
+        model.release_vision()  # the fingerprint has read all its weights
 
     def tile(self, source: ImageSource) -> TiledImage:
-        """The tiles of an image; of one that the store has, only how it is tiled: it is not even decoded."""
+        """Cut an image into tiles; a stored image is not decoded, and only its grid is returned."""
         sha256 = image_sha256(source, self.encoder.tiling)
         if sha256 is None:
             return self.encoder.prepare(source)
@@ -47,7 +47,7 @@ class FeatureCache:
         return TiledImage((), stored.grid, sha256)
 
     def encode(self, images: Sequence[TiledImage]) -> list[mx.array]:
-        """Visual tokens of images from `tile`: one (tiles·num_queries, hidden_size) array each."""
+        """Look up or compute the visual tokens of images from `tile`: (tiles·num_queries, hidden_size) each."""
         new = [image for image in images if image.tiles]
         computed = dict(zip(map(id, new), self.encoder.encode(new), strict=True))
         keep = {image.sha256: computed[id(image)] for image in new if image.sha256}

@@ -1,4 +1,4 @@
-"""From image files to a feature store: decode in threads, encode in batches, write the last batch meanwhile."""
+"""Embed image files into a feature store: decode in threads, encode in batches, write one batch during the next."""
 
 import time
 from collections import deque
@@ -16,7 +16,7 @@ from .store import FeatureWriter
 
 @dataclass
 class Report:
-    """What became of the images, and where the time went (read and decode: in all threads together)."""
+    """Counts of images and seconds per stage (read and decode: summed over all threads)."""
 
     new: int = 0
     known: int = 0
@@ -31,7 +31,7 @@ class Report:
 
 
 class Pipeline:
-    """Images in, features stored: decoding in threads, the tower in batches, the last batch written meanwhile."""
+    """Embed images into a store: decode in threads, encode in batches, write one batch while the next is encoded."""
 
     def __init__(
         self,
@@ -44,17 +44,16 @@ class Pipeline:
         self.encoder, self.writer, self.batch_size = encoder, writer, batch_size
         self.progress, self.report = progress, Report()
         self._pool = ThreadPoolExecutor(workers)
-        # Decoded images waiting for the tower: enough to never let it wait, and no more whatever the number of files.
+        # Maximum number of decoded images waiting for the tower: enough to keep it busy, within bounded memory.
         self._ahead = 2 * batch_size + 2 * workers
-        self._claimed: set[bytes] = set()  # images on their way to the store
-        self._twins: list[tuple[bytes, tuple]] = []  # other names of those
+        self._claimed: set[bytes] = set()  # images being encoded
+        self._twins: list[tuple[bytes, tuple]] = []  # further names of those
         self._batch, self._flying = [], None
-        # What is computed of evaluated rows (their cast, whether they are finite) would wait behind the next batch on
-        # the tower's stream.
+        # Casting and checking evaluated rows on the tower's stream would wait for the next batch.
         self._host = mx.new_stream(mx.cpu)
 
     def run(self, sources: Iterator[Source]) -> Report:
-        """Embed all of `sources`. On Ctrl-C, or any other end, what is in hand is finished and stored."""
+        """Embed all of `sources`. On Ctrl-C or an error, started batches are finished and stored."""
         start, waiting = time.perf_counter(), deque()
         try:
             for source in sources:
@@ -62,7 +61,7 @@ class Pipeline:
                 if len(waiting) >= self._ahead:
                     self._take(*waiting.popleft())
         except KeyboardInterrupt:
-            waiting.clear()  # what is in hand is finished, and no more
+            waiting.clear()  # finish only the started batches
             raise
         finally:
             while waiting:
@@ -77,7 +76,7 @@ class Pipeline:
         return self.report
 
     def _prepare(self, source: Source):
-        """(SHA-256, tiles or None if the store has them, seconds of reading and of decoding)."""
+        """Return (SHA-256, tiles or None if already stored, seconds of reading, seconds of decoding)."""
         start = time.perf_counter()
         image = source.read()
         sha256 = image_sha256(image, self.encoder.tiling)
@@ -113,7 +112,7 @@ class Pipeline:
             self._send()
 
     def _send(self) -> None:
-        """Start the tower on the batch in hand, and write the one before."""
+        """Start encoding the current batch, and write the previous one."""
         batch = self._batch
         if not batch:
             return
@@ -129,14 +128,14 @@ class Pipeline:
             self.report.flops += self.encoder.flops((tile.shape[1] // patch * patch, tile.shape[0] // patch * patch))
 
     def _write(self) -> None:
-        """Store the batch that the tower is done with. If that is interrupted, it can be called once more."""
+        """Store the encoded batch. If interrupted, it can be called again."""
         flying = self._flying
         if not flying:
             return
         start = time.perf_counter()
         mx.eval([f.rows for *_, f in flying])
         middle = time.perf_counter()
-        # Names first: one without features is of no account, and features without a name would be found by none.
+        # Names first: a name without features is harmless, but features without a name cannot be found.
         for sha256, name, _ in flying:
             self.writer.name(sha256, *name)
         with mx.stream(self._host):

@@ -1,4 +1,4 @@
-"""The check of a feature store's files, writer by writer, and their repair."""
+"""Verification and repair of a feature store's files, writer by writer."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +12,17 @@ from .shards import RECORD, SEALED, FeatureError, Shard, read_names, shard_path
 
 @dataclass
 class Verdict:
-    """The entries and names that a check found."""
+    """Result of verifying a store."""
 
     good: int = 0
-    lost: list[str] = field(default_factory=list)  # one line each
+    lost: list[str] = field(default_factory=list)  # one line per loss
     restored: int = 0
 
 
 def check_writer(folder: Path, writer: int, width: int, dtype: str) -> Verdict:
-    """Check what one writer has written, and repair its manifest and names: drop what is lost, put back what is sealed.
+    """Check the files of one writer, remove lost entries from its manifest and names, and restore sealed ones.
 
-    A shard that cannot be read, or of which nothing is good, is kept under the suffix `.damaged`.
+    A shard that cannot be read, or has no good entry, is renamed to the suffix `.damaged`.
     """
     manifest = folder / f"manifest-{writer:03}.bin"
     known = np.zeros(0, RECORD)
@@ -41,9 +41,9 @@ def check_writer(folder: Path, writer: int, width: int, dtype: str) -> Verdict:
             continue
         good = [record for record in records if _is_good(shard, record, dtype)]
         if bad := len(records) - len(good):
-            verdict.lost.append(f"{bad} entries of {shard.path}: not what was written, or not finite")
+            verdict.lost.append(f"{bad} entries of {shard.path}: checksum mismatch or not finite")
         if not shard.growing:
-            # What an earlier check has dropped is still among the shard's own records, and still bad.
+            # Entries removed by an earlier check are still in the shard's own records, and still bad.
             listed = {record.tobytes() for record in records}
             missing = [record for record in shard.records if record.tobytes() not in listed]
             restored = [record for record in missing if _is_good(shard, record, dtype)]
@@ -51,7 +51,7 @@ def check_writer(folder: Path, writer: int, width: int, dtype: str) -> Verdict:
             good += restored
             if not len(records) and len(restored) < len(missing):
                 bad = len(missing) - len(restored)
-                verdict.lost.append(f"{bad} entries of {shard.path}: not what was written, or not finite")
+                verdict.lost.append(f"{bad} entries of {shard.path}: checksum mismatch or not finite")
         if len(records) and not good:
             _set_aside(shard.path)
         kept += sorted(good, key=lambda record: int(record["start"]))
@@ -80,13 +80,13 @@ def _set_aside(shard: Path) -> None:
 
 
 def _repair_names(path: Path) -> list[str]:
-    """Take damaged lines out of a list of names, and return a line about each; a half line at its end goes as well."""
+    """Remove damaged lines, and a partial one at the end, from a list of names; return a message per damaged line."""
     if not path.exists():
         return []
     kept, lost = [], []
     for number, line, entry in read_names(path):
         if entry is None:
-            lost.append(f"{path}:{number}: a damaged line; embed the images again, and their names are noted again")
+            lost.append(f"{path}:{number}: damaged line; embed the images again to record their names")
         else:
             kept.append(line)
     whole = b"".join(kept)

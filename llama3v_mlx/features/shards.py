@@ -1,8 +1,8 @@
-"""The files of a feature store as they are read: shards, and the records of the manifests.
+"""File formats of a feature store for reading: shards, and the records of manifests.
 
-A growing shard is `shard-WWW-NNNNN.open`: room for the header, then rows as they come; scales of int8 rows grow beside
-it. A sealed one is `.safetensors`: scales and records follow the rows, and the header is in its room, so that it says
-alone what is in it. A sealed shard that is not full grows again when its writer has more (`growing.py`).
+A growing shard is `shard-WWW-NNNNN.open`: space for the header, then rows as they are added; scales of int8 rows are in
+a file next to it. A sealed shard is `.safetensors`: scales and records follow the rows, and the header is filled in, so
+that it is self-contained. A sealed shard that is not full is reopened when its writer adds more (`growing.py`).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ RECORD = np.dtype(
         ("shard", "<u4"),
         ("start", "<u4"),  # first row in the shard
         ("rows", "<u4"),
-        ("crc32", "<u4"),  # of the rows' bytes and their scales'
+        ("crc32", "<u4"),  # CRC-32 of the bytes of the rows and their scales
         ("overview", "<u2", 2),
         ("grid", "<u2", 2),
         ("cell", "<u2", 2),
@@ -39,11 +39,11 @@ HEADER_BYTES = 4096
 LOCK = "store.lock"
 SEALED, OPEN, SCALES = ".safetensors", ".open", ".scales"
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
-REPAIR = "llama3v embed --verify {} drops what is lost"
+REPAIR = "llama3v embed --verify {} removes damaged entries"
 
 
 class FeatureError(ValueError):
-    """A feature store that cannot be used as asked; the message says which, why, and what to do."""
+    """Raised when a feature store cannot be used; the message says which, why, and what to do."""
 
 
 def shard_path(folder: Path, writer: int, number: int) -> Path:
@@ -51,12 +51,12 @@ def shard_path(folder: Path, writer: int, number: int) -> Path:
 
 
 def to_stored(rows: mx.array, width: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (n, width) as they are kept: values, and for int8 a float32 scale for each row (else none).
+    """Convert rows (n, width) for storage: values, and for int8 a float32 scale per row (otherwise no scales).
 
-    An int8 value is round(value / scale) with scale = max|row| / 127, so off by half a scale at most.
+    An int8 value is round(value / scale) with scale = max|row| / 127: the error is at most half a scale.
 
     Raises:
-        FeatureError: if rows are of another width, or not finite in the dtype of the store.
+        FeatureError: if rows have the wrong width, or are not finite in the dtype of the store.
     """
     if rows.ndim != 2 or rows.shape[1] != width:
         raise FeatureError(f"features of shape {rows.shape} do not fit a store of width {width}")
@@ -77,7 +77,7 @@ def to_stored(rows: mx.array, width: int, dtype: str) -> tuple[np.ndarray, np.nd
 
 
 def checksums(rows: Sequence[int], values: np.ndarray, scales: np.ndarray) -> list[int]:
-    """CRC-32 of entries that lie side by side, by how many rows each has: of its values' bytes, then its scales'."""
+    """CRC-32 of contiguous entries with `rows` rows each, over the bytes of values, then of scales."""
     found = [0] * len(rows)
     ends = [0, *itertools.accumulate(rows)]
     for array in (values, scales):
@@ -89,7 +89,7 @@ def checksums(rows: Sequence[int], values: np.ndarray, scales: np.ndarray) -> li
 
 
 def from_stored(values: np.ndarray, scales: np.ndarray, dtype: str, exact: bool) -> np.ndarray | mx.array:
-    """The reverse of `to_stored`: numpy float32, or with `exact` an mx.array as stored (int8: float16)."""
+    """Inverse of `to_stored`: NumPy float32, or with `exact` an mx.array in the stored dtype (int8: float16)."""
     if dtype == "int8":
         rows = values * scales[:, None]
         return mx.array(rows).astype(mx.float16) if exact else rows
@@ -100,17 +100,17 @@ def from_stored(values: np.ndarray, scales: np.ndarray, dtype: str, exact: bool)
 
 
 class Shard:
-    """A shard, sealed or growing, for reading.
+    """A sealed or growing shard, for reading.
 
     Raises:
-        FeatureError: if it is missing, or not what a writer leaves.
+        FeatureError: if it is missing or damaged.
     """
 
     def __init__(self, folder: Path, writer: int, number: int, width: int, dtype: str):
         self._dtype, self._width = np.dtype(DTYPES[dtype]), width
         self._folder = folder
         sealed = shard_path(folder, writer, number)
-        # Its writer may rename it meanwhile, from one name to the other and back.
+        # The writer may be renaming it, from one name to the other and back.
         for self.path in (sealed, sealed.with_suffix(OPEN)) * 2:
             try:
                 with self.path.open("rb") as file:
@@ -138,7 +138,7 @@ class Shard:
         if not self.growing:
             tensors = json.loads(self._bytes[8:HEADER_BYTES].tobytes())
             self.num_rows = min(self.num_rows, tensors["features"]["shape"][0])
-            # Copied: what follows the rows is overwritten when the shard grows again.
+            # Copied: the bytes after the rows are overwritten when the shard grows again.
             self.records = self._tensor(tensors, "records").view(RECORD).copy()
             if self._dtype == np.int8:
                 self._scales = self._tensor(tensors, "scales").view("<f4").copy()
@@ -154,10 +154,10 @@ class Shard:
         return self._bytes[HEADER_BYTES + start : HEADER_BYTES + end]
 
     def read(self, start: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read `rows` rows from `start` on as they are stored, and their scales (int8 only).
+        """Read `rows` stored rows beginning at `start`, and their scales (int8 only).
 
         Raises:
-            FeatureError: if they are not there.
+            FeatureError: if the shard does not have them.
         """
         if start + rows > self.num_rows:
             raise FeatureError(f"{self.path}: cut short; {REPAIR.format(self._folder)}")
@@ -168,26 +168,26 @@ class Shard:
         return data.view(self._dtype).reshape(rows, self._width), scales
 
     def check(self, records: np.ndarray, values: np.ndarray, scales: np.ndarray) -> None:
-        """Compare entries that lie side by side, as they were read, with their checksums.
+        """Compare contiguous entries, as read, with their checksums.
 
         Raises:
-            FeatureError: if one differs.
+            FeatureError: if a checksum differs.
         """
         found = checksums(records["rows"].tolist(), values, scales)
         wrong = np.flatnonzero(records["crc32"] != np.array(found, np.uint32))
         if len(wrong):
             first = records[wrong[0]]
             raise FeatureError(
-                f"{self.path}: rows {first['start']} to {first['start'] + first['rows'] - 1} are not what was written "
-                f"there; {REPAIR.format(self._folder)}"
+                f"{self.path}: rows {first['start']} to {first['start'] + first['rows'] - 1} do not match their "
+                f"checksum; {REPAIR.format(self._folder)}"
             )
 
 
 def read_names(path: Path) -> Iterator[tuple[int, bytes, tuple[bytes, str, FileStat | None] | None]]:
-    """Read the whole lines of a list of names; what follows the last newline is one being written.
+    """Read the complete lines of a list of names; a line without a newline is still being written.
 
     Yields:
-        the line's number from 1 on, its bytes, and (SHA-256, name, stat if noted) or None if it is damaged.
+        The 1-based line number, its bytes, and (SHA-256, name, stat if recorded), or None if it is damaged.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -205,10 +205,10 @@ def read_names(path: Path) -> Iterator[tuple[int, bytes, tuple[bytes, str, FileS
 
 @contextlib.contextmanager
 def store_lock(file: FileIO) -> Iterator[None]:
-    """Hold the store's lock: one process at a time looks for duplicates and appends.
+    """Hold the store's lock, so that one process at a time checks for duplicates and appends.
 
     Args:
-        file: the store's LOCK, opened; if it has the lock already, which an exception may leave it with, it keeps it.
+        file: the store's opened LOCK; it may hold the lock already, after an exception.
     """
     try:
         lock(file)

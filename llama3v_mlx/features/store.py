@@ -1,8 +1,8 @@
-"""The store of image features on disk: append, look up, stream, survive.
+"""Crash-safe store of image features on disk: append, look up, stream.
 
 A store is a folder of safetensors shards and append-only manifests, made with one model, kind and preprocessing: its
-fingerprint. An entry is found by the SHA-256 of its image file, whatever the file is called. Every writing process has
-a number, and a manifest, a list of file names and shards of its own, so that many can fill one store.
+fingerprint. The key of an entry is the SHA-256 of its image file, independent of the file's name. Every writing process
+has a number and its own manifest, list of file names and shards, so that many processes can fill one store.
 """
 
 import itertools
@@ -37,38 +37,38 @@ from .sources import FileStat
 
 STORE = "store.json"
 SHARD_BYTES = 1 << 30
-_OPEN_SHARDS = 32  # mapped at once: a Mac allows a process 256 open files
+_OPEN_SHARDS = 32  # shards mapped at once: macOS allows 256 open files per process
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What all entries of a store have in common."""
+    """Metadata common to all entries of a store."""
 
-    model: str  # as it was named; for people
+    model: str  # name of the checkpoint, for display
     kind: str  # "pooled", "patch" or "visual-tokens"
-    fingerprint: str  # of weights, compute dtype and preprocessing, in hex
+    fingerprint: str  # hex SHA-256 of weights, compute dtype and preprocessing
     width: int  # values per row
-    dtype: str  # of rows: a key of `shards.DTYPES`; "int8" rows have a float32 scale each
-    compute_dtype: str = "float32"  # of the tower that made them
+    dtype: str  # dtype of rows, a key of `shards.DTYPES`; "int8" rows have a float32 scale each
+    compute_dtype: str = "float32"  # compute dtype of the tower
     draft: bool = False  # whether large JPEGs were decoded at a smaller scale
     version: int = 1
 
 
 @dataclass(frozen=True)
 class Features:
-    """The features of one image, and how its rows belong to its tiles."""
+    """Features of one image, and their arrangement in tiles."""
 
     rows: mx.array  # (n, width): tile after tile, the overview first
-    overview: tuple[int, int]  # patches across and down
-    grid: tuple[int, int] | None = None  # (columns, rows) of slices; None: the overview is all
-    cell: tuple[int, int] | None = None  # patches across and down of a slice
+    overview: tuple[int, int]  # (columns, rows) of patches in the overview
+    grid: tuple[int, int] | None = None  # (columns, rows) of slices; None: only the overview
+    cell: tuple[int, int] | None = None  # (columns, rows) of patches in a slice
 
 
 class FeatureStore:
-    """A store opened for reading. Entries that other processes add are seen after `refresh`.
+    """A store opened for reading. Entries added by other processes are visible after `refresh`.
 
-    An entry is compared with its CRC-32 when this object reads it for the first time: a damaged one is a FeatureError,
-    never wrong features. By `matrix` that adds about a third to the CPU time of the first reading, and nothing later.
+    The CRC-32 of an entry is checked when this object first reads it: a damaged entry is a FeatureError, never wrong
+    features. With `matrix`, this adds about a third to the CPU time of the first pass, and nothing to later ones.
 
     Raises:
         FeatureError: if the folder is not a store, or is damaged.
@@ -77,29 +77,29 @@ class FeatureStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / STORE).is_file():
-            raise FeatureError(f"{folder}: not a feature store (it has no {STORE}); llama3v embed makes one")
+            raise FeatureError(f"{folder}: not a feature store (it has no {STORE}); llama3v embed creates one")
         try:
             self.info = StoreInfo(**read_json(self.folder / STORE))
         except TypeError:
             raise FeatureError(f"{self.folder / STORE}: written by another version of this package") from None
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
-        self._noted: set[Path] = set()  # lists of names whose damage was named
-        self._settled = False  # whether the last refresh came to its end
+        self._noted: set[Path] = set()  # lists of names whose damage has been reported
+        self._settled = False  # whether the last refresh was completed
         self.refresh()
 
     @classmethod
     def create(cls, folder: str | Path, info: StoreInfo) -> "FeatureStore":
-        """The store of `folder`, made if it is not there.
+        """Open the store in `folder`, or create it.
 
         Raises:
-            FeatureError: if the folder holds other things, or a store of another model, kind, dtype or preprocessing.
+            FeatureError: if the folder has other contents, or a store of another model, kind, dtype or preprocessing.
         """
         folder = Path(folder)
         if not (folder / STORE).is_file():
-            # Another process may be making it just now, and have come as far as the lock or half of STORE.
+            # Another process may be creating the store right now: ignore its lock and its half-written STORE.
             found = [folder] if folder.is_file() else list_folder(folder)
             if any(not path.name.startswith((LOCK, STORE)) for path in found):
-                raise FeatureError(f"{folder}: is not a feature store and not empty; give another folder")
+                raise FeatureError(f"{folder}: is not a feature store and not empty; use another folder")
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / LOCK).open("wb") as lock, store_lock(lock):
                 if not (folder / STORE).is_file():
@@ -110,29 +110,29 @@ class FeatureStore:
             if old != new and name == "fingerprint":
                 raise FeatureError(
                     f"{folder}: was made with other weights, compute dtype or preprocessing ({store.info.model}) than "
-                    f"{info.model} has now; give another folder"
+                    f"{info.model} has now; use another folder"
                 )
             if old != new:
-                raise FeatureError(f"{folder}: holds {name} {old}, not {new}; give another folder")
+                raise FeatureError(f"{folder}: holds {name} {old}, not {new}; use another folder")
         return store
 
     def refresh(self) -> None:
-        """Read what the manifests have gained; all of them, if the last time was interrupted."""
+        """Read new manifest records; all of them, if the last refresh was interrupted."""
         if not self._settled:
-            # Joined when they are next needed: joining them at every batch would cost more the larger the store is.
+            # Concatenated on demand: doing so at every batch would cost more the larger the store is.
             self._chunks = [(np.zeros(0, RECORD), np.zeros(0, np.uint16), np.zeros(0, bool))]
             self._count = 0
             self._places: dict[bytes, int] = {}
-            self._read: dict[int, int] = {}  # bytes of each writer's manifest that were read
+            self._read: dict[int, int] = {}  # bytes read of each writer's manifest
         self._settled = False
         for path in sorted(self.folder.glob("manifest-*.bin")):
             writer = int(path.stem.rpartition("-")[2])
             start = self._read.get(writer, 0)
-            count = (path.stat().st_size - start) // RECORD.itemsize  # half a record is one being written
+            count = (path.stat().st_size - start) // RECORD.itemsize  # a partial record is being written
             if count <= 0:
                 continue
             records = np.fromfile(path, RECORD, count, offset=start)
-            count = len(records)  # fewer, where a full disk has made a writer take some back
+            count = len(records)  # may be fewer: a writer removes records again on a full disk
             self._chunks.append((records, np.full(count, writer, np.uint16), np.zeros(count, bool)))
             for i, sha256 in enumerate(records["sha256"].tolist(), self._count):
                 self._places.setdefault(sha256, i)
@@ -141,7 +141,7 @@ class FeatureStore:
         self._settled = True
 
     def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All records, the writer of each, and whether its rows were compared with their checksum."""
+        """All records, the writer of each, and whether its checksum has been verified."""
         if len(self._chunks) > 1:
             self._chunks = [tuple(np.concatenate(column) for column in zip(*self._chunks, strict=True))]
         return self._chunks[0]
@@ -167,17 +167,17 @@ class FeatureStore:
         return [(sha256, rows[i]) for sha256, i in self._in_order()]
 
     def get(self, sha256: bytes) -> Features | None:
-        """The features of the image file with this SHA-256, or None."""
+        """Features of the image file with this SHA-256, or None."""
         i = self._places.get(sha256)
         return None if i is None else self._features(i)
 
     def grid(self, sha256: bytes) -> tuple[int, int] | None:
-        """The (columns, rows) of slices of an image that is there, without reading its features."""
+        """(columns, rows) of slices of a stored image, without reading its features."""
         grid = tuple(self._table()[0]["grid"][self._places[sha256]].tolist())
         return grid if grid[0] else None
 
     def matrix(self) -> Iterator[np.ndarray]:
-        """All rows in the order of iteration, float32 (n, width): as many at a time as lie side by side on disk."""
+        """Yield all rows in the order of iteration, float32 (n, width), in runs that are contiguous on disk."""
         order = np.array([i for _, i in self._in_order()], np.int64)
         records, writers, _ = (column[order] for column in self._table())
         ends = records["start"] + records["rows"]
@@ -187,14 +187,14 @@ class FeatureStore:
             yield from_stored(*self._stored(order[a:b]), self.info.dtype, exact=False)
 
     def names(self) -> Iterator[tuple[bytes, str]]:
-        """(SHA-256, file name) as they were added; an image may have several names, and the same one repeatedly.
+        """Yield (SHA-256, file name) in the order added; an image may have several names, and one name repeatedly.
 
-        Damaged lines are skipped, and named on stderr.
+        Damaged lines are skipped and reported on stderr.
         """
         return ((sha256, path) for sha256, path, _ in self.files())
 
     def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
-        """(SHA-256, file name, stat of the file when it was read, if that was noted), as they were added."""
+        """Yield (SHA-256, file name, stat of the file when it was read, if recorded), in the order added."""
         for path in sorted(self.folder.glob("names-*.jsonl")):
             damaged = []
             for number, _, entry in read_names(path):
@@ -217,7 +217,7 @@ class FeatureStore:
         return Features(rows, tuple(record["overview"].tolist()), grid if grid[0] else None, cell if grid[0] else None)
 
     def _stored(self, entries: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """Values and scales of entries that lie side by side, compared with their checksums the first time."""
+        """Read values and scales of contiguous entries; their checksums are verified the first time."""
         table, writers, checked = self._table()
         records = table[entries]
         first, last = records[0], records[-1]
@@ -234,7 +234,7 @@ class FeatureStore:
         shard = self._shards.pop(key, None)
         if shard is None or shard.num_rows < num_rows:  # it may have grown since
             shard = Shard(self.folder, *key, self.info.width, self.info.dtype)
-        if not shard.growing:  # one that grows is looked at anew each time
+        if not shard.growing:  # a growing shard is reopened each time
             self._shards[key] = shard
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -242,10 +242,10 @@ class FeatureStore:
 
 
 class FeatureWriter:
-    """A store opened for writing by one of any number of processes; use it in a `with` statement.
+    """A store opened for writing, by any number of processes at once; use it in a `with` statement.
 
-    What `add` has returned from is kept, whatever becomes of the process: only the machine losing power can take
-    entries that were added since the last full shard, and nothing half-written is ever taken for whole.
+    Entries are durable once `add` returns, even if the process is killed. Only a power failure can lose entries added
+    since the last full shard, and partially written entries are never treated as valid.
     """
 
     def __init__(self, store: FeatureStore, shard_bytes: int = SHARD_BYTES):
@@ -264,16 +264,16 @@ class FeatureWriter:
         self.close()
 
     def add(self, entries: Sequence[tuple[bytes, Features]]) -> int:
-        """Store features by the SHA-256 of their image files; those that are there already are left as they are.
+        """Store features by the SHA-256 of their image files; entries that already exist are kept unchanged.
 
-        All of them are stored, or none: also when the disk is full, or at Ctrl-C at any moment.
+        Either all of them are stored or none, even on a full disk or at Ctrl-C at any moment.
 
         Returns:
-            how many were new.
+            The number of new entries.
 
         Raises:
-            OSError: if the disk is full, say.
-            FeatureError: if rows are not finite numbers, or of another width.
+            OSError: if writing fails, for example on a full disk.
+            FeatureError: if rows are not finite, or of the wrong width.
         """
         info = self.store.info
         with store_lock(self._files.lock):
@@ -294,10 +294,10 @@ class FeatureWriter:
         return len(prepared)
 
     def name(self, sha256: bytes, path: str, stat: FileStat | None = None) -> None:
-        """Note that the image with this SHA-256 is called `path`; with `stat`, of the file at that resolved path."""
+        """Record `path` as a name of the image with this SHA-256; `stat` is that of the file at the resolved path."""
         known = set(map(hash, self.store.files())) if self._known_names is None else self._known_names
         if hash((sha256, path, stat)) not in known:
-            self._known_names = None  # read again, should this be interrupted
+            self._known_names = None  # read again if this is interrupted
             line = {"sha256": sha256.hex(), "path": path} | ({"stat": stat} if stat else {})
             self._files.name(json.dumps(line))
             known.add(hash((sha256, path, stat)))
@@ -308,10 +308,10 @@ class FeatureWriter:
 
 
 def verify(folder: str | Path) -> Verdict:
-    """Check every entry of a store: that it is there, is what was written, and is finite; then repair the store.
+    """Check that every entry of a store exists, matches its checksum and is finite; then repair the store.
 
-    Entries that fail are taken out of their manifest, and damaged lines out of the names; entries of sealed shards
-    that a manifest has lost are put back.
+    Bad entries are removed from their manifest, and damaged lines from the names; entries of sealed shards that are
+    missing in a manifest are restored.
 
     Raises:
         FeatureError: if the folder is not a store, or a process is writing to it.
