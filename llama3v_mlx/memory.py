@@ -15,7 +15,7 @@ from .prompt import PromptTokens
 
 PREFILL_STEP = 2048  # tokens per prefill step of mlx-lm
 SMALL_MEMORY = 9 * 10**9  # bytes; an 8 GB Mac has less
-BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # of `llama3v convert -q`
+BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # choices and default of `llama3v convert -q`
 
 
 class MemoryLimitError(ValueError):

@@ -153,7 +153,7 @@ class FeatureStore:
         return sha256 in self._places
 
     def __iter__(self) -> Iterator[tuple[bytes, Features]]:
-        """(SHA-256, features) of every entry, in the order of the shards."""
+        """Yield (SHA-256, features) of every entry, in the order of the shards."""
         for sha256, i in self._in_order():
             yield sha256, self._features(i)
 
@@ -162,7 +162,7 @@ class FeatureStore:
         return sum(count for _, count in self.sizes())
 
     def sizes(self) -> list[tuple[bytes, int]]:
-        """(SHA-256, number of rows) of every entry, in the order of iteration."""
+        """List (SHA-256, number of rows) of every entry, in the order of iteration."""
         rows = self._table()[0]["rows"].tolist()
         return [(sha256, rows[i]) for sha256, i in self._in_order()]
 
@@ -172,7 +172,7 @@ class FeatureStore:
         return None if i is None else self._features(i)
 
     def grid(self, sha256: bytes) -> tuple[int, int] | None:
-        """(columns, rows) of slices of a stored image, without reading its features."""
+        """Return the grid (columns, rows) of slices of a stored image, without reading its features."""
         grid = tuple(self._table()[0]["grid"][self._places[sha256]].tolist())
         return grid if grid[0] else None
 
