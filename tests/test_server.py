@@ -383,6 +383,8 @@ class TestFields:
             (COMPLETIONS, {"prompt": [-1]}, "prompt[0]"),
             (COMPLETIONS, {"prompt": [1] * 2048}, "prompt"),
             (COMPLETIONS, {"prompt": "x" * 10**6}, "prompt"),
+            (COMPLETIONS, {"prompt": [490, 492, 0]}, "prompt"),
+            (COMPLETIONS, {"prompt": "What is this? <unk>"}, "prompt"),
             (COMPLETIONS, {"prompt": "x", "echo": True}, "echo"),
             (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of"),
             (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),

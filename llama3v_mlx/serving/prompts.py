@@ -138,17 +138,18 @@ def completion_prompt(request: CompletionRequest, processor: Processor, limits: 
     """Prompt of a plain completion; special tokens in its text are parsed.
 
     Raises:
-        RequestError: if the context has no room.
+        RequestError: if the context has no room, or an image's placeholder is among the tokens.
     """
-    if not isinstance(request.prompt, str):
-        _check_length(len(request.prompt), "prompt", limits)
-        return RequestPrompt(list(request.prompt))
-    _check_context(0, len(request.prompt), "prompt", limits)
-    prompt = request.prompt if request.prompt.startswith(BOS) else BOS + request.prompt
-    with TOKENIZING:
-        ids = processor.tokenizer.encode(prompt, add_special_tokens=False)
+    ids = request.prompt
+    if isinstance(ids, str):
+        _check_context(0, len(ids), "prompt", limits)
+        prompt = ids if ids.startswith(BOS) else BOS + ids
+        with TOKENIZING:
+            ids = processor.tokenizer.encode(prompt, add_special_tokens=False)
     _check_length(len(ids), "prompt", limits)
-    return RequestPrompt(ids)
+    if processor.prompt_tokens.image in ids:
+        raise bad("prompt", f"{processor.image_token} stands for an image, and only a chat has images")
+    return RequestPrompt(list(ids))
 
 
 def token_text(token: int, processor: Processor) -> str:
