@@ -380,7 +380,10 @@ def truncate(path: Path, size: int) -> None:
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
         (lambda f: edit_json(f / "config.json", model_type="llava"), "model_type is 'llava'"),
-        (lambda f: edit_json(f / "config.json", model_type="minicpmv", version="2.6"), "MiniCPM-V 2.6 is not supported"),
+        (
+            lambda f: edit_json(f / "config.json", model_type="minicpmv", version="2.6"),
+            "MiniCPM-V 2.6 is not supported",
+        ),
         (lambda f: edit_json(f / "config.json", torch_dtype="int8"), "its dtype is 'int8'; give --dtype"),
         (lambda f: edit_json(f / "config.json", hidden_size=100), r"\d\d wrong tensors: "),
         (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "is quantized already"),
