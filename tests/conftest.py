@@ -30,12 +30,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from tokenizers import Tokenizer
 
 from llama3v_mlx.checkpoint import read_tensors
 from llama3v_mlx.conversion.assemble import RELEASED_TOKENS
 from llama3v_mlx.demo import CHECKPOINT, SIGLIP
 from tools.demo.make import HF_CONFIG, build_model, save
-from tools.demo.tokenizer import make_tokenizer
 from llama3v_mlx.features.encoder import published_tensors
 from llama3v_mlx.sampling import Sampling
 from llama3v_mlx.models.siglip import SigLIP, TextConfig, VisionConfig
@@ -87,8 +87,10 @@ def folder(tmp_path: Path) -> Path:
 def tiny(tmp_path_factory) -> Path:
     """A small checkpoint of random weights in the released layout."""
     folder = tmp_path_factory.mktemp("tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, folder)
     mx.random.seed(0)
-    save(build_model(make_tokenizer(folder), TINY), folder, TINY)
+    save(build_model(Tokenizer.from_file(str(folder / "tokenizer.json")), TINY), folder, TINY)
     return folder
 
 

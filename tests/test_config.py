@@ -27,6 +27,12 @@ KINDS = {"default": {}, "linear": {"factor": 2.0}, "llama3": LLAMA3, "yarn": YAR
 
 
 @pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of a small checkpoint, to be changed."""
+    return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
 def llama(llama: Path, tmp_path: Path) -> Path:
     """Modifiable copy of the published Llama."""
     return Path(shutil.copytree(llama, tmp_path / "llama"))

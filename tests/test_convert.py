@@ -18,6 +18,7 @@ import pytest
 from conftest import tolerance
 from mlx.utils import tree_flatten
 from PIL import Image
+from tokenizers import Tokenizer
 
 import llama3v_mlx
 from llama3v_mlx import load
@@ -25,9 +26,9 @@ from llama3v_mlx.checkpoint import CheckpointError, load_model, read_config
 from llama3v_mlx.conversion import shard_writer as streaming
 from llama3v_mlx.conversion.verify import first_token_logprobs, verify
 from llama3v_mlx.convert import check_quantization, convert, main
+from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.models.llama3v import Model
 from tools.demo.make import build_model, save
-from tools.demo.tokenizer import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is this image?"
@@ -48,8 +49,10 @@ Tensors = dict[str, mx.array]
 def source(tmp_path_factory) -> Path:
     """The demo's architecture with random weights, in the released layout."""
     folder = tmp_path_factory.mktemp("source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, folder)
     mx.random.seed(0)
-    save(build_model(make_tokenizer(folder)), folder)
+    save(build_model(Tokenizer.from_file(str(folder / "tokenizer.json"))), folder)
     return folder
 
 
