@@ -59,7 +59,7 @@ def test_half_precision_is_within_its_tolerance(dtype: mx.Dtype) -> None:
     found, computed = observe(dtype)
     checks = compare(found, computed)
     assert computed == dtype and all(check.passed for check in checks), checks
-    assert max(check.error / check.tolerance for check in checks if check.tolerance) < 0.2
+    assert max(check.error / check.tolerance for check in checks if check.tolerance) < 0.5
 
 
 @pytest.mark.parametrize(
