@@ -79,7 +79,7 @@ def released_tensors(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, layers: int) -> None:
-    """Write the checkpoint a tensor at a time."""
+    """Write the checkpoint, one tensor at a time."""
     shapes = released_tensors(layers)
     # The released 3 files are MiniCPM's 7 regrouped; those hold 2.5 GB of 17.07 at most.
     limit = 2.5 / 17.07 * sum(map(math.prod, shapes.values()))
@@ -101,7 +101,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
 
 
 def write_config(folder: Path, layers: int) -> None:
-    """llama3v's config, and a tokenizer."""
+    """Write llama3v's config and a tokenizer."""
     config = {
         "model_type": "llama3v",
         "auto_map": {"AutoConfig": "config.Config", "AutoModel": "modeling_llama3v.Llama3v"},
@@ -131,7 +131,7 @@ def write_config(folder: Path, layers: int) -> None:
 
 
 def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Random float16 weights of deviation 0.02 (norms: around 1), cut from one pool at ever new places."""
+    """Random float16 weights of standard deviation 0.02 (norms: around 1), cut from one pool at changing offsets."""
     rng = np.random.default_rng(len(shapes))
     pool = (0.02 * rng.standard_normal((1 << 24) + 1013, dtype=np.float32)).astype(np.float16)
     header, end = {}, 0
@@ -177,7 +177,7 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def drop_from_cache(folder: Path) -> bool:
-    """Have the next read of the weights come from the disk; whether the system lets a program ask for that."""
+    """Evict the weights from the page cache; return whether the system supports that."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in folder.glob("*.safetensors"):
@@ -188,7 +188,7 @@ def drop_from_cache(folder: Path) -> bool:
 
 
 def clock() -> np.ndarray:
-    """Seconds on the wall, and of this process's CPU time."""
+    """Wall time and CPU time of this process, in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -232,7 +232,7 @@ def time_quantizing(layers: int) -> np.ndarray:
 
 
 def run(*command: str) -> tuple[np.ndarray, int]:
-    """Run Python as a process of its own; its time as by `clock`, and the bytes resident at its peak."""
+    """Run Python in a process of its own; return its times as in `clock` and its peak of resident bytes."""
     # wait4 gives this child's figures alone. This process stays small, as a child's peak starts at its parent's size.
     tic = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -287,7 +287,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def table(figures: dict) -> str:
-    """The figures for people."""
+    """Print the figures as a table."""
     cache = "from the disk" if figures["source_dropped_from_cache"] else "perhaps from the page cache"
     ratio = f"{figures['ratio']:.2f}x the three above (CPU: {figures['cpu_ratio']:.2f}x); target < {TIME_LIMIT}x"
     lines = [
@@ -323,10 +323,10 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32, help="of Llama (default: 32, the released number)")
-    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where to work, in a folder of its own")
-    parser.add_argument("--keep", action="store_true", help="keep that folder; the next run will use its checkpoint")
-    parser.add_argument("--verify", action="store_true", help="measure convert.py --verify too")
+    parser.add_argument("--layers", type=int, default=32, help="layers of Llama (default: 32, as released)")
+    parser.add_argument("--dir", default=tempfile.gettempdir(), help="parent of the working folder")
+    parser.add_argument("--keep", action="store_true", help="keep that folder and reuse its checkpoint in the next run")
+    parser.add_argument("--verify", action="store_true", help="measure llama3v convert --verify too")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     for step in ("--make", "--quantize"):  # what runs in processes of their own
         parser.add_argument(step, type=Path, help=argparse.SUPPRESS)

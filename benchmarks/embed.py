@@ -1,4 +1,4 @@
-"""How fast images become embeddings, and what bounds it: roofline first, then a sweep over batch sizes.
+"""Throughput of embedding images and its bound: the roofline, then a sweep over batch sizes.
 
     python benchmarks/embed.py                                  # so400m at 384 px, random weights: no download
     python benchmarks/embed.py --random so400m-224 --batch 8,32 --peers --plot embed.png
@@ -53,7 +53,7 @@ def say(text: str = "") -> None:
 
 
 def machine() -> dict:
-    """What this is run on."""
+    """The machine and the versions."""
     gpu = on_gpu()
     return {
         "chip": chip(),
@@ -103,7 +103,7 @@ def sweep(encoder: ImageEncoder, batches: list[int], repeats: int, peak: float) 
 
 
 def peers(encoder: ImageEncoder, batch: int, repeats: int, dtypes: list[str], python: str, ours: float) -> list[dict]:
-    """Other towers of the same shape in processes of their own; the ratio is ours to theirs."""
+    """Time other towers of the same shape in processes of their own; ratios are ours to theirs."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     config = json.dumps({name: getattr(encoder.config, name) for name in names})
     rows = []
@@ -131,7 +131,7 @@ def peers(encoder: ImageEncoder, batch: int, repeats: int, dtypes: list[str], py
 
 
 def jpeg(width: int, height: int, seed: int) -> bytes:
-    """A JPEG about as hard to decode as a photograph: coarse and fine noise, 4:2:0."""
+    """A JPEG about as slow to decode as a photograph: coarse and fine noise, 4:2:0."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (height // 64, width // 64, 3), dtype=np.uint8))
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.int16)
@@ -249,7 +249,7 @@ def memory(counts: tuple[int, ...] = (1000, 20000)) -> list[dict]:
 
 
 def opening(count: int, width: int = 8) -> dict:
-    """A store of `count` rows: how long it takes to open, and to look up and to stream rows."""
+    """Time opening, look-ups and streaming of a store of `count` rows."""
     with tempfile.TemporaryDirectory() as temporary:
         store = FeatureStore.create(Path(temporary, "store"), StoreInfo("random", "pooled", "0", width, "float16"))
         rng = np.random.default_rng(0)
@@ -298,7 +298,7 @@ def plot(figures: dict, path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a SigLIP checkpoint, in the place of random weights")
+    parser.add_argument("--model", help="SigLIP checkpoint, instead of random weights")
     parser.add_argument("--random", choices=SHAPES, default="so400m-384", help="a shape (default: so400m-384)")
     gpu = on_gpu()
     batches = "1,2,4,8,16,32" if gpu else "1,2,4"
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="(default: what suits the device)")
     repeats = 20 if gpu else 3
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed runs (default here: {repeats})")
-    parser.add_argument("--peers", action="store_true", help="time what else is installed, at the last batch size")
+    parser.add_argument("--peers", action="store_true", help="time other installed packages, at the last batch size")
     parser.add_argument("--peers-python", default=sys.executable, help="the Python that has mlx-vlm and mlx-embeddings")
     parser.add_argument("--end-to-end", type=int, metavar="N", help="N JPEGs of two sizes through the whole command")
     parser.add_argument("--preprocess", action="store_true", help="JPEGs to pixels, on one core")

@@ -49,7 +49,7 @@ def wide(small: Model, layers: int, dtype: mx.Dtype) -> Model:
 
 
 def never(tokens: list[int]):
-    """A logits processor that keeps `tokens` from being drawn: every answer is as long as it may be."""
+    """Logits processor that bans `tokens`, so that every answer reaches its full length."""
 
     def process(_, logits: mx.array) -> mx.array:
         logits[:, tokens] = -mx.inf
@@ -109,8 +109,8 @@ def measure(name: str, model: Model, processor, length: int, repeats: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="of the wide Llama; 0: the demo alone (default: 2)")
-    parser.add_argument("--tokens", type=int, default=64, help="that are written (default: 64)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the wide Llama; 0: the demo only (default: 2)")
+    parser.add_argument("--tokens", type=int, default=64, help="generated tokens (default: 64)")
     parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
     args = parser.parse_args()
     small, processor = load(CHECKPOINT)

@@ -1,4 +1,4 @@
-"""One tower of somebody else's, timed as `embed.py` times ours: `embed.py --peers` runs this, a process for each.
+"""Time the tower of another package as `embed.py` times ours; `embed.py --peers` runs this, one process for each.
 
     python benchmarks/peers.py torch float32 '{"hidden_size": 1152, …}' 4 3
 
@@ -20,7 +20,7 @@ BUDGET = 240.0  # seconds, after which a peer is measured no more
 
 
 def pixels(side: int, batch: int) -> np.ndarray:
-    """What a processor gives: float32 (batch, side, side, 3) from -1 to 1."""
+    """Preprocessed pixels: float32 (batch, side, side, 3) from -1 to 1."""
     return np.random.default_rng(0).uniform(-1, 1, (batch, side, side, 3)).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""What a server's clients feel: gaps between tokens while another's image is read, and an image seen before a restart.
+"""Latency of the server: gaps between tokens while another image is encoded, and an image known before a restart.
 
     python benchmarks/serve.py                # a model of 10 tiles and random weights, for a laptop's CPU
     python benchmarks/serve.py --model DIR    # a checkpoint
@@ -76,7 +76,7 @@ def ask(port: int, text: str, image: str | None = None, **options) -> http.clien
 
 @contextlib.contextmanager
 def streaming(port: int, ends: dict[str, int]) -> Iterator[list[float]]:
-    """The times at which a client gets tokens of an answer that does not end."""
+    """Times at which a client receives tokens of an endless answer."""
     times: list[float] = []
     # With log-probabilities every token has an event, also one that is no text yet.
     response = ask(port, "Hello", stream=True, max_tokens=8000, logit_bias=ends, logprobs=True)
@@ -145,9 +145,9 @@ def restart(model: str, folder: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint (default: one with random weights is made)")
-    parser.add_argument("--clients", type=int, default=2, help="that stream (default: 2)")
-    parser.add_argument("--images", type=int, default=3, help="that are read meanwhile (default: 3)")
-    parser.add_argument("--quiet", type=float, default=5.0, help="seconds without them, before (default: 5)")
+    parser.add_argument("--clients", type=int, default=2, help="streaming clients (default: 2)")
+    parser.add_argument("--images", type=int, default=3, help="images encoded meanwhile (default: 3)")
+    parser.add_argument("--quiet", type=float, default=5.0, help="seconds without images, before (default: 5)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         model = args.model or f"{work}/model"

@@ -1,4 +1,4 @@
-"""Many clients at once, good ones and bad: does the server stay right, and its memory flat?
+"""Soak test of the server: many concurrent clients, good and bad; answers must be right and memory flat.
 
     python benchmarks/soak.py                    # 8,000 requests of 8 clients to a server with the demo
     python benchmarks/soak.py --clients 1,4,8    # the same questions about images, for requests per second
@@ -38,7 +38,7 @@ CHAT = "/v1/chat/completions"
 
 
 class Client:
-    """Requests of every kind, each of which says whether it was answered as it should be."""
+    """Requests of every kind; each returns whether it was answered correctly."""
 
     def __init__(self, host: str, port: int):
         self.host, self.port = host, port
@@ -63,7 +63,7 @@ class Client:
         return json.loads(said)["choices"][0]["message"]["content"] if status == 200 else f"HTTP {status}: {said[:200]}"
 
     def learn(self) -> None:
-        """Ask everything once, alone."""
+        """Ask everything once, serially."""
         asked = [(i, text) for i in range(len(self.uris)) for text in QUESTIONS] + [(None, text) for text in TEXTS]
         self.expected = {question: self.answer(*question) for question in asked}
 
@@ -100,7 +100,7 @@ class Client:
         return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
     def slow(self, rng: random.Random) -> bool:
-        """A body that comes in drops."""
+        """Send a body in small pieces."""
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}).encode()
         with socket.create_connection((self.host, self.port), timeout=120) as s:
             s.sendall(self.head("HTTP/1.0", len(body)))
@@ -111,7 +111,7 @@ class Client:
         return json.dumps(self.expected[None, "Hello"]).encode()[1:-1] in said
 
     def gone(self, rng: random.Random) -> bool:
-        """A client that leaves before its answer, or before it has said all."""
+        """Disconnect before the answer, or in the middle of the request."""
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
         sent = body[: rng.choice((len(body), len(body) // 2))]
         with socket.create_connection((self.host, self.port), timeout=120) as s:
@@ -131,7 +131,7 @@ KINDS: dict[str, tuple[int, Callable]] = {  # how often, in a hundred
 
 
 def resident(process: subprocess.Popen | None) -> float | None:
-    """Megabytes of memory that a process has; None where that is not known."""
+    """Resident memory of a process in MB; None if unknown."""
     if process is None:
         return None
     said = subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True, text=True).stdout.strip()
@@ -139,7 +139,7 @@ def resident(process: subprocess.Popen | None) -> float | None:
 
 
 def left_over(process: subprocess.Popen | None) -> dict[str, int]:
-    """A process's threads and open files; empty where /proc does not tell."""
+    """Numbers of threads and open files of a process; empty without /proc."""
     folder = Path(f"/proc/{process.pid}") if process else None
     if folder is None or not folder.exists():
         return {}
@@ -149,7 +149,7 @@ def left_over(process: subprocess.Popen | None) -> dict[str, int]:
 def soak(
     client: Client, process: subprocess.Popen | None, said: Sequence[str], requests: int, clients: int, seed: int
 ) -> dict:
-    """Mixed requests of many clients: what was wrong, and what memory did."""
+    """Send mixed requests from many clients; return wrong answers and memory over time."""
     rng = random.Random(seed)
     names = rng.choices(list(KINDS), [share for share, _ in KINDS.values()], k=requests)
     wrong: Counter[str] = Counter()
@@ -189,7 +189,7 @@ def soak(
 
 
 def throughput(client: Client, clients: list[int], requests: int) -> list[dict]:
-    """Questions about images, each asked anew, by so many clients at once."""
+    """Requests per second of questions about images, for each number of clients."""
     rows = []
     for count in clients:
         asked = [(i % len(client.uris), QUESTIONS[i % len(QUESTIONS)]) for i in range(requests)]
@@ -212,7 +212,7 @@ def throughput(client: Client, clients: list[int], requests: int) -> list[dict]:
 
 
 def beside(client: Client, other: Client, clients: int, requests: int, rounds: int = 5) -> dict:
-    """Requests per second of two servers that answer in turn, so that whatever else the machine does hits both."""
+    """Requests per second of two servers measured in turn, so that other load affects both."""
     rates: dict[str, list[float]] = {"ours": [], "other": []}
     for _ in range(rounds):
         for name, one in (("ours", client), ("other", other)):
@@ -225,8 +225,8 @@ def beside(client: Client, other: Client, clients: int, requests: int, rounds: i
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a server that runs (default: one is started with the demo)")
-    parser.add_argument("--against", metavar="DIR", help="another checkout, whose server is measured in turn")
+    parser.add_argument("--url", help="address of a running server (default: one is started with the demo)")
+    parser.add_argument("--against", metavar="DIR", help="another checkout, to measure its server in turn")
     parser.add_argument("--requests", type=int, default=8000, help="(default: 8000)")
     parser.add_argument("--clients", default="8", help="at once; several numbers measure throughput (default: 8)")
     parser.add_argument("--seed", type=int, default=0)

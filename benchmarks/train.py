@@ -1,4 +1,4 @@
-"""What training from stored features saves against running the tower in every step; and the whole recipe on paper.
+"""Training steps from stored features against steps that run the tower; and the whole recipe on paper.
 
     python benchmarks/train.py                       # the demo's size, and so400m with two layers of Llama-3-8B
     python benchmarks/train.py --shape demo --steps 10
@@ -43,7 +43,7 @@ TINY_TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers":
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and what a row of its data is."""
+    """Shape of a model and of its rows."""
 
     llama: dict
     layers: int
@@ -106,7 +106,7 @@ def make_rows(shape: Shape, folder: Path, kind: str) -> tuple[FeatureStore, list
 
 
 def measure(shape: Shape, stage: str, steps: int, dtype: mx.Dtype) -> dict:
-    """Seconds and memory of a stage's step, from the store and with the tower."""
+    """Seconds and memory of a step of a stage, from the store and with the tower."""
     model = build(shape)
     model.set_dtype(dtype)
     model.freeze()
@@ -247,8 +247,8 @@ def on_paper() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("demo", "so400m"), nargs="*", default=["demo", "so400m"])
-    parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that compiles (default: 3)")
-    parser.add_argument("--qlora", type=int, metavar="STEPS", help="so many steps of QLoRA at full size, and no more")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that compiles (default: 3)")
+    parser.add_argument("--qlora", type=int, metavar="STEPS", help="run only this many steps of QLoRA at full size")
     args = parser.parse_args()
 
     dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16

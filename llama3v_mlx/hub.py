@@ -95,4 +95,4 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
     line = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, HFValidationError):
         return f"no such folder, and not the name of a repository ({line})"
-    return f"the download broke off ({line}); the same command goes on with the files that it lacks"
+    return f"the download broke off ({line}); run the same command again to continue"

@@ -12,7 +12,7 @@ from pathlib import Path
 from .cli import DEMO_NOTE, add_memory_options, loading_options, note_slow_cpu, positive, run, share_or_more, size
 from .demo import CHECKPOINT, SIGLIP
 
-GRACE_SECONDS = 5.0  # for running answers, when the server is told to stop
+GRACE_SECONDS = 5.0  # for running answers when the server is stopped
 STOP = (signal.SIGINT, signal.SIGTERM)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 

@@ -233,7 +233,7 @@ def test_usage(args: list[str], capsys) -> None:
         {"size": 8},
     ],
 )
-def test_a_damaged_list_of_batch_sizes_is_measured_anew(
+def test_damaged_batch_sizes_are_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, siglip: Path, found
 ) -> None:
     """The whole file is damaged, or only the value for this device and model."""

@@ -223,7 +223,7 @@ def all_of_the_vocabulary(sampling: Sampling):
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 0}, {"top_p": 1.0}, {"min_p": 0.1}, {"top_k": 1000, "temperature": 5.0}]
 )
-def test_the_likeliest_alone_draw_what_all_would(options: dict, dtype: mx.Dtype) -> None:
+def test_sampling_the_top_k_equals_sampling_the_vocabulary(options: dict, dtype: mx.Dtype) -> None:
     sampling = Sampling(**options)
     ours, theirs = sampling.sampler(), all_of_the_vocabulary(sampling)
     drawn = []

@@ -175,7 +175,7 @@ def test_a_download_that_broke_off_goes_on_in_the_next_run(hub: Hub, run_main) -
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: owner/llama3v: the download broke off (")
-    assert last.endswith("); the same command goes on with the files that it lacks")
+    assert last.endswith("); run the same command again to continue")
     hub.cuts, hub.sent = 0, 0
     folder = find_checkpoint("owner/llama3v")
     assert (folder / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
@@ -246,7 +246,7 @@ def test_without_a_network_the_cache_does(hub: Hub, monkeypatch) -> None:
 def test_a_hub_that_is_down_is_told(hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(CheckpointError, match="owner/llama3v: .*the same command goes on with the files that it lacks"):
+    with pytest.raises(CheckpointError, match="owner/llama3v: .*run the same command again to continue"):
         find_checkpoint("owner/llama3v")
 
 

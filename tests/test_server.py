@@ -261,7 +261,7 @@ class TestFields:
         assert len(set(texts)) > 5 and any(first != second for first, second in alone)
 
     def test_sampling(self, port: int) -> None:
-        """Cutoffs that leave the likeliest token alone make any temperature greedy."""
+        """Cutoffs that keep only the most likely token are greedy at any temperature."""
         for cutoff in ({"top_k": 1}, {"top_p": 0}, {"top_p": 1e-9}, {"min_p": 1.0}):
             said = text(ask(port, image(STARS), "What is this image?", **{"temperature": 2, **cutoff}))
             assert said == STARS_ANSWER, cutoff

@@ -222,7 +222,7 @@ def nonsense(data: Path, path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_sixteen_rows_are_learnt_by_heart(data: Path, tmp_path: Path) -> None:
+def test_sixteen_rows_are_learned_by_heart(data: Path, tmp_path: Path) -> None:
     """Over ten seeds of model and data, the first ten steps average 3.39 or more, the last ten 0.015 or less."""
     nonsense(data, tmp_path / "nonsense.jsonl")
     options = arguments(data, "finetune", "--features", data / "tokens", "--out", tmp_path / "run", "--full")

@@ -135,7 +135,7 @@ class Model(nn.Module):
 
 
 def tile_bytes(args: ModelArgs, patches: int, item_bytes: int) -> int:
-    """Bytes of activations of one tile of so many patches in tower and projector: an upper bound, as measured."""
+    """Upper bound of the activations of a tile with `patches` patches in tower and projector, in bytes, measured."""
     vision, projector = VisionConfig.from_dict(args.vision_config), ProjectorConfig.from_dict(args.projector_config)
     tower = patches * (4 * vision.hidden_size + 3 * vision.intermediate_size)
     scores = 0 if on_gpu() else 2 * vision.num_attention_heads * patches**2  # a GPU's fused kernel never stores them
@@ -143,7 +143,7 @@ def tile_bytes(args: ModelArgs, patches: int, item_bytes: int) -> int:
 
 
 def tile_batch_size(args: ModelArgs, patches: int, item_bytes: int) -> int:
-    """How many tiles of so many patches go through the tower at once."""
+    """Number of tiles with `patches` patches per tower batch."""
     room = int(TILE_MEMORY_SHARE * memory_limit())
     return max(1, min(TILE_BATCH_SIZE, room // tile_bytes(args, patches, item_bytes)))
 

@@ -653,7 +653,7 @@ def sampling_of(request: ChatRequest | CompletionRequest, default: Sampling) -> 
     """Sampling of a request, over the server's defaults."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     chosen = {name: value for name in names if (value := getattr(request, name)) is not None}
-    if request.top_p == 0:  # no more than the likeliest token
+    if request.top_p == 0:  # only the most likely token
         chosen |= {"temperature": 0.0, "top_p": 1.0}
     return dataclasses.replace(default, **chosen)
 

@@ -48,7 +48,7 @@ class Settings:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
     stops: tuple[str, ...] = ()
-    num_logprobs: int | None = None  # of the likeliest tokens beside the chosen one; None: no log-probabilities
+    num_logprobs: int | None = None  # top log-probabilities besides the chosen token's; None: none
     matcher: Any = None  # llguidance's
 
 
