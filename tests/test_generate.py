@@ -58,7 +58,7 @@ import sys, mlx.core as mx
 from llama3v_mlx.chat import main as chat
 from llama3v_mlx.generate import main as generate
 info = mx.device_info()
-mx.device_info = lambda *args: {**info, "max_recommended_working_set_size": 10_000_000}
+mx.device_info = lambda *args: {**info, "max_recommended_working_set_size": 5_000_000}
 mx.set_wired_limit = lambda size: 0
 generate(["--image", sys.argv[1], "--temp", "0", "--json", "--force"])
 chat(["--image", sys.argv[1], "--temp", "0", "--force"])
