@@ -50,6 +50,14 @@ def test_a_store_is_written_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:
     assert verify(tmp_path / "store").good == 1
 
 
+def test_two_writers_without_locks_do_not_share_files(poor_disk, tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "store", StoreInfo("model", "patch", "0", 4, "float16"))
+    with FeatureWriter(store) as one, FeatureWriter(FeatureStore(tmp_path / "store")) as other:
+        for i, writer in enumerate((one, other) * 3):
+            writer.add([(bytes([i] * 32), Features(mx.full((3, 4), i), (3, 1)))])
+    assert verify(tmp_path / "store").good == 6 and not verify(tmp_path / "store").lost
+
+
 def test_a_run_keeps_its_best_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {}, resume=False, writes=True)
     model, optimizer = nn.Linear(2, 2), optim.Adam(1e-3)

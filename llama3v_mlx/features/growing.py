@@ -5,6 +5,7 @@ then their records, so that an interrupted append adds nothing; its leftovers ar
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import struct
@@ -29,6 +30,26 @@ def take_manifest(folder: Path, writer: int) -> FileIO | None:
     return manifest
 
 
+def _claim(folder: Path, writer: int) -> FileIO | None:
+    """Take a writer's number; None if it is taken.
+
+    Where the file system has no locks, a number is free only until its manifest exists.
+    """
+    path = folder / f"manifest-{writer:03}.bin"
+    created = False
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        created = True
+    manifest = _open_unbuffered(path)
+    try:
+        fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if isinstance(e, BlockingIOError) or not created:
+            manifest.close()
+            return None
+    return manifest
+
+
 def names_path(folder: Path, writer: int) -> Path:
     return folder / f"names-{writer:03}.jsonl"
 
@@ -50,7 +71,7 @@ class WriterFiles:
         self._shard: OpenShard | None = None
         self._settled = False  # whether this object's state matches the files
         for self.number in range(65536):
-            self._manifest = take_manifest(folder, self.number)
+            self._manifest = _claim(folder, self.number)
             if self._manifest:
                 break
         try:
