@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import IO
@@ -111,12 +111,12 @@ def sync(descriptor: int) -> None:
             raise
 
 
-def write_beside(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and rename it into place."""
+def write_beside(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, whole or in parts, beside `path` and rename it into place."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             sync(file.fileno())
         os.rename(partial, path)

@@ -7,7 +7,7 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .image import ImageSource, expand
 from .models import llama3v as model_module
 from .models.llama3v import Model
 from .prompt import Processor, Prompt
-from .sampling import Sampling
+from .sampling import Sampling, on_generated
 
 VISION = ("vision_tower.", "projector.")
 Images = ImageSource | Sequence[ImageSource] | None
@@ -141,6 +141,7 @@ def stream_generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     features: FeatureCache | None = None,
+    constraint: Callable[[mx.array, mx.array], mx.array] | None = None,
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Stream the answer to a question about images.
@@ -154,6 +155,7 @@ def stream_generate(
         max_tokens: maximum number of tokens to generate, limited by the remaining context.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
         features: a store to look images up in and to add new ones to.
+        constraint: logits processor that sees generated tokens only, such as `serving.json_schema.keep_to`.
         kwargs: arguments of mlx-lm's `generate_step` (`kv_bits`, `prompt_cache`, `sampler`, `logits_processors`, …).
 
     Yields:
@@ -193,6 +195,8 @@ def stream_generate(
     sampling = dataclasses.replace(processor.sampling, **chosen)
     kwargs.setdefault("sampler", sampling.sampler())
     kwargs.setdefault("logits_processors", sampling.logits_processors(length))
+    if constraint is not None:
+        kwargs["logits_processors"] = [*kwargs["logits_processors"], on_generated(constraint, length)]
     tiles = sum(image.num_tiles for image in encoded.images)
     if context:
         room = context - cached - length

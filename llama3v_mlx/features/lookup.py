@@ -41,10 +41,11 @@ class FeatureCache:
         sha256 = image_sha256(source, self.encoder.tiling)
         if sha256 is None:
             return self.encoder.prepare(source)
-        stored = self.store.get(sha256)
-        if stored is None:
-            return replace(self.encoder.prepare(source), sha256=sha256)
-        return TiledImage((), stored.grid, sha256)
+        return self.stored(sha256) or replace(self.encoder.prepare(source), sha256=sha256)
+
+    def stored(self, sha256: bytes) -> TiledImage | None:
+        """Return a stored image without tiles, or None."""
+        return TiledImage((), self.store.grid(sha256), sha256) if sha256 in self.store else None
 
     def encode(self, images: Sequence[TiledImage]) -> list[mx.array]:
         """Look up or compute the visual tokens of images from `tile`: (tiles·num_queries, hidden_size) each."""

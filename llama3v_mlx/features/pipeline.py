@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..image import image_sha256
 from .encoder import ImageEncoder
-from .sources import FileStat, Source
+from .sources import FileStat, Source, reason
 from .store import FeatureWriter
 
 
@@ -88,12 +88,7 @@ class Pipeline:
         try:
             sha256, tiled, read, decode = future.result()
         except (OSError, ValueError) as e:
-            reason = (
-                e.strerror
-                if isinstance(e, OSError) and e.strerror
-                else str(e).removeprefix("image data: ").removeprefix(f"{name[0]}: ")
-            )
-            self.report.failed.append((name[0], reason))
+            self.report.failed.append((name[0], reason(e, name[0])))
             self.progress(self.report)
             return
         self.report.seconds["read"] += read

@@ -1,6 +1,7 @@
 """Sources of images: files, folders, lists and tar archives, streamed to allow for millions."""
 
 import functools
+import glob
 import json
 import os
 import tarfile
@@ -58,7 +59,7 @@ def find_sources(paths: list[str], skipped: Skipped | None = None) -> Iterator[S
     """Yield the images of files, folders, .txt and .jsonl lists and .tar archives, in a fixed order.
 
     A PDF yields one image per page, named like paper.pdf#3. Photos libraries are skipped inside other folders; one
-    that is passed itself yields its originals.
+    that is passed itself yields its originals. A path that does not exist may be a pattern, as in a shell.
 
     Args:
         paths: files, folders, lists and archives.
@@ -68,7 +69,7 @@ def find_sources(paths: list[str], skipped: Skipped | None = None) -> Iterator[S
         ValueError: if a path does not exist, or a list or an archive is damaged.
     """
     skipped = Skipped() if skipped is None else skipped
-    for text in paths:
+    for text in _matches(paths):
         path = find_path(text)
         if path.is_dir():
             yield from _in_folder(path, skipped)
@@ -82,10 +83,17 @@ def find_sources(paths: list[str], skipped: Skipped | None = None) -> Iterator[S
             yield from _images_of(str(path))
 
 
+def _matches(paths: list[str]) -> Iterator[str]:
+    """Yield paths, and instead of a pattern its matches: a shell cannot pass on any number of them."""
+    for text in paths:
+        found = [] if find_path(text).exists() else sorted(glob.iglob(text, recursive=True))
+        yield from found or [text]
+
+
 def count_sources(paths: list[str]) -> int:
     """Count the images that `find_sources` will yield, without reading any; what it will reject counts as 0."""
     total = 0
-    for text in paths:
+    for text in _matches(paths):
         try:
             path = find_path(text)
             if path.is_file() and path.suffix.lower() == ".tar":
@@ -96,6 +104,13 @@ def count_sources(paths: list[str]) -> int:
         except (OSError, ValueError, tarfile.TarError):
             continue
     return total
+
+
+def reason(error: OSError | ValueError, name: str) -> str:
+    """Format why an image called `name` cannot be used, without its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).removeprefix("image data: ").removeprefix(f"{name}: ")
 
 
 def read_named(name: str) -> ImageSource:

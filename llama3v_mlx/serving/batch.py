@@ -5,6 +5,8 @@ last token, and joins the batch with them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generation_stream
@@ -12,10 +14,58 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_presence_penalty
 
 from ..sampling import Sampling, on_generated
+from .json_schema import keep_to
 
 __all__ = ["BatchGenerator", "KVCache", "generation_stream", "greedy_sampler"]
 
 ALL = 2**31 - 1  # tokens that a penalty looks back on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Generation settings of a prompt's answers."""
+
+    max_tokens: int
+    sampling: Sampling
+    seed: int | None = None
+    choices: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stops: tuple[str, ...] = ()
+    num_logprobs: int | None = None  # top log-probabilities besides the chosen token's; None: none
+    matcher: Any = None  # llguidance's
+
+
+class BatchAnswer:
+    """An answer while the batch generates it."""
+
+    def __init__(self, detokenizer):
+        self._detokenizer = detokenizer
+        self.tokens: list[int] = []
+        self.failure: Exception | None = None  # of a logits processor
+
+    def guarded(self, process):
+        """Wrap a logits processor so that its failure fails this answer, not the batch."""
+
+        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
+            if self.failure is None:
+                try:
+                    return process(tokens, logits)
+                except Exception as e:
+                    self.failure = e
+            return logits
+
+        return guarded
+
+    def add(self, response) -> str:
+        """Add the token of the batch's response; return the text that it completes."""
+        self.tokens.append(response.token)
+        if response.finish_reason != "stop":
+            self._detokenizer.add_token(response.token)
+        if response.finish_reason is not None:
+            self._detokenizer.finalize()
+        return self._detokenizer.last_segment
 
 
 def new_batch(model, eos_token_ids: Iterable[int], concurrency: int) -> BatchGenerator:
@@ -35,6 +85,33 @@ def new_caches(model, held: mx.array | None = None) -> list[KVCache]:
         for cache, (keys, values) in zip(caches, held, strict=True):
             cache.update_and_fetch(keys, values)
     return caches
+
+
+def prefill(model, embeddings: mx.array, caches: Sequence[KVCache]) -> None:
+    """Read embeddings (length, hidden_size) of a prompt into its caches."""
+    model(mx.zeros((1, len(embeddings)), mx.int32), caches, embeddings[None])
+    mx.eval([cache.state for cache in caches])
+
+
+def begin(
+    batch: BatchGenerator, token: int, caches: Sequence[KVCache], answers: Sequence[BatchAnswer], settings: Settings
+) -> list[int]:
+    """Start answers of a prompt, which is in `caches` except for its last `token`; return their uids in the batch."""
+    processors = []
+    for answer in answers:
+        own = logits_processors(
+            settings.sampling, settings.presence_penalty, settings.frequency_penalty, settings.logit_bias
+        )
+        if settings.matcher is not None:
+            own.append(on_generated(keep_to(settings.matcher), 1))
+        processors.append([answer.guarded(process) for process in own])
+    return batch.insert(
+        [[token]] * len(answers),
+        max_tokens=[settings.max_tokens] * len(answers),
+        caches=[caches] * len(answers),
+        samplers=[sampler(settings.sampling, settings.seed, i) for i in range(len(answers))],
+        logits_processors=processors,
+    )
 
 
 def held(caches: Sequence[KVCache], start: int, end: int) -> mx.array:

@@ -13,7 +13,6 @@ import uuid
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,9 +20,8 @@ import numpy as np
 from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
-from ..sampling import Sampling, on_generated
 from . import batch as mlx_lm
-from .json_schema import keep_to
+from .batch import BatchAnswer, Settings
 from .prefix_cache import PrefixCache
 from .prompts import Block, RequestPrompt, token_text
 from .validate import RequestError
@@ -34,22 +32,6 @@ SLICE = 1.0  # steps of all answers: the time for reading between two of them
 LEAST_TOKENS = 4  # that are prefilled at once, however long they take
 RECENT = 15  # steps whose median time counts
 IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Generation settings of a job."""
-
-    max_tokens: int
-    sampling: Sampling
-    seed: int | None = None
-    choices: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
-    stops: tuple[str, ...] = ()
-    num_logprobs: int | None = None  # top log-probabilities besides the chosen token's; None: none
-    matcher: Any = None  # llguidance's
 
 
 @dataclass(frozen=True)
@@ -117,27 +99,13 @@ class StopText:
         return certain, False
 
 
-class _Answer:
+class _Answer(BatchAnswer):
     """One answer of a job while it is generated."""
 
     def __init__(self, job: Job, choice: int, detokenizer):
+        super().__init__(detokenizer)
         self.job, self.choice = job, choice
-        self.detokenizer, self.stops = detokenizer, StopText(job.settings.stops)
-        self.tokens: list[int] = []
-        self.failure: Exception | None = None
-
-    def guarded(self, process):
-        """Wrap a logits processor so that its failure fails this answer, not the batch."""
-
-        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            if self.failure is None:
-                try:
-                    return process(tokens, logits)
-                except Exception as e:
-                    self.failure = e
-            return logits
-
-        return guarded
+        self.stops = StopText(job.settings.stops)
 
 
 class Engine:
@@ -338,13 +306,12 @@ class Engine:
         while start < len(ids):
             job.progress = f"reading the prompt, token {start + 1} of {len(ids)}"
             size = self._piece if self._answers else self._step_size
-            part = embeddings[None, start : start + size]
+            part = embeddings[start : start + size]
             begin = time.perf_counter()
-            self._model(mx.zeros(part.shape[:2], mx.int32), job.caches, part)
-            mx.eval([cache.state for cache in job.caches])
-            if self._answers and part.shape[1] == self._piece:
+            mlx_lm.prefill(self._model, part, job.caches)
+            if self._answers and len(part) == self._piece:
                 self._fit_piece(time.perf_counter() - begin)
-            start += part.shape[1]
+            start += len(part)
             yield
         self._store(job.blocks, job.caches, len(job.prompt.ids) - 1)
         self._begin(job)
@@ -393,23 +360,9 @@ class Engine:
 
     def _begin(self, job: Job) -> None:
         """Insert a prefilled job into the batch."""
-        settings = job.settings
-        answers = [_Answer(job, i, self._processor.tokenizer.detokenizer) for i in range(settings.choices)]
-        processors = []
-        for answer in answers:
-            own = mlx_lm.logits_processors(
-                settings.sampling, settings.presence_penalty, settings.frequency_penalty, settings.logit_bias
-            )
-            if settings.matcher is not None:
-                own.append(on_generated(keep_to(settings.matcher), 1))
-            processors.append([answer.guarded(process) for process in own])
-        uids = self._batch.insert(
-            [job.prompt.ids[-1:]] * len(answers),
-            max_tokens=[settings.max_tokens] * len(answers),
-            caches=[job.caches] * len(answers),
-            samplers=[mlx_lm.sampler(settings.sampling, settings.seed, i) for i in range(len(answers))],
-            logits_processors=processors,
-        )
+        detokenizers = (self._processor.tokenizer.detokenizer for _ in range(job.settings.choices))
+        answers = [_Answer(job, i, detokenizer) for i, detokenizer in enumerate(detokenizers)]
+        uids = mlx_lm.begin(self._batch, job.prompt.ids[-1], job.caches, answers, job.settings)
         job.caches = None
         self._answers.update(zip(uids, answers, strict=True))
 
@@ -436,13 +389,8 @@ class Engine:
                 self._fail(answer.job, e)
 
     def _take(self, answer: _Answer, response) -> None:
-        job, token, finish = answer.job, response.token, response.finish_reason
-        answer.tokens.append(token)
-        if finish != "stop":
-            answer.detokenizer.add_token(token)
-        if finish is not None:
-            answer.detokenizer.finalize()
-        text, stopped = answer.stops.feed(answer.detokenizer.last_segment, finish is not None)
+        job, finish = answer.job, response.finish_reason
+        text, stopped = answer.stops.feed(answer.add(response), finish is not None)
         if finish is not None or stopped:
             del self._answers[response.uid]
         if stopped and finish is None:

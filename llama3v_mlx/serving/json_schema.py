@@ -1,4 +1,4 @@
-"""OpenAI's `response_format`: constrain answers to a JSON schema by llguidance, of the `json` extra."""
+"""Constrain answers to a JSON schema by llguidance, of the `json` extra; OpenAI's `response_format`."""
 
 import json
 import threading
@@ -13,8 +13,12 @@ COMPACT = {"whitespace_flexible": False}  # else a model that knows no JSON may 
 MAX_SCHEMA = 1 << 16  # characters
 
 
+class SchemaError(ValueError):
+    """Raised when answers cannot be constrained to a schema."""
+
+
 class Schemas:
-    """Compile response formats into matchers; methods may be called from any thread.
+    """Compile schemas and response formats into matchers; methods may be called from any thread.
 
     Args:
         tokenizer: mlx-lm's wrapped tokenizer.
@@ -48,9 +52,17 @@ class Schemas:
             if len(json.dumps(schema)) > MAX_SCHEMA:
                 raise _error(f"json_schema.schema has over {MAX_SCHEMA:,} characters")
         try:
-            from llguidance import LLMatcher, LLTokenizer
-        except ImportError:
-            raise _error("this server has no llguidance; pip install 'llama3v-mlx[json]' brings it") from None
+            return self.compile(schema)
+        except SchemaError as e:
+            raise _error(str(e)) from e
+
+    def compile(self, schema: dict):
+        """Matcher of a JSON schema.
+
+        Raises:
+            SchemaError: if the schema cannot be kept to, or llguidance is missing.
+        """
+        LLMatcher, LLTokenizer = llguidance()
         with self._lock:
             if self._guide is None:
                 fast = self._tokenizer.backend_tokenizer
@@ -59,10 +71,23 @@ class Schemas:
         try:
             matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, COMPACT), log_level=0)
         except Exception as e:  # whatever llguidance raises on a schema
-            raise _error(str(e)) from e
+            raise SchemaError(str(e)) from e
         if matcher.is_error():
-            raise _error(matcher.get_error())
+            raise SchemaError(matcher.get_error())
         return matcher
+
+
+def llguidance():
+    """Return LLMatcher and LLTokenizer of llguidance.
+
+    Raises:
+        SchemaError: if it is not installed.
+    """
+    try:
+        from llguidance import LLMatcher, LLTokenizer
+    except ImportError:
+        raise SchemaError("needs llguidance: pip install 'llama3v-mlx[json]'") from None
+    return LLMatcher, LLTokenizer
 
 
 def keep_to(matcher) -> Callable[[mx.array, mx.array], mx.array]:
