@@ -81,9 +81,7 @@ def embed(args: argparse.Namespace) -> None:
     sources = find_sources(args.paths, skipped)
     first = next(sources, None)
     if first is None:
-        found = f"; skipped: {skipped}" if skipped.suffixes else ""
-        denied = "".join(f"; {name} cannot be listed ({reason})" for name, reason in skipped.denied)
-        raise ValueError(f"{', '.join(args.paths)}: no images found{found}{denied}")
+        raise ValueError(f"{', '.join(args.paths)}: no images found{skipped.details()}")
     group = mx.distributed.init()
     if group.rank() == 0:
         note_slow_cpu()

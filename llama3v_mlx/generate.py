@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
-from .cli import DEMO_NOTE, add_generation_options, generation_options, loading_options, note_slow_cpu, run
+from .cli import DEMO_NOTE, add_generation_options, generation_options, loading_options, note_slow_cpu, positive, run
 from .demo import CHECKPOINT
 
 IMAGE_PROMPT = "What is this image?"
@@ -20,9 +21,27 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="images, PDFs (paper.pdf#3-5: pages) or data: URIs; - reads stdin",
     )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="ask about each image of folders, .txt or .jsonl lists, .tar archives, PDFs and files, one after another",
+    )
     parser.add_argument("-p", "--prompt", help=f"the question; - reads stdin (default, with an image: {IMAGE_PROMPT})")
     parser.add_argument("--system-prompt", help="instructions before the question (default: none)")
+    parser.add_argument("--schema", metavar="FILE", help="JSON schema that answers keep to; needs the json extra")
     add_generation_options(parser)
+    many = parser.add_argument_group("with --images")
+    many.add_argument(
+        "--out",
+        metavar="FILE",
+        help="JSON lines, a line per image; the same command continues it (default: stdout)",
+    )
+    many.add_argument(
+        "--batch-size", type=positive, metavar="N", help="answers at once (default: 16, or as many as fit in memory)"
+    )
+    many.add_argument("--limit", type=positive, metavar="N", help="stop after this many images")
     output = parser.add_argument_group("output")
     output.add_argument("--no-verbose", action="store_true", help="print only the answer")
     output.add_argument("--json", action="store_true", help="print one JSON object with the answer and all statistics")
@@ -33,11 +52,30 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.prompt is None and not args.image:
-        parser.error("give --image, --prompt or both")
+    if args.prompt is None and not (args.image or args.images):
+        parser.error("give --image, --images or --prompt")
+    options = ("image", "kv_bits", "json", "no_verbose") if args.images else ("out", "batch_size", "limit")
+    if wrong := [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]:
+        parser.error(f"{', '.join(wrong)} cannot be used {'with' if args.images else 'without'} --images")
     if [*args.image, args.prompt].count("-") > 1:
         parser.error("only one of --image and --prompt can be - and read stdin")
-    run(lambda: answer(args), args.debug)
+    run(lambda: (answer_each if args.images else answer)(args), args.debug, awake=bool(args.images))
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    return IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+
+
+def answer_each(args: argparse.Namespace) -> None:
+    """Answer the prompt about each of many images."""
+    from .ask_folder import ask_folder
+    from .serving.json_schema import read_schema
+
+    schema = read_schema(Path(args.schema)) if args.schema else None
+    if args.model is None:
+        print(DEMO_NOTE, file=sys.stderr)
+    note_slow_cpu()
+    ask_folder(args, read_prompt(args), schema)
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -49,8 +87,10 @@ def answer(args: argparse.Namespace) -> None:
     from .generation import load, print_answer, stream_generate
     from .image import expand, load_image
     from .pdf import PdfPage
+    from .serving.json_schema import Schemas, keep_to, read_schema
 
-    prompt = IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    schema = read_schema(Path(args.schema)) if args.schema else None
+    prompt = read_prompt(args)
     # Report a bad file before loading a large model; with a feature store, stored images need no decoding.
     sources = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     images, names = [], []
@@ -73,6 +113,11 @@ def answer(args: argparse.Namespace) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
 
+    constraint = None
+    if schema is not None:
+        schemas = Schemas(processor.tokenizer, model.language_model.args.vocab_size)
+        constraint = keep_to(schemas.compile(schema))
+
     responses = stream_generate(
         model,
         processor,
@@ -80,6 +125,7 @@ def answer(args: argparse.Namespace) -> None:
         system_prompt=args.system_prompt,
         **generation_options(args),
         features=features,
+        constraint=constraint,
     )
     if not args.json:
         print_answer(responses, frame=not args.no_verbose)

@@ -173,11 +173,7 @@ def stream_generate(
     encoded = dataclasses.replace(processor, tiler=tiler).encode(prompt, images, system_prompt)
     length, context = len(encoded.ids), model.language_model.args.max_position_embeddings
     cached = kwargs["prompt_cache"][0].offset if kwargs.get("prompt_cache") else 0
-    if context and cached + length >= context:
-        raise ValueError(
-            f"the prompt of {cached + length} tokens is too long for the context of {context}; use fewer or smaller "
-            "images, fewer tiles per image, or less text"
-        )
+    check_length(cached + length, context)
     ids = mx.array(encoded.ids)
     preprocess_seconds = time.perf_counter() - tic
 
@@ -216,6 +212,15 @@ def stream_generate(
             vision_seconds=vision_seconds,
             prefill_seconds=length / response.prompt_tps,
             stored_images=sum(not image.tiles for image in encoded.images),
+        )
+
+
+def check_length(length: int, context: int) -> None:
+    """Raise ValueError if a prompt of `length` tokens leaves no room for an answer; a context of 0 has no limit."""
+    if context and length >= context:
+        raise ValueError(
+            f"the prompt of {length} tokens is too long for the context of {context}; use fewer or smaller images, "
+            "fewer tiles per image, or less text"
         )
 
 

@@ -171,6 +171,12 @@ def check_memory(path_or_hf_repo: str | Path, *, revision: str | None = None, **
     )
 
 
+def num_answers(need: Footprint, most: int) -> int:
+    """Number of answers, 1 to `most`, that can be generated at once; `need` has the cache of one of them."""
+    room = memory_limit() - need.total + need.cache
+    return max(1, min(most, room // (2 * need.cache)))  # mlx-lm copies the batch's caches when an answer joins
+
+
 def is_small() -> bool:
     """Return True if this machine has 8 GB or less, which calls for `low_memory`."""
     return memory() < SMALL_MEMORY

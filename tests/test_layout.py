@@ -29,8 +29,9 @@ LAYERS = (
     ("generation",),
     ("conversation",),
     ("training", "serving", "conversion", "evaluation"),
+    ("answers", "batch_generate"),
     ("demo", "terminal"),
-    ("selftest",),
+    ("selftest", "ask_folder"),
     ("generate", "chat", "server", "embed", "search", "train", "convert", "synthesize", "evaluate", "doctor"),
     ("__main__",),
 )

@@ -50,6 +50,11 @@ class Skipped:
             hints.append("PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)")
         return "; ".join([counts, *hints])
 
+    def details(self) -> str:
+        """Format everything that was skipped, to follow a message."""
+        found = f"; skipped: {self}" if self.suffixes else ""
+        return found + "".join(f"; {name} cannot be listed ({reason})" for name, reason in self.denied)
+
     def folder(self, error: OSError) -> None:
         """Record a folder that cannot be listed."""
         self.denied.append((error.filename, error.strerror))

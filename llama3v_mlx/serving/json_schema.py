@@ -3,10 +3,12 @@
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from ..config import read_json
 from .validate import RequestError
 
 COMPACT = {"whitespace_flexible": False}  # else a model that knows no JSON may write spaces without end
@@ -75,6 +77,23 @@ class Schemas:
         if matcher.is_error():
             raise SchemaError(matcher.get_error())
         return matcher
+
+
+def read_schema(path: Path) -> dict:
+    """Read a JSON schema from a file.
+
+    Raises:
+        CheckpointError: if the file is not a JSON object.
+        SchemaError: if the schema cannot be kept to, or llguidance is missing.
+    """
+    schema = read_json(path)
+    LLMatcher, _ = llguidance()
+    try:
+        if error := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema, COMPACT)):
+            raise SchemaError(error)
+    except Exception as e:  # whatever llguidance raises on a schema
+        raise SchemaError(f"{path}: is not a JSON schema that answers can be constrained to: {e}") from e
+    return schema
 
 
 def llguidance():
