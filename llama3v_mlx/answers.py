@@ -58,8 +58,8 @@ def check_settings(path: Path, settings: dict) -> None:
         )
     old = read_json(settings_path(path))
     if differing := [key for key in settings if old.get(key) != settings[key]]:
-        short = reprlib.Repr(maxstring=40, maxother=40).repr
-        was = ", ".join(f"{key} was {short(old.get(key))} and is {short(settings[key])}" for key in differing)
+        values = [(key, reprlib.repr(old.get(key)), reprlib.repr(settings[key])) for key in differing]
+        was = ", ".join(f"{key} was {before} and is {now}" for key, before, now in values)
         raise AnswersError(f"{path}: has answers with other settings ({was}); use the same ones, or another --out")
 
 

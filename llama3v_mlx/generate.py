@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system-prompt", help="instructions before the question (default: none)")
     parser.add_argument("--schema", metavar="FILE", help="JSON schema that answers keep to; needs the json extra")
     add_generation_options(parser)
-    many = parser.add_argument_group("with --images")
+    many = parser.add_argument_group("with --images", "answers are sampled with seed 0 unless there is a --seed")
     many.add_argument(
         "--out",
         metavar="FILE",

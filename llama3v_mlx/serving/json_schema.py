@@ -105,7 +105,7 @@ def llguidance():
     try:
         from llguidance import LLMatcher, LLTokenizer
     except ImportError:
-        raise SchemaError("needs llguidance: pip install 'llama3v-mlx[json]'") from None
+        raise SchemaError("JSON schemas need llguidance: pip install 'llama3v-mlx[json]'") from None
     return LLMatcher, LLTokenizer
 
 
