@@ -194,7 +194,8 @@ def ask_folder(args: argparse.Namespace, prompt: str, schema: dict | None) -> No
         raise ValueError(f"{', '.join(args.images)}: no images found{skipped.details()}")
 
     name = args.model or CHECKPOINT
-    needs = {"images": 1, "text_tokens": args.max_tokens + len(f"{args.system_prompt}{prompt}".encode())}
+    text = (args.system_prompt or "") + prompt  # a token is at least a byte of it
+    needs = {"images": 1, "text_tokens": args.max_tokens + len(text.encode())}
     options = loading_options(args, name, **needs)
     need = footprint(find_checkpoint(name), **needs, max_image_tiles=args.max_image_tiles, **options)
     batch_size = args.batch_size or num_answers(need, BATCH_SIZE)
@@ -239,14 +240,19 @@ def ask_folder(args: argparse.Namespace, prompt: str, schema: dict | None) -> No
         seconds = time.perf_counter() - start
         if out:
             answers.finish(asking.paths)
+    report(asking, skipped, seconds)
+    if asking.failed or skipped.denied:
+        sys.exit(1)
+
+
+def report(asking: Asking, skipped: Skipped, seconds: float) -> None:
+    """Print what failed, counts and speed to stderr."""
     for path, why in asking.failed:
         print(f"failed: {path}: {why}", file=sys.stderr)
     for path, why in skipped.denied:
         print(f"failed: {path}: the folder cannot be listed ({why})", file=sys.stderr)
     counts = f"{asking.new} images answered, {asking.known} already answered, {len(asking.failed)} failed"
-    speed = f"{asking.new / seconds:.2f} images/s, {asking.tokens / seconds:.1f} tokens/s, {batch_size} at once"
+    speed = f"{asking.new / seconds:.2f} images/s, {asking.tokens / seconds:.1f} tokens/s"
     print(f"{counts}; {speed}", file=sys.stderr)
     if skipped.suffixes:
         print(f"skipped: {skipped}", file=sys.stderr)
-    if asking.failed or skipped.denied:
-        sys.exit(1)

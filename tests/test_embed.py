@@ -51,6 +51,7 @@ def test_sources_are_counted_without_reading(photos: Path, tmp_path: Path) -> No
     (tmp_path / "list.txt").write_text("photos/1.png\n\nphotos/none.png\n")
     paths = [str(tmp_path / name) for name in ("photos", "some.tar", "list.txt", "gone", "photos/1.png")]
     assert count_sources(paths) == 9 + 9 + 2 + 0 + 1
+    assert count_sources([str(photos / "[12].png"), str(tmp_path / "**" / "1.png")]) == 2 + 1
 
 
 @pytest.mark.parametrize("kind", ["patch", "visual-tokens"])

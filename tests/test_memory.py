@@ -20,7 +20,7 @@ from llama3v_mlx import device as device_module
 from llama3v_mlx.checkpoint import build_model, load_model, read_config
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.features.lookup import FeatureCache
-from llama3v_mlx.memory import MemoryLimitError, footprint
+from llama3v_mlx.memory import MemoryLimitError, footprint, num_answers
 from llama3v_mlx.models import llama3v
 from llama3v_mlx.models.llama3v import Model
 
@@ -91,6 +91,18 @@ def test_the_released_size(full_size: dict[int, Path], mac) -> None:
     assert footprint(full_size[4], images=1, max_image_tiles=1).cache < short.cache / 5
     assert footprint(full_size[16]).language == 2 * need.parameters
     assert need.quantized(4).language == pytest.approx(need.language, rel=1e-3)
+
+
+def test_answers_at_once(full_size: dict[int, Path], mac) -> None:
+    """As many as have room for their caches twice, which joining a batch takes; one at least."""
+    mac(LARGE_MAC)
+    need = footprint(full_size[4], images=1, text_tokens=1100)
+    assert num_answers(need, 16) == 16
+    for count in (1, 3, 9):
+        mac(need.total - need.cache + 2 * count * need.cache)
+        assert num_answers(need, 16) == count
+    mac(need.total)
+    assert num_answers(need, 16) == 1
 
 
 def test_a_cpu_computes_in_float32(full_size: dict[int, Path], monkeypatch) -> None:
