@@ -59,6 +59,15 @@ def test_a_complete_file_is_left_alone(out: Path) -> None:
     assert out.stat() == before
 
 
+def test_an_equal_line_is_written_once(out: Path) -> None:
+    """An image that fails again does not make an interrupted file grow."""
+    with AnswerFile(out, SETTINGS) as file:
+        for _ in range(2):
+            for each in ROWS:
+                file.write(each)
+    assert out.read_bytes() == b"".join(map(to_line, ROWS))
+
+
 def test_a_full_disk_in_the_middle_of_a_line(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only whole lines are left, also where the half line cannot be removed at once; the next run completes them."""
     write(out, ROWS)
