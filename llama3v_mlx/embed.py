@@ -75,7 +75,8 @@ def embed(args: argparse.Namespace) -> None:
     from .features.encoder import load_encoder
     from .features.pipeline import Pipeline, Report
     from .features.sources import Skipped, count_sources, find_sources
-    from .features.store import FeatureStore, FeatureWriter
+    from .features.store import FeatureStore
+    from .features.writer import FeatureWriter
 
     skipped = Skipped()
     sources = find_sources(args.paths, skipped)
@@ -193,10 +194,10 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
 
 def check(folder: str) -> None:
     """Verify and repair a store, and print the result."""
-    from .features.store import verify
+    from .features.repair import verify
 
     verdict = verify(folder)
-    print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored to a manifest")
+    print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored")
     for line in verdict.lost:
         print(f"lost: {line}", file=sys.stderr)
     if verdict.lost:

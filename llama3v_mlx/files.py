@@ -138,34 +138,6 @@ def write_at(file: FileIO, data: bytes, offset: int) -> None:
         raise
 
 
-def append(file: FileIO, data: bytes) -> None:
-    """Append all of `data` or nothing: what was written is truncated on any exception.
-
-    An exception during the truncation leaves a part of it at the end of the file.
-    """
-    end = os.fstat(file.fileno()).st_size
-    try:
-        write_at(file, data, end)
-    except BaseException:
-        if os.fstat(file.fileno()).st_size < end + len(data):
-            os.ftruncate(file.fileno(), end)
-        raise
-
-
-def cut_half_line(file: FileIO) -> None:
-    """Truncate a partial last line, left by a full disk or a kill."""
-    size = end = os.fstat(file.fileno()).st_size
-    while end:
-        start = max(0, end - 4096)
-        newline = os.pread(file.fileno(), end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(file.fileno(), end)
-
-
 def is_junk(name: str) -> bool:
     """Return True for the name of a file that macOS leaves next to others: .DS_Store or AppleDouble's ._NAME."""
     return name == ".DS_Store" or name.startswith("._")

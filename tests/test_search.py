@@ -65,7 +65,8 @@ def test_an_image_finds_itself(store: Path, capsys) -> None:
 
 
 def test_nearest_is_the_order_of_all_cosines(store: Path, rng: np.random.Generator) -> None:
-    from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
+    from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
+    from llama3v_mlx.features.writer import FeatureWriter
 
     matrix = rng.normal(size=(500, 8)).astype(np.float32)
     made = FeatureStore.create(store.parent / "random", StoreInfo("m", "pooled", "0", 8, "float32"))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..image import image_sha256
 from .encoder import ImageEncoder
 from .sources import FileStat, Source
-from .store import FeatureWriter
+from .writer import FeatureWriter
 
 
 @dataclass

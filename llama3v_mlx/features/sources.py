@@ -15,6 +15,17 @@ from ..pdf import PDF, PdfPage, can_read_pdf
 
 FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode; changes when the file is touched
 
+
+def file_stat(found: os.stat_result) -> FileStat:
+    """Stat of a file, as it is stored."""
+    return found.st_size, signed(found.st_mtime_ns), signed(found.st_ctime_ns), signed(found.st_ino)
+
+
+def signed(value: int) -> int:
+    """Wrap an integer to SQLite's signed 64 bits: network disks have larger inodes."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 LIBRARY = ".photoslibrary"
 ORIGINALS = ("originals", "Masters")  # subfolders of a Photos library, current and older versions
 
