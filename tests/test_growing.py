@@ -34,7 +34,6 @@ ENTRIES = entries(0, 9)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable fsync: no test here simulates a power failure."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr("llama3v_mlx.features.database.SYNCHRONOUS", "OFF")
 
 
 def embed(

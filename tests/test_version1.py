@@ -9,7 +9,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from test_growing import executed_lines, interrupt
+from test_growing import executed_lines, interrupt, no_waiting_for_the_disk  # noqa: F401  (a fixture)
 from test_store import entries, fill, info, same
 
 import llama3v_mlx
