@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.embed import main as embed
 from llama3v_mlx.features.encoder import TextEncoder, load_encoder
+from llama3v_mlx.features.ranking import nearest
 from llama3v_mlx.models.siglip import SigLIP
-from llama3v_mlx.search import main, nearest
+from llama3v_mlx.search import main
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ CREATE TABLE entries (
 ) WITHOUT ROWID;
 CREATE TABLE files (
     id INTEGER PRIMARY KEY,
-    sha256 BLOB NOT NULL,
+    sha256 BLOB NOT NULL,  -- empty: not an image
     path BLOB NOT NULL,  -- UTF-8; as bytes, because a file name may be any bytes
     size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,  -- when it was read, if known
     taken REAL  -- when the photo was taken, in seconds since 1970 in local time, if known
@@ -85,8 +85,11 @@ class Database:
             return self._connection.execute(query, parameters).fetchall()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
         """Change the database, completely or, after any exception, not at all.
+
+        Args:
+            kind: "IMMEDIATE", or "DEFERRED" for changes of temporary tables, which need not wait for a writer.
 
         Raises:
             FeatureError: if the database is damaged.
@@ -96,7 +99,7 @@ class Database:
             try:
                 if self._connection.in_transaction:  # Ctrl-C came before the rollback
                     self._connection.rollback()
-                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.execute(f"BEGIN {kind}")
                 yield self._connection
                 self._connection.commit()
             finally:

@@ -96,7 +96,7 @@ def from_stored(values: np.ndarray, scales: np.ndarray, dtype: str, exact: bool)
     if dtype == "bfloat16":
         rows = mx.array(values).view(mx.bfloat16)
         return rows if exact else np.array(rows.astype(mx.float32))
-    return mx.array(values) if exact else values.astype(np.float32)
+    return mx.array(values) if exact else values.astype(np.float32, copy=False)
 
 
 class Shard:

@@ -1,5 +1,6 @@
 """Sources of images: files, folders, lists and tar archives, streamed to allow for millions."""
 
+import contextlib
 import functools
 import json
 import os
@@ -143,13 +144,44 @@ def _fail(error: Exception) -> ImageSource:
     raise error
 
 
+def scan_folder(folder: Path, skipped: Skipped) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the path and stat of the image files that `find_sources` finds in a folder, PDFs excepted, unordered.
+
+    No file is opened.
+    """
+    waiting = list(map(str, _roots(folder)))
+    while waiting:
+        top = waiting.pop()
+        try:
+            with os.scandir(top) as entries:
+                for entry in entries:
+                    suffix = os.path.splitext(entry.name)[1].lower()
+                    if entry.is_dir(follow_symlinks=False):
+                        if suffix == LIBRARY:
+                            skipped.file(entry.name)
+                        else:
+                            waiting.append(entry.path)
+                    elif suffix not in EXTENSIONS or entry.name.startswith("."):
+                        skipped.file(entry.name)
+                    elif entry.is_file():  # and no link to nothing
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            yield entry.path, entry.stat()
+        except OSError as e:
+            e.filename = e.filename or top
+            skipped.folder(e)
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return the folders of originals in a Photos library, or the folder itself."""
+    if folder.suffix.lower() != LIBRARY:
+        return [folder]
+    roots = [folder / name for name in ORIGINALS]
+    return [root for root in roots if os.path.isdir(root)] or roots[:1]
+
+
 def _in_folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
-    roots = [folder]
-    if folder.suffix.lower() == LIBRARY:
-        roots = [folder / name for name in ORIGINALS]
-        roots = [root for root in roots if os.path.isdir(root)] or roots[:1]
     wanted = EXTENSIONS | {PDF} if can_read_pdf() else EXTENSIONS
-    for top in roots:
+    for top in _roots(folder):
         for root, folders, names in os.walk(top, onerror=skipped.folder):
             for library in [name for name in folders if Path(name).suffix.lower() == LIBRARY]:
                 folders.remove(library)

@@ -23,6 +23,7 @@ from .sources import FileStat
 from .version1 import VERSION, migrate
 
 _OPEN_SHARDS = 32  # shards mapped at once: macOS allows 256 open files per process
+_BLOCK = 1 << 24  # values in a block of `matrix`
 _CHUNK = 10_000  # rows read from the database at once: a reader must not keep a writer waiting
 
 
@@ -90,10 +91,10 @@ class FeatureStore:
         self.info = read_info(self.folder)
         self.read_only: Exception | None = None  # why it cannot be written
         if self.info.format == VERSION:
-            self._database, self.read_only = migrate(self.folder)
+            self.database, self.read_only = migrate(self.folder)
             self.info = StoreInfo(**asdict(self.info) | {"format": FORMAT})
         else:
-            self._database = Database(self.folder)
+            self.database = Database(self.folder)
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
         self._checked: dict[tuple[int, int], np.ndarray] = {}  # by shard: whether the entry at a row was checked
         self._table: np.ndarray | None = None
@@ -134,10 +135,10 @@ class FeatureStore:
         self._table = None
 
     def __len__(self) -> int:
-        return self._database.rows("SELECT count(*) FROM entries")[0][0]
+        return self.database.rows("SELECT count(*) FROM entries")[0][0]
 
     def __contains__(self, sha256: bytes) -> bool:
-        return bool(self._database.rows("SELECT 1 FROM entries WHERE sha256 = ?", (sha256,)))
+        return bool(self.database.rows("SELECT 1 FROM entries WHERE sha256 = ?", (sha256,)))
 
     def __iter__(self) -> Iterator[tuple[bytes, Features]]:
         """Yield (SHA-256, features) of every entry, in the order of the shards."""
@@ -155,9 +156,13 @@ class FeatureStore:
         table = self._entries()
         return list(zip(table["sha256"].tolist(), table["rows"].tolist(), strict=True))
 
+    def keys(self) -> np.ndarray:
+        """SHA-256 of every entry, as an array of V32, in the order of iteration."""
+        return self._entries()["sha256"]
+
     def get(self, sha256: bytes) -> Features | None:
         """Features of the image file with this SHA-256, or None."""
-        found = self._database.rows(f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?", (sha256,))
+        found = self.database.rows(f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?", (sha256,))
         if not found:
             return None
         (writer, *entry) = found[0]
@@ -168,14 +173,18 @@ class FeatureStore:
 
     def grid(self, sha256: bytes) -> tuple[int, int] | None:
         """Return the grid (columns, rows) of slices of a stored image, without reading its features."""
-        ((*grid,),) = self._database.rows("SELECT grid_columns, grid_rows FROM entries WHERE sha256 = ?", (sha256,))
+        ((*grid,),) = self.database.rows("SELECT grid_columns, grid_rows FROM entries WHERE sha256 = ?", (sha256,))
         return tuple(grid) if grid[0] else None
 
     def matrix(self) -> Iterator[np.ndarray]:
-        """Yield all rows in the order of iteration, float32 (n, width), in runs that are contiguous on disk."""
+        """Yield all rows in the order of iteration, float32 (n, width), in blocks that are contiguous on disk.
+
+        Rows of a float32 store are not copied, but mapped.
+        """
         table = self._entries()
         ends = table["start"] + table["rows"]
         apart = (np.diff(table["writer"]) != 0) | (np.diff(table["shard"]) != 0) | (table["start"][1:] != ends[:-1])
+        apart |= np.diff(np.cumsum(table["rows"]) * self.info.width // _BLOCK) != 0
         starts = np.r_[0, np.flatnonzero(apart) + 1, len(table)] if len(table) else [0]
         for a, b in itertools.pairwise(starts):
             stored = self._stored(int(table["writer"][a]), table[a:b])
@@ -187,11 +196,17 @@ class FeatureStore:
 
     def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
         """Yield (SHA-256, file name, stat of the file when it was read, if recorded), in the order added."""
-        query = "SELECT id, sha256, path, size, mtime_ns, ctime_ns, inode FROM files WHERE id > ? ORDER BY id LIMIT ?"
+        query = """SELECT id, sha256, path, size, mtime_ns, ctime_ns, inode FROM files
+            WHERE id > ? AND sha256 != X'' ORDER BY id LIMIT ?"""
         last = 0
-        while found := self._database.rows(query, (last, _CHUNK)):
+        while found := self.database.rows(query, (last, _CHUNK)):
             for last, sha256, path, *stat in found:  # noqa: B007
                 yield sha256, path.decode("utf-8", "surrogatepass"), tuple(stat) if stat[0] is not None else None
+
+    def name_of(self, sha256: bytes) -> str | None:
+        """First name of an image, or None."""
+        found = self.database.rows("SELECT path FROM files WHERE sha256 = ? ORDER BY id LIMIT 1", (sha256,))
+        return found[0][0].decode("utf-8", "surrogatepass") if found else None
 
     def files_at(self, paths: Iterable[str]) -> Iterator[tuple[bytes, str, FileStat]]:
         """Yield (SHA-256, path, stat) of images in the store that were read at these paths, if the stat is recorded."""
@@ -199,7 +214,7 @@ class FeatureStore:
         while chunk := list(itertools.islice(encoded, 500)):
             query = f"""SELECT sha256, path, size, mtime_ns, ctime_ns, inode FROM files JOIN entries USING (sha256)
                 WHERE path IN ({", ".join("?" * len(chunk))}) AND size IS NOT NULL ORDER BY id"""
-            for sha256, path, *stat in self._database.rows(query, chunk):
+            for sha256, path, *stat in self.database.rows(query, chunk):
                 yield sha256, path.decode("utf-8", "surrogatepass"), tuple(stat)
 
     def _entries(self) -> np.ndarray:
@@ -208,7 +223,7 @@ class FeatureStore:
             query = "SELECT writer, shard, start, rows, crc32, sha256 FROM entries"
             kinds = [(name, np.int64) for name in ("writer", "shard", "start", "rows", "crc32")] + [("sha256", "V32")]
             chunks, after = [np.zeros(0, kinds)], (-1, -1, -1)
-            while found := self._database.rows(
+            while found := self.database.rows(
                 f"{query} WHERE (writer, shard, start) > (?, ?, ?) ORDER BY writer, shard, start LIMIT {_CHUNK}", after
             ):
                 chunks.append(np.array(found, kinds))
