@@ -42,26 +42,30 @@ def parse_query(query: str) -> list[Term]:
         QueryError: if some terms of a sum are marked as terms, but another is not.
     """
     query = query.strip()
-    terms, unmarked, rest, sign = [], [], query, 1.0
+    terms, bare, plain, rest, sign = [], [], 0, query, 1.0
     while True:
+        weighted = bool(_WEIGHT.match(rest))
         term, marked, rest = _first_term(rest)
         terms.append(Term(term.text, term.image, sign * term.weight))
-        if not marked:
-            unmarked.append(term.text)
+        plain += not marked
+        if not marked and not weighted:
+            bare.append(term.text)
         if not rest:
             break
         operator = _OPERATOR.match(rest)
         sign, rest = (1.0 if operator[1] == "+" else -1.0), rest[operator.end() :]
-    if len(unmarked) == len(terms) or (len(terms) == 1 and _WEIGHT.match(query) and terms[0].image is None):
+    if len(terms) == 1:
+        return [Term(query) if plain else Term(terms[0].text, terms[0].image)]
+    if len(bare) == len(terms):
         return [Term(query)]
-    if unmarked:
-        kind = "no such image" if "/" in unmarked[0] or Path(unmarked[0]).suffix.lower() in EXTENSIONS else "a text"
-        raise QueryError(f'{unmarked[0]}: is {kind}; in a sum, put a text in double quotes: "{unmarked[0]}"')
-    return [Term(terms[0].text, terms[0].image)] if len(terms) == 1 else terms
+    if bare:
+        kind = "no such image" if "/" in bare[0] or Path(bare[0]).suffix.lower() in EXTENSIONS else "a text"
+        raise QueryError(f'{bare[0]}: is {kind}; in a sum, put a text in double quotes: "{bare[0]}"')
+    return terms
 
 
 def _first_term(rest: str) -> tuple[Term, bool, str]:
-    """Return the first term of a sum, whether it is marked as one, and the rest, which begins with an operator."""
+    """Return the first term of a sum, whether it is quoted or an image, and the rest, which begins with an operator."""
     weight, start = 1.0, 0
     if match := _WEIGHT.match(rest):
         weight, start = float(match[1]), match.end()
@@ -71,7 +75,7 @@ def _first_term(rest: str) -> tuple[Term, bool, str]:
     for end in reversed(ends):  # a file name may contain " - "
         if (image := _image(rest[start:end])) is not None:
             return Term(None, image, weight), True, rest[end:]
-    return Term(rest[start : ends[0]], None, weight), start > 0, rest[ends[0] :]
+    return Term(rest[start : ends[0]], None, weight), False, rest[ends[0] :]
 
 
 def _image(text: str) -> Path | None:
