@@ -152,9 +152,7 @@ def follow(files: int, distinct: int, kills: int, seconds: float, temporary: Pat
     expected = (0, count, count, count, count, 2 * count)
     found = (changes.added, changes.moved, changes.changed, changes.deleted, changes.embedded, len(read))
     assert found == expected, (found, expected)
-    say(
-        f"{count} deleted, moved, changed: {changes}; {len(read)} files read, {changes.embedded} embedded, {cpu:.1f} s CPU"
-    )
+    say(f"{count} deleted, moved, changed: {changes}; {len(read)} files read, {changes.embedded} embedded")
     assert {Path(path) for _, path in library.store.names()} == present
     read.clear()
     changes, wall, cpu = timed(library.update)

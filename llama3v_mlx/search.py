@@ -125,6 +125,8 @@ def safe(name: str) -> str:
 
 def show(paths: list[str], sheet: Path | None) -> None:
     """Show files in Finder; elsewhere, open the contact sheet or else their folder."""
+    if not paths:
+        return
     if sys.platform == "darwin":
         command = ["open", "-R", *paths]
     elif program := shutil.which("xdg-open"):
@@ -260,6 +262,8 @@ def _search_folder(args: argparse.Namespace) -> None:
         pictures, broken = library.counts()
         counts = f"{pictures} pictures" + (f" and {broken} broken ones" if broken else "")
         print(f"{safe(library.folder)}: {counts}; {changes}", file=sys.stderr)
+        if changes.added and changes.skipped.suffixes:
+            print(f"skipped: {safe(str(changes.skipped))}", file=sys.stderr)
     if args.near_duplicates is not None:
         groups = library.duplicates(args.near_duplicates, _filters(args))
         if args.json:
@@ -277,6 +281,8 @@ def _search_folder(args: argparse.Namespace) -> None:
 
 
 def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
+    from .features.sources import file_of
+
     if args.json:
         print(json.dumps({"text": args.text, "image": args.image, "hits": [asdict(hit) for hit in hits]}))
     elif args.print0:
@@ -286,14 +292,17 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
             print(f"{_score(hit)}  {safe(hit.path or hit.sha256)}")
     if args.sheet and hits:
         draw_sheet(hits, args.sheet)
-    paths = [os.path.abspath(hit.path) for hit in hits if hit.path and os.path.exists(hit.path)]
-    if args.open and paths:
-        show(paths, args.sheet)
+    if args.open:
+        paths = [os.path.abspath(file_of(hit.path)) for hit in hits if hit.path]
+        show([path for path in paths if os.path.exists(path)], args.sheet)
 
 
 def _print0(paths: list[str]) -> None:
+    from .features.sources import file_of
+
+    files = dict.fromkeys(map(file_of, paths))  # a PDF once, not its pages
     sys.stdout.flush()
-    sys.stdout.buffer.write(b"".join(os.fsencode(path) + b"\0" for path in paths))
+    sys.stdout.buffer.write(b"".join(os.fsencode(file) + b"\0" for file in files))
 
 
 if __name__ == "__main__":

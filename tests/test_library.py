@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -148,6 +147,23 @@ def test_broken_pictures_are_counted_once_and_read_once(library: Library, pictur
     assert len(paths_of(library)) == len(list(library.store.names())) == 12
     draw(pictures / "broken.jpg", 100)
     assert counts(library.update())[4] == 1 and library.counts() == (13, 0)
+
+
+def test_pages_of_a_pdf(library: Library, pictures: Path, read, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.open(IMAGES / name).convert("RGB") for name in ("two-red-stars.jpg", "42.png")]
+    pages[0].save(pictures / "a.pdf", save_all=True, append_images=pages[1:])
+    (pictures / "broken.pdf").write_bytes(b"%PDF-1.7 no more")
+    changes = library.update()
+    assert counts(changes) == (2, 0, 0, 0, 2) and [Path(name).name for name, _ in changes.failed] == ["broken.pdf"]
+    assert {"a.pdf#1", "a.pdf#2"} <= set(paths_of(library)) and library.counts() == (14, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("llama3v_mlx.features.library.expand", lambda _: pytest.fail("opened"))
+        assert str(library.update()) == "no changes"
+    (pictures / "a.pdf").rename(pictures / "b.pdf")
+    assert counts(library.update()) == (0, 2, 0, 0, 0)
+    assert {"b.pdf#1", "b.pdf#2"} <= set(paths_of(library)) and len(paths_of(library)) == 14
+    pages[1].save(pictures / "b.pdf")
+    assert library.update().deleted == 1 and library.counts() == (13, 1)
 
 
 def test_a_disk_error_is_no_property_of_a_picture(library: Library, pictures: Path, monkeypatch) -> None:
@@ -308,17 +324,19 @@ def test_open_shows_the_hits(pictures: Path, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "xdg-open.args").read_text().splitlines() == [os.path.dirname(found[0])]
 
 
-def test_watch(library: Library, pictures: Path, tmp_path: Path) -> None:
-    code = "import llama3v_mlx.search as s, sys; s.POLL = 0.05; s.main(sys.argv[1:])"
-    words = [sys.executable, "-c", code, pictures, "--watch", "--index", library.index]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while "12 pictures; no changes" not in process.stderr.readline():
-            assert process.poll() is None
-        (pictures / "0" / "0.png").unlink()
-        assert process.stdout.readline().split(maxsplit=1)[1] == "1 deleted\n"
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in said[1] and library.counts() == (11, 0)
+def test_watch(library: Library, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Between looks at the folder a picture is deleted, nothing happens, two are added, and then comes Ctrl-C."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    happens = [(pictures / "0" / "0.png").unlink, lambda: None]
+    happens += [lambda: [draw(pictures / f"new{i}.png", 100 + i) for i in range(2)], interrupt]
+    monkeypatch.setattr(command.time, "sleep", lambda _: happens.pop(0)())
+    main([str(pictures), "--watch", "--index", str(library.index)])
+    said = capsys.readouterr()
+    assert [line.split(maxsplit=1)[1] for line in said.out.splitlines()] == ["1 deleted", "2 added"]
+    assert "12 pictures; no changes" in said.err and not happens and library.counts() == (13, 0)
 
 
 def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> None:

@@ -8,9 +8,12 @@ continued by the next; until then they are no hits, because each hit is compared
 
 import hashlib
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -19,11 +22,13 @@ import numpy as np
 from ..checkpoint import find_checkpoint
 from ..cli import CACHE
 from ..files import find_path
+from ..image import ImageError, ImageSource, expand
+from ..pdf import PDF
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
 from .pipeline import Pipeline, Report
 from .ranking import Ranking, near_duplicates
-from .sources import FileStat, Skipped, Source, file_stat, scan_folder
+from .sources import FileStat, Skipped, Source, file_of, file_stat, scan_folder
 from .store import FeatureStore
 from .writer import FeatureWriter
 
@@ -74,7 +79,7 @@ class Match:
 
 
 class Library:
-    """A folder of pictures and its index.
+    """A folder of pictures and its index; `update` and `rank` may run in different threads.
 
     Args:
         folder: the folder.
@@ -97,6 +102,7 @@ class Library:
         self.ranking = Ranking(self.store)
         self._checkpoint = find_checkpoint(model)
         self._texts: TextEncoder | None = None
+        self._updating, self._ranking = threading.Lock(), threading.Lock()
 
     def texts(self) -> TextEncoder:
         """Return the encoder of texts."""
@@ -130,18 +136,22 @@ class Library:
             ValueError: if the folder no longer exists.
             OSError: if the index cannot be written, for example on a full disk.
         """
-        changes, database = Changes(), self.store.database
         if not os.path.isdir(self.folder):
             raise ValueError(f"{self.folder}: no such folder")
+        with self._updating:
+            return self._update(progress, rehash, batch_size, workers)
+
+    def _update(self, progress: Callable[[Report, int], None], rehash: bool, batch_size: int, workers: int) -> Changes:
+        changes, database = Changes(), self.store.database
         self._scan(changes.skipped)
         with database.transaction() as db:
             if rehash:
                 db.execute("UPDATE files SET size = -1")
             renamed = self._compare(db, changes.skipped)
-        fresh = {path.decode("utf-8", "surrogatepass"): tuple(stat) for path, *stat in database.rows(_LIST_FRESH)}
+        fresh = {_decoded(path): tuple(stat) for path, *stat in database.rows(_LIST_FRESH)}
         if fresh:
             unreadable: set[str] = set()
-            sources = (_source(path, stat, unreadable) for path, stat in fresh.items())
+            sources = _sources(fresh, unreadable)
             with FeatureWriter(self.store) as writer:
                 read = Pipeline(self.encoder, writer, batch_size, workers, lambda report: progress(report, len(fresh)))
                 report = read.run(sources)
@@ -155,20 +165,35 @@ class Library:
         return changes
 
     def _scan(self, skipped: Skipped) -> None:
-        """Fill the table of files that the folder has now."""
+        """Fill the table of pictures that the folder has now; the database is not kept waiting for the folder."""
         with self.store.database.transaction("DEFERRED") as db:
             for statement in _TABLES.split(";"):
                 db.execute(statement)
-            rows = scan_folder(Path(self.folder), skipped)
-            files = ((path.encode("utf-8", "surrogatepass"), *file_stat(found)) for path, found in rows)
-            db.executemany("INSERT OR REPLACE INTO scan VALUES (?, ?, ?, ?, ?)", files)
+        found = ((path, file_stat(stat)) for path, stat in scan_folder(Path(self.folder), skipped))
+        pictures = ((_encoded(name), *stat) for path, stat in found for name in self._names_of(path, stat))
+        while chunk := list(islice(pictures, 5000)):
+            with self.store.database.transaction("DEFERRED") as db:
+                db.executemany("INSERT OR REPLACE INTO scan VALUES (?, ?, ?, ?, ?)", chunk)
+
+    def _names_of(self, path: str, stat: FileStat) -> list[str]:
+        """Return the path of a picture, or the names of a PDF's pages; one that was read before is not opened."""
+        if not path.lower().endswith(PDF):
+            return [path]
+        query = (
+            "SELECT DISTINCT path FROM files WHERE (path = ? OR path >= ? AND path < ?) AND ("
+            + _STAT
+            + ") = (?, ?, ?, ?)"
+        )
+        names = [_encoded(path), _encoded(path + "#"), _encoded(path + "$")]  # $ follows # in ASCII
+        known = [_decoded(name) for (name,) in self.store.database.rows(query, (*names, *stat))]
+        return known or list(_pages(path)) or [path]
 
     def _compare(self, db: Connection, skipped: Skipped) -> int:
         """Find new files and outdated rows; return the number of files that were renamed, which are neither."""
         db.execute(_FIND_FRESH)
         db.execute(_FIND_GONE)
         for name, _ in skipped.denied:
-            prefix = name.encode("utf-8", "surrogatepass")
+            prefix = _encoded(name)
             db.execute("DELETE FROM gone WHERE path >= ? AND path < ?", (prefix + b"/", prefix + b"0"))
         renamed = db.execute(_FIND_RENAMED).fetchall()
         db.executemany(f"INSERT INTO files (sha256, path, {_STAT}, taken) VALUES (?, ?, ?, ?, ?, ?, ?)", renamed)
@@ -201,15 +226,15 @@ class Library:
 
         Only files that are on the disk and unchanged since they were read are returned, and of equal files the first.
         """
-        self.ranking.refresh()
-        among = self._among(filters) if filters else None
         matches = []
-        for sha256, cosine in self.ranking.best(query, among):
-            path = next(self.current(sha256, filters), None)
-            if path is not None:
-                matches.append(Match(sha256, path, cosine))
-                if len(matches) == top:
-                    break
+        with self._ranking:
+            self.ranking.refresh()
+            for sha256, cosine in self.ranking.best(query, self._among(filters) if filters else None):
+                path = next(self.current(sha256, filters), None)
+                if path is not None:
+                    matches.append(Match(sha256, path, cosine))
+                    if len(matches) == top:
+                        break
         return matches
 
     def current(self, sha256: bytes, filters: Filters = ALL) -> Iterator[str]:
@@ -217,17 +242,18 @@ class Library:
         condition, parameters = filters.sql()
         query = f"SELECT path, {_STAT} FROM files WHERE sha256 = ? AND {condition} ORDER BY id"
         for path, *stat in self.store.database.rows(query, (sha256, *parameters)):
-            path = path.decode("utf-8", "surrogatepass")
+            path = _decoded(path)
             try:
-                if file_stat(os.stat(path)) == tuple(stat):
+                if file_stat(os.stat(file_of(path))) == tuple(stat):
                     yield path
             except (OSError, ValueError):
                 continue
 
     def duplicates(self, least: float, filters: Filters = ALL) -> list[list[str]]:
         """Return groups of files whose pictures are nearly equal, the largest groups first."""
-        self.ranking.refresh()
-        groups = near_duplicates(self.store, least)
+        with self._ranking:
+            self.ranking.refresh()
+            groups = near_duplicates(self.store, least)
         grouped = set().union(*groups)
         copies = self.store.database.rows("SELECT sha256 FROM files GROUP BY sha256 HAVING count(DISTINCT path) > 1")
         groups += [[sha256] for (sha256,) in copies if sha256 not in grouped and sha256]
@@ -250,12 +276,37 @@ def default_index(folder: str, model: str) -> Path:
     return CACHE / "libraries" / f"{name.encode('ascii', 'ignore').decode()}-{digest[:16]}"
 
 
-def _source(path: str, stat: FileStat, unreadable: set[str]) -> Source:
-    def read() -> bytes:
-        try:
-            return Path(path).read_bytes()
-        except OSError:
-            unreadable.add(path)
-            raise
+def _sources(fresh: dict[str, FileStat], unreadable: set[str]) -> Iterator[Source]:
+    """Yield the pictures to be read; those that cannot be are added to `unreadable`."""
+    pdf, pages = "", {}
+    for name, stat in fresh.items():
+        if name.lower().endswith(PDF) or file_of(name) != name:
+            if file_of(name) != pdf:
+                pdf, pages = file_of(name), _pages(file_of(name))
+            yield Source(name, partial(pages.get, name, name), stat)
+        else:
+            yield Source(name, partial(_read, name, unreadable), stat)
 
-    return Source(path, read, stat)
+
+def _read(path: str, unreadable: set[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        unreadable.add(path)
+        raise
+
+
+def _pages(path: str) -> dict[str, ImageSource]:
+    """Return the pages of a PDF by name; none if it is damaged."""
+    try:
+        return {str(page): page for page in expand(path)}
+    except ImageError:
+        return {}
+
+
+def _encoded(path: str) -> bytes:
+    return path.encode("utf-8", "surrogatepass")
+
+
+def _decoded(path: bytes) -> str:
+    return path.decode("utf-8", "surrogatepass")

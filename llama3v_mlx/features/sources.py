@@ -126,6 +126,13 @@ def read_named(name: str) -> ImageSource:
         raise FileNotFoundError(name) from e
 
 
+def file_of(name: str) -> str:
+    """Return the file of a name from `find_sources` that is not in an archive: of paper.pdf#3, paper.pdf."""
+    file, separator, page = name.rpartition("#")
+    is_page = separator and file.lower().endswith(PDF) and page.isdigit() and not os.path.lexists(name)
+    return file if is_page else name
+
+
 def _images_of(name: str) -> Iterator[Source]:
     """Yield the image of a file, or one per page of a PDF; an unusable PDF fails when it is read."""
     try:
@@ -145,10 +152,11 @@ def _fail(error: Exception) -> ImageSource:
 
 
 def scan_folder(folder: Path, skipped: Skipped) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the path and stat of the image files that `find_sources` finds in a folder, PDFs excepted, unordered.
+    """Yield the path and stat of the image files and PDFs that `find_sources` finds in a folder, in no certain order.
 
     No file is opened.
     """
+    wanted = EXTENSIONS | {PDF} if can_read_pdf() else EXTENSIONS
     waiting = list(map(str, _roots(folder)))
     while waiting:
         top = waiting.pop()
@@ -161,7 +169,7 @@ def scan_folder(folder: Path, skipped: Skipped) -> Iterator[tuple[str, os.stat_r
                             skipped.file(entry.name)
                         else:
                             waiting.append(entry.path)
-                    elif suffix not in EXTENSIONS or entry.name.startswith("."):
+                    elif suffix not in wanted or entry.name.startswith("."):
                         skipped.file(entry.name)
                     elif entry.is_file():  # and no link to nothing
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
