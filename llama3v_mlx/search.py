@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .cli import note_slow_cpu, positive, run, share_or_more
+from .cli import DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run, share_or_more
 from .demo import SIGLIP
 
 POLL = 2.0  # seconds between two looks at a watched folder
@@ -250,12 +250,11 @@ def _search_store(args: argparse.Namespace) -> None:
 
 
 def _search_folder(args: argparse.Namespace) -> None:
-    from .embed import DEMO_NOTE
     from .features.library import Library
 
     note_slow_cpu()
     if args.model is None:
-        print(DEMO_NOTE, file=sys.stderr)
+        print(DEMO_SIGLIP_NOTE, file=sys.stderr)
     library = Library(args.store, str(args.model or SIGLIP), args.index)
     changes = None if args.no_update else update(library, args)
     if changes is not None and not args.json:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -341,6 +342,28 @@ def test_names_of_any_bytes_and_inodes_of_any_size(tmp_path: Path) -> None:
             writer.name(sha256, name, stat)
     assert list(store.files()) == [(sha256, name, stat) for name in names]
     assert sorted(store.files_at(names[:3])) == sorted((sha256, name, stat) for name in names[:3])
+
+
+def test_a_store_is_read_where_nothing_can_be_written() -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own can be entered by its user only
+        folder = Path(temporary) / "store"
+        fill(folder, 5)
+        for path, mode in ((Path(temporary), 0o755), (folder, 0o555), *((path, 0o444) for path in folder.iterdir())):
+            path.chmod(mode)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root could write
+        try:
+            with pytest.raises(PermissionError):
+                (folder / "new").touch()
+            store = FeatureStore(folder)
+            same(store, entries(0, 5))
+            assert sum(map(len, store.matrix())) == 15 and not list(store.names())
+            with pytest.raises(OSError, match="Permission denied: .*writer-000.lock"):
+                FeatureWriter(store)
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
