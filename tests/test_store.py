@@ -107,9 +107,12 @@ def test_rows_can_be_read_while_others_are_written(tmp_path: Path) -> None:
 
 
 WRITE_FOREVER = """
-import itertools, sys
+import itertools, os, sys
 sys.path.insert(0, {tests!r})
 from test_store import *
+from llama3v_mlx.features import database
+database.SYNCHRONOUS = "OFF"  # power does not fail
+os.fsync = lambda _: None
 store = FeatureStore.create({store!r}, info({dtype!r}))
 writer = FeatureWriter(store, shard_bytes=20000)
 for i in itertools.count():
