@@ -31,7 +31,8 @@ from PIL import Image
 
 from llama3v_mlx.device import chip, cores, matmul_peak, on_gpu
 from llama3v_mlx.features.encoder import ImageEncoder, load_encoder, published_tensors
-from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
+from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
+from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.image import TiledImage
 from llama3v_mlx.models.siglip import SigLIP, VisionConfig
 

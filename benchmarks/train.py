@@ -29,7 +29,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from llama3v_mlx.features.encoder import ImageEncoder
-from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
+from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
+from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.image import ImageConfig
 from llama3v_mlx.models.llama3v import Model, ModelArgs
 from llama3v_mlx.training.batch import collate, count_answers

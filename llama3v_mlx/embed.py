@@ -10,14 +10,9 @@ import time
 from itertools import chain, islice
 from pathlib import Path
 
-from .cli import CACHE, note_slow_cpu, positive, run
+from .cli import CACHE, DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run
 from .demo import SIGLIP
 from .files import write_beside
-
-DEMO_NOTE = (
-    "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
-    "your pictures: --model google/siglip-so400m-patch14-384"
-)
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
@@ -75,7 +70,8 @@ def embed(args: argparse.Namespace) -> None:
     from .features.encoder import load_encoder
     from .features.pipeline import Pipeline, Report
     from .features.sources import Skipped, count_sources, find_sources
-    from .features.store import FeatureStore, FeatureWriter
+    from .features.store import FeatureStore
+    from .features.writer import FeatureWriter
 
     skipped = Skipped()
     sources = find_sources(args.paths, skipped)
@@ -86,7 +82,7 @@ def embed(args: argparse.Namespace) -> None:
     if group.rank() == 0:
         note_slow_cpu()
         if args.model is None:
-            print(DEMO_NOTE, file=sys.stderr)
+            print(DEMO_SIGLIP_NOTE, file=sys.stderr)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     encoder = load_encoder(args.model or SIGLIP, args.kind, dtype, args.draft)
     encoder.all_cores = True
@@ -191,10 +187,10 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
 
 def check(folder: str) -> None:
     """Verify and repair a store, and print the result."""
-    from .features.store import verify
+    from .features.repair import verify
 
     verdict = verify(folder)
-    print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored to a manifest")
+    print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored")
     for line in verdict.lost:
         print(f"lost: {line}", file=sys.stderr)
     if verdict.lost:

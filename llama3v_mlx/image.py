@@ -10,6 +10,7 @@ import io
 import math
 import os
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,16 @@ def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata is common, and no reason to reject good pixels
+        return None
+
+
+def date_taken(data: bytes) -> float | None:
+    """Return when a photo was taken by its EXIF, in seconds since 1970 in local time, or None if that is unknown."""
+    try:
+        with _open_bytes("", data) as image:
+            text = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
+        return datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
+    except Exception:  # as for the orientation
         return None
 
 

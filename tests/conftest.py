@@ -39,6 +39,7 @@ from llama3v_mlx.checkpoint import read_tensors
 from llama3v_mlx.conversion.assemble import RELEASED_TOKENS
 from llama3v_mlx.demo import CHECKPOINT, SIGLIP
 from tools.demo.make import HF_CONFIG, build_model, save
+from llama3v_mlx.features import database
 from llama3v_mlx.features.encoder import published_tensors
 from llama3v_mlx.sampling import Sampling
 from llama3v_mlx.models.siglip import SigLIP, TextConfig, VisionConfig
@@ -48,6 +49,9 @@ from llama3v_mlx.serving.prefix_cache import PrefixCache
 ROOT = Path(__file__).parents[1]
 # A job in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test simulates a power failure, and on a busy disk every flush of a database takes a while.
+database.SYNCHRONOUS = "OFF"
 
 # The demo's architecture at a hundredth of its cost, for tests that train, or that any weights will do for.
 TINY = HF_CONFIG | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "query_num": 4}

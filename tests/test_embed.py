@@ -22,7 +22,8 @@ from llama3v_mlx.embed import best_batch_size, main
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.features.pipeline import Pipeline
 from llama3v_mlx.features.sources import count_sources, find_sources
-from llama3v_mlx.features.store import FeatureStore, FeatureWriter
+from llama3v_mlx.features.store import FeatureStore
+from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.image import tile_image
 
 
@@ -325,8 +326,7 @@ main(sys.argv[1:])
     args = [sys.executable, "-c", code, tmp_path / "photos", "--out", tmp_path / "store", "--model", siglip]
     args += ["--batch-size", "2", "--workers", "1"]
     process = subprocess.Popen(args, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    manifest = tmp_path / "store" / "manifest-000.bin"
-    while not (manifest.exists() and manifest.stat().st_size):
+    while not ((tmp_path / "store" / "store.json").exists() and len(FeatureStore(tmp_path / "store"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from mlx import nn
 
 from llama3v_mlx import files
 from llama3v_mlx.cli import keep_awake
-from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo, verify
+from llama3v_mlx.features.repair import verify
+from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
+from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.training.run import RunFolder
 
 
@@ -31,7 +34,7 @@ def refuse(code: int):
 @pytest.fixture(params=[errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
 def poor_disk(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without fsync, locks and links."""
-    for module, name in ((os, "fsync"), (os, "symlink"), (fcntl, "flock")):
+    for module, name in ((os, "fsync"), (os, "symlink"), (fcntl, "flock"), (fcntl, "lockf")):
         monkeypatch.setattr(module, name, refuse(request.param))
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", refuse(request.param))
@@ -56,6 +59,25 @@ def test_two_writers_without_locks_do_not_share_files(poor_disk, tmp_path: Path)
         for i, writer in enumerate((one, other) * 3):
             writer.add([(bytes([i] * 32), Features(mx.full((3, 4), i), (3, 1)))])
     assert verify(tmp_path / "store").good == 6 and not verify(tmp_path / "store").lost
+
+
+def test_processes_without_locks_take_turns(poor_disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction is waited for; the lock that a killed process left is removed once it was held too long."""
+    store = FeatureStore.create(tmp_path / "store", StoreInfo("model", "patch", "0", 4, "float16"))
+    order = []
+    with FeatureWriter(store) as writer:
+        with writer._database.transaction():
+            assert (tmp_path / "store" / "store.db.lock").is_dir()
+            other = threading.Thread(target=lambda: order.append(len(FeatureStore(tmp_path / "store"))))
+            other.start()
+            other.join(0.05)
+            order.append("committed")
+        other.join()
+        assert order == ["committed", 0]
+        (tmp_path / "store" / "store.db.lock").mkdir()
+        monkeypatch.setattr("llama3v_mlx.features.database.WAIT", 0.05)
+        assert writer.add([(bytes(32), Features(mx.ones((3, 4)), (3, 1)))]) == 1
+    assert len(FeatureStore(tmp_path / "store")) == 1
 
 
 def test_a_run_keeps_its_best_on_a_poor_disk(poor_disk, tmp_path: Path) -> None:

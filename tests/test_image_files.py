@@ -1,9 +1,11 @@
 """Training finds features by the current state of an image file, not by former names of it or of other files."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from PIL import Image
 from llama3v_mlx import embed, train
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.features.image_files import known_images, look_up
-from llama3v_mlx.features.store import FeatureStore, FeatureWriter
+from llama3v_mlx.features.store import FeatureStore
+from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.training.loop import Loop
 
 COUNT = 4
@@ -126,12 +129,12 @@ def test_a_file_is_known_by_whatever_path_leads_there(tmp_path: Path, prepare) -
 def test_a_data_set_that_was_moved_is_read_but_not_embedded(tmp_path: Path, prepare) -> None:
     draw(tmp_path / "images", 0)
     prepare(tmp_path, "images")
-    manifest = (tmp_path / "store" / "manifest-000.bin").read_bytes()
+    before = FeatureStore(tmp_path / "store").sizes()
     os.rename(tmp_path / "images", tmp_path / "elsewhere")
     moved = prepare(tmp_path, "elsewhere")
     assert moved.images == digests(tmp_path / "elsewhere") and moved.read == ALL
     assert not prepare(tmp_path, "elsewhere").read
-    assert (tmp_path / "store" / "manifest-000.bin").read_bytes() == manifest
+    assert FeatureStore(tmp_path / "store").sizes() == before
 
 
 def test_names_that_embed_gave_are_not_believed(tmp_path: Path, prepare, monkeypatch, capsys) -> None:
@@ -140,12 +143,12 @@ def test_names_that_embed_gave_are_not_believed(tmp_path: Path, prepare, monkeyp
     monkeypatch.chdir(tmp_path / "one")
     options = ["--out", tmp_path / "store", "--model", CHECKPOINT, "--kind", "visual-tokens"]
     embed.main(list(map(str, ("images", *options))))
-    manifest = (tmp_path / "store" / "manifest-000.bin").read_bytes()
+    before = FeatureStore(tmp_path / "store").sizes()
     with FeatureWriter(FeatureStore(tmp_path / "store")) as writer:
         writer.name(digests(one)[3], str(one / "0.bmp"))
     known = prepare(tmp_path / "one", "images")
     assert known.images == digests(one) and known.read == ALL
-    assert (tmp_path / "store" / "manifest-000.bin").read_bytes() == manifest
+    assert FeatureStore(tmp_path / "store").sizes() == before
     assert prepare(tmp_path / "other", "images").images == digests(other)
     capsys.readouterr()
     embed.main(["--out", str(tmp_path / "store"), "--export", str(tmp_path / "export")])
@@ -211,5 +214,6 @@ def test_an_entry_that_the_store_has_lost_is_not_known(tmp_path: Path, prepare) 
     prepare(tmp_path, "images")
     store, files = FeatureStore(tmp_path / "store"), look_up([str(images / "0.bmp")])
     assert list(known_images(store, files).values()) == digests(images)[:1]
-    del store._places[digests(images)[0]]
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "store.db")) as db, db:
+        db.execute("DELETE FROM entries WHERE sha256 = ?", digests(images)[:1])
     assert not known_images(store, files)

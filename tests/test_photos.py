@@ -518,7 +518,7 @@ def test_what_a_mac_leaves_in_an_archive_or_a_list(home: Path, tmp_path: Path) -
 def test_what_a_mac_leaves_is_no_shard_and_nobodys_file(folder: Path, tmp_path: Path, siglip: Path, run_main) -> None:
     """Finder may leave files in checkpoints, stores, runs and unfinished folders."""
     from llama3v_mlx.checkpoint import find_checkpoint, load_model, read_config
-    from llama3v_mlx.features.store import verify
+    from llama3v_mlx.features.repair import verify
     from llama3v_mlx.training.run import RunFolder
 
     def litter(path: Path, *names: str) -> Path:
@@ -534,7 +534,7 @@ def test_what_a_mac_leaves_is_no_shard_and_nobodys_file(folder: Path, tmp_path: 
         "llama3v_mlx.embed", CIRCLES, "--out", litter(tmp_path / "store", "a"), "--model", siglip, "--batch-size", 2
     )
     assert done.returncode == 0, done.stderr
-    litter(tmp_path / "store", "manifest-000.bin", "names-000.jsonl", "x-9z", "shard-000-00000.safetensors")
+    litter(tmp_path / "store", "store.db", "writer-000.lock", "x-9z", "shard-000-00000.safetensors")
     assert verify(tmp_path / "store").good == 1 and len(FeatureStore(tmp_path / "store")) == 1
     RunFolder(litter(tmp_path / "run", "b"), {}, resume=False, writes=True)
     litter(tmp_path / "new.partial", "c")

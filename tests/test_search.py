@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.embed import main as embed
 from llama3v_mlx.features.encoder import TextEncoder, load_encoder
+from llama3v_mlx.features.ranking import nearest
 from llama3v_mlx.models.siglip import SigLIP
-from llama3v_mlx.search import main, nearest
+from llama3v_mlx.search import main
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,15 @@ def test_an_image_finds_itself(store: Path, capsys) -> None:
 
 
 def test_nearest_is_the_order_of_all_cosines(store: Path, rng: np.random.Generator) -> None:
-    from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
+    from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
+    from llama3v_mlx.features.writer import FeatureWriter
 
     matrix = rng.normal(size=(500, 8)).astype(np.float32)
     made = FeatureStore.create(store.parent / "random", StoreInfo("m", "pooled", "0", 8, "float32"))
     with FeatureWriter(made, shard_bytes=4000) as writer:
-        for i, row in enumerate(matrix):
-            writer.add([(i.to_bytes(32, "big"), Features(mx.array(row[None]), (1, 1)))])
+        for start in range(0, 500, 10):
+            block = enumerate(matrix[start : start + 10], start)
+            writer.add([(i.to_bytes(32, "big"), Features(mx.array(row[None]), (1, 1))) for i, row in block])
     query = rng.normal(size=8)
     cosines = matrix @ query / np.linalg.norm(matrix, axis=1) / np.linalg.norm(query)
     hits = nearest(made, query, 20)
@@ -113,7 +116,7 @@ def test_errors(store: Path, tmp_path: Path, siglip: Path, picture: Path, capsys
             main([*map(str, args)])
         assert stop.value.code == 2
     capsys.readouterr()
-    assert "not a feature store" in error(tmp_path, "words")
+    assert "not a feature store" in error(tmp_path / "nowhere", "words")
     assert "no such file" in error(store, "--image", tmp_path / "no.jpg")
     embed([str(picture), "--out", str(tmp_path / "patch"), "--model", str(CHECKPOINT)])
     assert "embed with --kind pooled" in error(tmp_path / "patch", "words")

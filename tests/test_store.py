@@ -1,11 +1,14 @@
 """The feature store: entries survive kills, full disks and damaged files."""
 
+import contextlib
 import hashlib
-import json
+import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,9 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.shards import RECORD, FeatureError
+from llama3v_mlx.features.sources import file_stat
 from llama3v_mlx.features.store import Features as F
-from llama3v_mlx.features.store import FeatureStore, FeatureWriter, StoreInfo, verify
+from llama3v_mlx.features.store import FeatureStore, StoreInfo
+from llama3v_mlx.features.writer import FeatureWriter
 
 WIDTH = 32
 
@@ -101,9 +107,12 @@ def test_rows_can_be_read_while_others_are_written(tmp_path: Path) -> None:
 
 
 WRITE_FOREVER = """
-import itertools, sys
+import itertools, os, sys
 sys.path.insert(0, {tests!r})
 from test_store import *
+from llama3v_mlx.features import database
+database.SYNCHRONOUS = "OFF"  # power does not fail
+os.fsync = lambda _: None
 store = FeatureStore.create({store!r}, info({dtype!r}))
 writer = FeatureWriter(store, shard_bytes=20000)
 for i in itertools.count():
@@ -141,7 +150,7 @@ def test_a_kill_loses_nothing_that_was_added(tmp_path: Path, dtype: str, reopene
 
 
 def test_half_written_rows_are_never_taken_for_whole(tmp_path: Path) -> None:
-    """As after a power failure: the manifest lists more rows than the shard has, and ends in a partial record."""
+    """As after a power failure on a disk that does not flush: the database lists more rows than the shard has."""
     folder = tmp_path / "store"
     writer = FeatureWriter(FeatureStore.create(folder, info()))
     writer.add(entries(0, 10))
@@ -149,13 +158,36 @@ def test_half_written_rows_are_never_taken_for_whole(tmp_path: Path) -> None:
     (path,) = folder.glob("*.open")
     with path.open("r+b") as shard:
         shard.truncate(path.stat().st_size - 1)
-    with (folder / "manifest-000.bin").open("ab") as manifest:
-        manifest.write(b"\1" * 20)
     with FeatureWriter(FeatureStore(folder)):
         pass
     store = FeatureStore(folder)
     assert len(store) == 9
     same(store, entries(0, 9))
+
+
+def test_rows_without_a_transaction_are_cut(tmp_path: Path) -> None:
+    """Killed before the commit, with rows in the shard and SQLite's journal beside the database."""
+    folder = tmp_path / "store"
+    fill(folder, 4)
+    script = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_store import *
+writer = FeatureWriter(FeatureStore({folder!r}))
+writer._insert_names = lambda db: (db.execute("PRAGMA cache_spill = 1"), db.execute("PRAGMA cache_size = 1"),
+    db.execute("UPDATE entries SET crc32 = 0"), db.executemany("INSERT INTO files (sha256, path) VALUES (?, ?)",
+    [(bytes(1000), bytes(1000))] * 100), os._exit(9))
+writer.add(entries(4, 3))
+"""
+    script = script.format(tests=str(Path(__file__).parent), folder=str(folder))
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    (path,) = folder.glob("*.open")
+    assert path.stat().st_size > 4096 + 2 * WIDTH * (1 + 2 + 3 + 4) and (folder / "store.db-journal").stat().st_size
+    same(FeatureStore(folder), entries(0, 4))
+    assert len(FeatureStore(folder)) == 4 and not list(FeatureStore(folder).files())
+    fill(folder, 8)
+    same(FeatureStore(folder), entries(0, 8))
+    assert verify(folder).good == 8
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
@@ -268,57 +300,73 @@ def test_a_writer_goes_on_where_verify_has_dropped_an_entry(tmp_path: Path) -> N
     assert verify(folder).good == 12
 
 
-HALF = '{"sha256": "' + "ab" * 20
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        HALF,
-        HALF + '{"sha256": "' + "ab" * 32 + '", "path": "a.jpg"}',
-        "",
-        "[]",
-        "7",
-        '{"path": "a.jpg"}',
-        '{"sha256": "abc", "path": "a.jpg"}',
-        '{"sha256": "' + "ab" * 31 + '", "path": "a.jpg"}',
-        '{"sha256": "' + "ab" * 32 + '", "path": ["a.jpg"]}',
-        '{"sha256": 7, "path": "a.jpg"}',
-        "\0" * 100,
-        "\udcff",
-        "[" * 100_000,
-    ],
-)
-def test_a_damaged_name_is_skipped_named_and_repaired(tmp_path: Path, capsys, line: str) -> None:
+@pytest.mark.parametrize("damage", ["header", "page", "cut", "empty", "gone"])
+def test_a_damaged_database_is_named_and_rebuilt(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "store"
-    fill(folder, 2)
-    (first, _), (second, _) = entries(0, 2)
-    names = folder / "names-000.jsonl"
-    lines = [json.dumps({"sha256": sha256.hex(), "path": name}) for sha256, name in ((first, "a"), (second, "b"))]
-    names.write_text(f"{lines[0]}\n{line}\n{lines[1]}\n{HALF}", errors="surrogateescape")
+    with FeatureWriter(FeatureStore.create(folder, info("int8")), shard_bytes=5000) as writer:
+        for i, (sha256, features) in enumerate(entries(0, 60)):
+            writer.name(sha256, f"{i}.png" + "x" * 200)
+            writer.add([(sha256, features)])
+    database = folder / "store.db"
+    data = database.read_bytes()
+    schema, pages = data[:4096], len(data) // 4096
+    database.write_bytes(
+        {
+            "header": b"\0" * 100 + data[100:],
+            "page": schema + b"\xff" * 4096 * (pages // 2) + data[4096 * (1 + pages // 2) :],
+            "cut": data[: len(data) // 2],
+            "empty": b"",
+            "gone": b"",
+        }[damage]
+    )
+    if damage == "gone":
+        database.unlink()
+    with pytest.raises(FeatureError, match=f"{database}: (damaged|is missing).*; llama3v embed --verify {folder}"):
+        store = FeatureStore(folder)
+        same(store, entries(0, 60), 2e-2)
+        list(store.names())
+    verdict = verify(folder)
+    assert (verdict.good, verdict.restored, len(verdict.lost)) == (60, 60, 1) and str(database) in verdict.lost[0]
+    same(FeatureStore(folder), entries(0, 60), 2e-2)
+    verdict = verify(folder)
+    assert (verdict.good, verdict.restored, verdict.lost) == (60, 0, [])
+    assert set(FeatureStore(folder).names()) <= {(k, f"{i}.png" + "x" * 200) for i, (k, _) in enumerate(entries(0, 60))}
+    fill(folder, 62, "int8")
+    same(FeatureStore(folder), entries(0, 62), 2e-2)
 
-    store = FeatureStore(folder)
-    for _ in range(2):
-        assert list(store.names()) == [(first, "a"), (second, "b")]
-    said = capsys.readouterr().err
-    assert said == f"note: {names}:2: damaged, skipped; llama3v embed --verify {folder} removes damaged entries\n"
+
+def test_names_of_any_bytes_and_inodes_of_any_size(tmp_path: Path) -> None:
+    store = fill(tmp_path / "store", 1)
+    ((sha256, _),) = entries(0, 1)
+    names = ["a\nb", "\udcff", "\ud800", "caf\u00e9", "nul\0", ""]
+    stat = file_stat(os.stat_result([0, 2**64 - 1, 0, 0, 0, 0, 5, 0, 0, 0], {"st_mtime_ns": 2**63, "st_ctime_ns": -1}))
     with FeatureWriter(store) as writer:
-        writer.name(second, "c")
-    assert list(store.names()) == [(first, "a"), (second, "b"), (second, "c")]
-
-    assert [text.partition(": ")[0] for text in verify(folder).lost] == [f"{names}:2"]
-    assert verify(folder).lost == []
-    capsys.readouterr()
-    assert list(FeatureStore(folder).names()) == [(first, "a"), (second, "b"), (second, "c")]
-    assert capsys.readouterr().err == ""
+        for name in names * 2:
+            writer.name(sha256, name, stat)
+    assert list(store.files()) == [(sha256, name, stat) for name in names]
+    assert sorted(store.files_at(names[:3])) == sorted((sha256, name, stat) for name in names[:3])
 
 
-def test_verify_cuts_a_half_name(tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    fill(folder, 2)
-    (folder / "names-000.jsonl").write_text(HALF)
-    assert verify(folder).lost == []
-    assert (folder / "names-000.jsonl").read_bytes() == b""
+def test_a_store_is_read_where_nothing_can_be_written() -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own can be entered by its user only
+        folder = Path(temporary) / "store"
+        fill(folder, 5)
+        for path, mode in ((Path(temporary), 0o755), (folder, 0o555), *((path, 0o444) for path in folder.iterdir())):
+            path.chmod(mode)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root could write
+        try:
+            with pytest.raises(PermissionError):
+                (folder / "new").touch()
+            store = FeatureStore(folder)
+            same(store, entries(0, 5))
+            assert sum(map(len, store.matrix())) == 15 and not list(store.names())
+            with pytest.raises(OSError, match="Permission denied: .*writer-000.lock"):
+                FeatureWriter(store)
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -347,13 +395,13 @@ def test_a_full_shard_does_not_grow(tmp_path: Path) -> None:
     assert len(after) == len(before) + 1 and before.items() < after.items()
 
 
-@pytest.mark.parametrize("damage", ["manifest", "shard"])
+@pytest.mark.parametrize("damage", ["database", "shard"])
 def test_a_shard_does_not_grow_over_what_can_be_repaired(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "store"
     fill(folder, 10)
     (path,) = folder.glob("*.safetensors")
-    if damage == "manifest":
-        (folder / "manifest-000.bin").write_bytes((folder / "manifest-000.bin").read_bytes()[: 4 * RECORD.itemsize])
+    if damage == "database":
+        forget(folder, "start > 9")
     else:
         path.write_bytes(path.read_bytes()[:5000])
     before = path.read_bytes()
@@ -361,12 +409,18 @@ def test_a_shard_does_not_grow_over_what_can_be_repaired(tmp_path: Path, damage:
         writer.add(entries(10, 2))
     assert path.read_bytes() == before
     same(FeatureStore(folder), entries(10, 2))
-    assert verify(folder).good == (12 if damage == "manifest" else 2)
+    assert verify(folder).good == (12 if damage == "database" else 2)
 
 
-def test_verify_puts_back_what_a_manifest_has_lost(tmp_path: Path) -> None:
+def forget(folder: Path, which: str) -> None:
+    """Remove entries from a database."""
+    with contextlib.closing(sqlite3.connect(folder / "store.db")) as db, db:
+        assert db.execute(f"DELETE FROM entries WHERE {which}").rowcount > 0
+
+
+def test_verify_puts_back_what_the_database_has_lost(tmp_path: Path) -> None:
     fill(tmp_path / "store", 10)
-    (tmp_path / "store" / "manifest-000.bin").unlink()
+    forget(tmp_path / "store", "1")
     assert len(FeatureStore(tmp_path / "store")) == 0
     assert verify(tmp_path / "store").restored == 10
     same(FeatureStore(tmp_path / "store"), entries(0, 10))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..files import find_path
-from .sources import FileStat
+from .sources import FileStat, file_stat
 from .store import FeatureStore
 
 
@@ -53,7 +53,7 @@ def _look_at(path: str) -> ImageFile:
         return ImageFile(path, None, _GONE) if composed == path else _look_at(composed)
     if not stat.S_ISREG(found.st_mode):
         return ImageFile(path, None, "is not a file")
-    return ImageFile(path, (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+    return ImageFile(path, file_stat(found))
 
 
 def known_images(store: FeatureStore, files: dict[str, ImageFile]) -> dict[str, bytes]:
@@ -72,9 +72,7 @@ def known_images(store: FeatureStore, files: dict[str, ImageFile]) -> dict[str, 
     wanted = {file.path: file.stat for file in files.values() if file.stat or file.is_gone}
     found: dict[str, bytes] = {}
     former: dict[str, set[bytes]] = {}
-    for sha256, path, seen in store.files():
-        if seen is None or path not in wanted or sha256 not in store:
-            continue  # without its stat, the file that had this name is unknown
+    for sha256, path, seen in store.files_at(wanted):
         if wanted[path] == seen:
             found[path] = sha256
         elif wanted[path] is None:

@@ -9,7 +9,8 @@ import mlx.core as mx
 from ..image import ImageConfig, ImageSource, TiledImage, image_sha256
 from ..models.llama3v import Model
 from .encoder import ImageEncoder
-from .store import STORE, FeatureError, Features, FeatureStore, FeatureWriter
+from .store import STORE, FeatureError, Features, FeatureStore
+from .writer import FeatureWriter
 
 
 class FeatureCache:

@@ -1,13 +1,21 @@
-"""Verification and repair of a feature store's files, writer by writer."""
+"""Verification and repair of a feature store."""
 
+import contextlib
+import shutil
+import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..files import write_beside
-from .growing import names_path
-from .shards import RECORD, SEALED, FeatureError, Shard, read_names, shard_path
+from ..files import list_folder, lock
+from .database import DATABASE, Database, connect_readonly, create_database
+from .growing import number_of
+from .shards import COLUMNS, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
+from .store import FeatureStore, StoreInfo, read_info
+from .version1 import VERSION
+
+_FILES = "sha256, path, size, mtime_ns, ctime_ns, inode, taken"
 
 
 @dataclass
@@ -19,54 +27,89 @@ class Verdict:
     restored: int = 0
 
 
-def check_writer(folder: Path, writer: int, width: int, dtype: str) -> Verdict:
-    """Check the files of one writer, remove lost entries from its manifest and names, and restore sealed ones.
+def verify(folder: str | Path) -> Verdict:
+    """Check that every entry of a store exists, matches its checksum and is finite; then repair the store.
 
-    A shard that cannot be read, or has no good entry, is renamed to the suffix `.damaged`.
+    Bad entries are removed from the database, and entries of sealed shards that it has lost are restored. A damaged
+    database is rebuilt from the sealed shards. A shard that cannot be read, or has no good entry, is renamed to the
+    suffix `.damaged`.
+
+    Raises:
+        FeatureError: if the folder is not a store, or a process is writing to it.
     """
-    manifest = folder / f"manifest-{writer:03}.bin"
-    known = np.zeros(0, RECORD)
-    if manifest.exists():
-        known = np.fromfile(manifest, RECORD, manifest.stat().st_size // RECORD.itemsize)
-    verdict, kept = Verdict(), []
-    numbers = {int(number) for number in known["shard"]}
-    numbers |= {int(p.stem.rpartition("-")[2]) for p in folder.glob(f"shard-{writer:03}-*{SEALED}")}
-    for number in sorted(numbers):
-        records = known[known["shard"] == number]
+    folder, verdict = Path(folder), Verdict()
+    if read_info(folder).format == VERSION and (reason := FeatureStore(folder).read_only):
+        raise reason
+    with contextlib.ExitStack() as stack:
+        for path in list_folder(folder, "writer-*.lock"):
+            if not lock(stack.enter_context(path.open("r+b")), wait=False):
+                raise FeatureError(f"{folder}: a process is writing to it; verify when it is done")
+        database = _open_or_rebuild(folder, verdict)
+        places = set(database.rows("SELECT DISTINCT writer, shard FROM entries"))
+        places |= {(int(path.name.split("-")[1]), number_of(path)) for path in list_folder(folder, f"shard-*{SEALED}")}
+        for writer, number in sorted(places):
+            _check_shard(folder, writer, number, read_info(folder), database, verdict)
+        verdict.good = database.rows("SELECT count(*) FROM entries")[0][0]
+    return verdict
+
+
+def _open_or_rebuild(folder: Path, verdict: Verdict) -> Database:
+    path = folder / DATABASE
+    try:
+        database = Database(folder)
+        if (problem := database.rows("PRAGMA integrity_check(1)")[0][0]) == "ok":
+            return database
+        raise FeatureError(problem)
+    except FeatureError:
+        names = []
+        if path.exists():
+            with contextlib.suppress(sqlite3.Error, FeatureError), contextlib.closing(connect_readonly(path)) as old:
+                for row in old.execute(f"SELECT {_FILES} FROM files ORDER BY id"):
+                    names.append(row)
+            shutil.copyfile(path, path.with_suffix(".db.damaged"))
+            path.with_suffix(".db-journal").unlink(missing_ok=True)  # it belongs to the damaged database
+        insert = f"INSERT INTO files ({_FILES}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        create_database(folder, lambda db: db.executemany(insert, names))
+        growing = "".join(f"; the entries of {path}" for path in list_folder(folder, f"shard-*{OPEN}"))
+        verdict.lost.append(f"{path}: damaged or missing; rebuilt from the shards, with {len(names)} names{growing}")
+        return Database(folder)
+
+
+def _check_shard(folder: Path, writer: int, number: int, info: StoreInfo, database: Database, verdict: Verdict) -> None:
+    query = f"SELECT {', '.join(COLUMNS)} FROM entries WHERE writer = ? AND shard = ?"
+    records = to_records(database.rows(query, (writer, number)))
+    with database.transaction() as db:
         try:
-            shard = Shard(folder, writer, number, width, dtype)
+            shard = Shard(folder, writer, number, info.width, info.dtype)
         except FeatureError as e:
             verdict.lost.append(f"{len(records)} entries: {e}")
+            db.execute("DELETE FROM entries WHERE writer = ? AND shard = ?", (writer, number))
             _set_aside(shard_path(folder, writer, number))
-            continue
-        good = [record for record in records if _is_good(shard, record, dtype)]
-        if bad := len(records) - len(good):
-            verdict.lost.append(f"{bad} entries of {shard.path}: checksum mismatch or not finite")
+            return
+        bad = [record for record in records if not _is_good(shard, record, info.dtype)]
+        gone = [(writer, number, int(record["start"])) for record in bad]
+        db.executemany("DELETE FROM entries WHERE writer = ? AND shard = ? AND start = ?", gone)
+        restored = lost = 0
         if not shard.growing:
             # Entries removed by an earlier check are still in the shard's own records, and still bad.
             listed = {record.tobytes() for record in records}
             missing = [record for record in shard.records if record.tobytes() not in listed]
-            restored = [record for record in missing if _is_good(shard, record, dtype)]
-            verdict.restored += len(restored)
-            good += restored
-            if not len(records) and len(restored) < len(missing):
-                bad = len(missing) - len(restored)
-                verdict.lost.append(f"{bad} entries of {shard.path}: checksum mismatch or not finite")
-        if len(records) and not good:
-            _set_aside(shard.path)
-        kept += sorted(good, key=lambda record: int(record["start"]))
-    verdict.good = len(kept)
-    whole = np.array(kept, RECORD).tobytes()
-    if not manifest.exists() or manifest.read_bytes() != whole:
-        write_beside(manifest, whole)
-    verdict.lost += _repair_names(names_path(folder, writer))
-    return verdict
+            good = [(writer, *record.tolist()) for record in missing if _is_good(shard, record, info.dtype)]
+            marks = ", ".join("?" * (1 + len(COLUMNS)))
+            insert = f"INSERT OR IGNORE INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})"
+            restored = max(0, db.executemany(insert, good).rowcount)
+            lost = 0 if len(records) else len(missing) - len(good)
+    verdict.restored += restored
+    if lost := lost + len(bad):
+        verdict.lost.append(f"{lost} entries of {shard.path}: checksum mismatch or not finite")
+    if len(records) == len(bad) > 0 and not restored:
+        _set_aside(shard.path)
 
 
 def _is_good(shard: Shard, record: np.void, dtype: str) -> bool:
     try:
         values, scales = shard.read(int(record["start"]), int(record["rows"]))
-        shard.check(np.array([record], RECORD), values, scales)
+        shard.check(np.array([record], record.dtype), values, scales)
     except FeatureError:
         return False
     if dtype == "bfloat16":
@@ -77,19 +120,3 @@ def _is_good(shard: Shard, record: np.void, dtype: str) -> bool:
 def _set_aside(shard: Path) -> None:
     if shard.exists():
         shard.rename(shard.with_suffix(".damaged"))
-
-
-def _repair_names(path: Path) -> list[str]:
-    """Remove damaged lines, and a partial one at the end, from a list of names; return a message per damaged line."""
-    if not path.exists():
-        return []
-    kept, lost = [], []
-    for number, line, entry in read_names(path):
-        if entry is None:
-            lost.append(f"{path}:{number}: damaged line; embed the images again to record their names")
-        else:
-            kept.append(line)
-    whole = b"".join(kept)
-    if len(whole) != path.stat().st_size:
-        write_beside(path, whole)
-    return lost

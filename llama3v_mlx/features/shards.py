@@ -1,45 +1,37 @@
-"""File formats of a feature store for reading: shards, and the records of manifests.
+"""File format of a feature store's rows, for reading: shards.
 
 A growing shard is `shard-WWW-NNNNN.open`: space for the header, then rows as they are added; scales of int8 rows are in
 a file next to it. A sealed shard is `.safetensors`: scales and records follow the rows, and the header is filled in, so
 that it is self-contained. A sealed shard that is not full is reopened when its writer adds more (`growing.py`).
 """
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from ..files import lock
-from .sources import FileStat
-
-# One entry of a manifest.
+# Columns of an entry in the database, and its record in a sealed shard, from which the database can be rebuilt.
+COLUMNS = ("sha256", "shard", "start", "rows", "crc32")
+COLUMNS += ("overview_columns", "overview_rows", "grid_columns", "grid_rows", "cell_columns", "cell_rows")
 RECORD = np.dtype(
-    [
-        ("sha256", "V32"),
-        ("shard", "<u4"),
-        ("start", "<u4"),  # first row in the shard
-        ("rows", "<u4"),
-        ("crc32", "<u4"),  # CRC-32 of the bytes of the rows and their scales
-        ("overview", "<u2", 2),
-        ("grid", "<u2", 2),
-        ("cell", "<u2", 2),
-        ("reserved", "V4"),
-    ]
+    {
+        "names": COLUMNS,
+        "formats": ["V32", *["<u4"] * 4, *["<u2"] * 6],
+        "offsets": [0, *range(32, 48, 4), *range(48, 60, 2)],
+        "itemsize": 64,
+    }
 )
 HEADER_BYTES = 4096
-LOCK = "store.lock"
+STORE, LOCK = "store.json", "store.lock"
 SEALED, OPEN, SCALES = ".safetensors", ".open", ".scales"
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
-REPAIR = "llama3v embed --verify {} removes damaged entries"
+REPAIR = "llama3v embed --verify {} repairs the store"
 
 
 class FeatureError(ValueError):
@@ -48,6 +40,14 @@ class FeatureError(ValueError):
 
 def shard_path(folder: Path, writer: int, number: int) -> Path:
     return folder / f"shard-{writer:03}-{number:05}{SEALED}"
+
+
+def to_records(entries: Sequence[tuple]) -> np.ndarray:
+    """Convert tuples of `COLUMNS` to records; their reserved bytes are 0."""
+    records = np.zeros(len(entries), RECORD)
+    for name, column in zip(COLUMNS, zip(*entries, strict=True), strict=False):
+        records[name] = np.frombuffer(b"".join(column), "V32") if name == "sha256" else column
+    return records
 
 
 def to_stored(rows: mx.array, width: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ def from_stored(values: np.ndarray, scales: np.ndarray, dtype: str, exact: bool)
     if dtype == "bfloat16":
         rows = mx.array(values).view(mx.bfloat16)
         return rows if exact else np.array(rows.astype(mx.float32))
-    return mx.array(values) if exact else values.astype(np.float32)
+    return mx.array(values) if exact else values.astype(np.float32, copy=False)
 
 
 class Shard:
@@ -181,38 +181,3 @@ class Shard:
                 f"{self.path}: rows {first['start']} to {first['start'] + first['rows'] - 1} do not match their "
                 f"checksum; {REPAIR.format(self._folder)}"
             )
-
-
-def read_names(path: Path) -> Iterator[tuple[int, bytes, tuple[bytes, str, FileStat | None] | None]]:
-    """Read the complete lines of a list of names; a line without a newline is still being written.
-
-    Yields:
-        The 1-based line number, its bytes, and (SHA-256, name, stat if recorded), or None if it is damaged.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                entry = json.loads(line)
-                sha256, name = bytes.fromhex(entry["sha256"]), entry["path"]
-                stat = tuple(map(int, entry["stat"])) if "stat" in entry else None
-            except (ValueError, KeyError, TypeError, RecursionError):
-                sha256, name, stat = b"", None, None
-            good = len(sha256) == 32 and isinstance(name, str) and (stat is None or len(stat) == 4)
-            yield number, line, (sha256, name, stat) if good else None
-
-
-@contextlib.contextmanager
-def store_lock(file: FileIO) -> Iterator[None]:
-    """Hold the store's lock, so that one process at a time checks for duplicates and appends.
-
-    Args:
-        file: the store's opened LOCK; it may hold the lock already, after an exception.
-    """
-    try:
-        lock(file)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)

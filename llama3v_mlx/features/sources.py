@@ -1,5 +1,6 @@
 """Sources of images: files, folders, lists and tar archives, streamed to allow for millions."""
 
+import contextlib
 import functools
 import glob
 import json
@@ -15,6 +16,17 @@ from ..image import EXTENSIONS, ImageError, ImageSource, expand
 from ..pdf import PDF, PdfPage, can_read_pdf
 
 FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode; changes when the file is touched
+
+
+def file_stat(found: os.stat_result) -> FileStat:
+    """Stat of a file, as it is stored."""
+    return found.st_size, signed(found.st_mtime_ns), signed(found.st_ctime_ns), signed(found.st_ino)
+
+
+def signed(value: int) -> int:
+    """Wrap an integer to SQLite's signed 64 bits: network disks have larger inodes."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
 
 LIBRARY = ".photoslibrary"
 ORIGINALS = ("originals", "Masters")  # subfolders of a Photos library, current and older versions
@@ -134,6 +146,13 @@ def read_named(name: str) -> ImageSource:
         raise FileNotFoundError(name) from e
 
 
+def file_of(name: str) -> str:
+    """Return the file of a name from `find_sources` that is not in an archive: of paper.pdf#3, paper.pdf."""
+    file, separator, page = name.rpartition("#")
+    is_page = separator and file.lower().endswith(PDF) and page.isdigit() and not os.path.lexists(name)
+    return file if is_page else name
+
+
 def _images_of(name: str) -> Iterator[Source]:
     """Yield the image of a file, or one per page of a PDF; an unusable PDF fails when it is read."""
     try:
@@ -152,13 +171,45 @@ def _fail(error: Exception) -> ImageSource:
     raise error
 
 
-def _in_folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
-    roots = [folder]
-    if folder.suffix.lower() == LIBRARY:
-        roots = [folder / name for name in ORIGINALS]
-        roots = [root for root in roots if os.path.isdir(root)] or roots[:1]
+def scan_folder(folder: Path, skipped: Skipped) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the path and stat of the image files and PDFs that `find_sources` finds in a folder, in no certain order.
+
+    No file is opened.
+    """
     wanted = EXTENSIONS | {PDF} if can_read_pdf() else EXTENSIONS
-    for top in roots:
+    waiting = list(map(str, _roots(folder)))
+    while waiting:
+        top = waiting.pop()
+        try:
+            with os.scandir(top) as entries:
+                for entry in entries:
+                    suffix = os.path.splitext(entry.name)[1].lower()
+                    if entry.is_dir(follow_symlinks=False):
+                        if suffix == LIBRARY:
+                            skipped.file(entry.name)
+                        else:
+                            waiting.append(entry.path)
+                    elif suffix not in wanted or entry.name.startswith("."):
+                        skipped.file(entry.name)
+                    elif entry.is_file():  # and no link to nothing
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            yield entry.path, entry.stat()
+        except OSError as e:
+            e.filename = e.filename or top
+            skipped.folder(e)
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return the folders of originals in a Photos library, or the folder itself."""
+    if folder.suffix.lower() != LIBRARY:
+        return [folder]
+    roots = [folder / name for name in ORIGINALS]
+    return [root for root in roots if os.path.isdir(root)] or roots[:1]
+
+
+def _in_folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
+    wanted = EXTENSIONS | {PDF} if can_read_pdf() else EXTENSIONS
+    for top in _roots(folder):
         for root, folders, names in os.walk(top, onerror=skipped.folder):
             for library in [name for name in folders if Path(name).suffix.lower() == LIBRARY]:
                 folders.remove(library)

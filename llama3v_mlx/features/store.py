@@ -1,16 +1,14 @@
-"""Crash-safe store of image features on disk: append, look up, stream.
+"""Crash-safe store of image features on disk: look up and stream; `writer.py` appends.
 
-A store is a folder of safetensors shards and append-only manifests, made with one model, kind and preprocessing: its
+A store is a folder of safetensors shards and a SQLite database, made with one model, kind and preprocessing: its
 fingerprint. The key of an entry is the SHA-256 of its image file, independent of the file's name. Every writing process
-has a number and its own manifest, list of file names and shards, so that many processes can fill one store.
+has a number and its own shards, so that many processes can fill one store.
 """
 
 import itertools
 import json
-import re
-import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,26 +16,15 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import read_json
-from ..files import list_folder, write_beside
-from .growing import WriterFiles, take_manifest
-from .repair import Verdict, check_writer
-from .shards import (
-    LOCK,
-    RECORD,
-    REPAIR,
-    FeatureError,
-    Shard,
-    checksums,
-    from_stored,
-    read_names,
-    store_lock,
-    to_stored,
-)
+from ..files import list_folder, lock, write_beside
+from .database import FORMAT, Database, create_database
+from .shards import COLUMNS, LOCK, STORE, FeatureError, Shard, from_stored, to_records
 from .sources import FileStat
+from .version1 import VERSION, migrate
 
-STORE = "store.json"
-SHARD_BYTES = 1 << 30
 _OPEN_SHARDS = 32  # shards mapped at once: macOS allows 256 open files per process
+_BLOCK = 1 << 24  # values in a block of `matrix`
+_CHUNK = 10_000  # rows read from the database at once: a reader must not keep a writer waiting
 
 
 @dataclass(frozen=True)
@@ -51,7 +38,7 @@ class StoreInfo:
     dtype: str  # dtype of rows, a key of `shards.DTYPES`; "int8" rows have a float32 scale each
     compute_dtype: str = "float32"  # compute dtype of the tower
     draft: bool = False  # whether large JPEGs were decoded at a smaller scale
-    version: int = 1
+    format: int = FORMAT  # versions of this package that know only version 1 refuse this key
 
 
 @dataclass(frozen=True)
@@ -64,11 +51,36 @@ class Features:
     cell: tuple[int, int] | None = None  # (columns, rows) of patches in a slice
 
 
+def read_info(folder: Path) -> StoreInfo:
+    """Read the metadata of a store.
+
+    Raises:
+        FeatureError: if the folder is not a store, or one of another version.
+    """
+    if not (folder / STORE).is_file():
+        raise FeatureError(f"{folder}: not a feature store (it has no {STORE}); llama3v embed creates one")
+    values = read_json(folder / STORE)
+    try:
+        if values.get("version") == VERSION:
+            values["format"] = values.pop("version")
+        info = StoreInfo(**values)
+    except (TypeError, AttributeError):
+        info = None
+    if info is None or info.format not in (VERSION, FORMAT):
+        raise FeatureError(f"{folder / STORE}: written by another version of this package")
+    return info
+
+
 class FeatureStore:
-    """A store opened for reading. Entries added by other processes are visible after `refresh`.
+    """A store opened for reading.
+
+    Single entries are looked up in the database, as it is now. Iteration, `sizes` and `matrix` agree with each other:
+    they are of the moment of the last `refresh`, or of the first use after it.
 
     The CRC-32 of an entry is checked when this object first reads it: a damaged entry is a FeatureError, never wrong
     features. With `matrix`, this adds about a third to the CPU time of the first pass, and nothing to later ones.
+
+    A store of version 1 is migrated; if it cannot be written, its entries are read into memory instead.
 
     Raises:
         FeatureError: if the folder is not a store, or is damaged.
@@ -76,16 +88,16 @@ class FeatureStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / STORE).is_file():
-            raise FeatureError(f"{folder}: not a feature store (it has no {STORE}); llama3v embed creates one")
-        try:
-            self.info = StoreInfo(**read_json(self.folder / STORE))
-        except TypeError:
-            raise FeatureError(f"{self.folder / STORE}: written by another version of this package") from None
+        self.info = read_info(self.folder)
+        self.read_only: Exception | None = None  # why it cannot be written
+        if self.info.format == VERSION:
+            self.database, self.read_only = migrate(self.folder)
+            self.info = StoreInfo(**asdict(self.info) | {"format": FORMAT})
+        else:
+            self.database = Database(self.folder)
         self._shards: OrderedDict[tuple[int, int], Shard] = OrderedDict()
-        self._noted: set[Path] = set()  # lists of names whose damage has been reported
-        self._settled = False  # whether the last refresh was completed
-        self.refresh()
+        self._checked: dict[tuple[int, int], np.ndarray] = {}  # by shard: whether the entry at a row was checked
+        self._table: np.ndarray | None = None
 
     @classmethod
     def create(cls, folder: str | Path, info: StoreInfo) -> "FeatureStore":
@@ -96,13 +108,15 @@ class FeatureStore:
         """
         folder = Path(folder)
         if not (folder / STORE).is_file():
-            # Another process may be creating the store right now: ignore its lock and its half-written STORE.
+            # Another process may be creating the store right now: ignore its lock and its half-written files.
             found = [folder] if folder.is_file() else list_folder(folder)
-            if any(not path.name.startswith((LOCK, STORE)) for path in found):
+            if any(not path.name.startswith("store.") for path in found):
                 raise FeatureError(f"{folder}: is not a feature store and not empty; use another folder")
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / LOCK).open("wb") as lock, store_lock(lock):
+            with (folder / LOCK).open("wb") as held:
+                lock(held)
                 if not (folder / STORE).is_file():
+                    create_database(folder)
                     write_beside(folder / STORE, (json.dumps(asdict(info), indent=2) + "\n").encode())
         store = cls(folder)
         for name in ("kind", "fingerprint", "width", "dtype"):
@@ -117,116 +131,118 @@ class FeatureStore:
         return store
 
     def refresh(self) -> None:
-        """Read new manifest records; all of them, if the last refresh was interrupted."""
-        if not self._settled:
-            # Concatenated on demand: doing so at every batch would cost more the larger the store is.
-            self._chunks = [(np.zeros(0, RECORD), np.zeros(0, np.uint16), np.zeros(0, bool))]
-            self._count = 0
-            self._places: dict[bytes, int] = {}
-            self._read: dict[int, int] = {}  # bytes read of each writer's manifest
-        self._settled = False
-        for path in sorted(self.folder.glob("manifest-*.bin")):
-            writer = int(path.stem.rpartition("-")[2])
-            start = self._read.get(writer, 0)
-            count = (path.stat().st_size - start) // RECORD.itemsize  # a partial record is being written
-            if count <= 0:
-                continue
-            records = np.fromfile(path, RECORD, count, offset=start)
-            count = len(records)  # may be fewer: a writer removes records again on a full disk
-            self._chunks.append((records, np.full(count, writer, np.uint16), np.zeros(count, bool)))
-            for i, sha256 in enumerate(records["sha256"].tolist(), self._count):
-                self._places.setdefault(sha256, i)
-            self._count += count
-            self._read[writer] = start + count * RECORD.itemsize
-        self._settled = True
-
-    def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All records, the writer of each, and whether its checksum has been verified."""
-        if len(self._chunks) > 1:
-            self._chunks = [tuple(np.concatenate(column) for column in zip(*self._chunks, strict=True))]
-        return self._chunks[0]
+        """Let iteration, `sizes` and `matrix` include what was added since."""
+        self._table = None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self.database.rows("SELECT count(*) FROM entries")[0][0]
 
     def __contains__(self, sha256: bytes) -> bool:
-        return sha256 in self._places
+        return bool(self.database.rows("SELECT 1 FROM entries WHERE sha256 = ?", (sha256,)))
 
     def __iter__(self) -> Iterator[tuple[bytes, Features]]:
         """Yield (SHA-256, features) of every entry, in the order of the shards."""
-        for sha256, i in self._in_order():
-            yield sha256, self._features(i)
+        for sha256, _ in self.sizes():
+            features = self.get(sha256)
+            if features is not None:  # removed by another process
+                yield sha256, features
 
     @property
     def num_rows(self) -> int:
-        return sum(count for _, count in self.sizes())
+        return int(self._entries()["rows"].sum())
 
     def sizes(self) -> list[tuple[bytes, int]]:
         """List (SHA-256, number of rows) of every entry, in the order of iteration."""
-        rows = self._table()[0]["rows"].tolist()
-        return [(sha256, rows[i]) for sha256, i in self._in_order()]
+        table = self._entries()
+        return list(zip(table["sha256"].tolist(), table["rows"].tolist(), strict=True))
+
+    def keys(self) -> np.ndarray:
+        """SHA-256 of every entry, as an array of V32, in the order of iteration."""
+        return self._entries()["sha256"]
 
     def get(self, sha256: bytes) -> Features | None:
         """Features of the image file with this SHA-256, or None."""
-        i = self._places.get(sha256)
-        return None if i is None else self._features(i)
+        found = self.database.rows(f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?", (sha256,))
+        if not found:
+            return None
+        (writer, *entry) = found[0]
+        rows = from_stored(*self._stored(writer, to_records([entry])), self.info.dtype, exact=True)
+        *_, overview_columns, overview_rows, grid_columns, grid_rows, cell_columns, cell_rows = entry
+        sliced = ((grid_columns, grid_rows), (cell_columns, cell_rows)) if grid_columns else ()
+        return Features(rows, (overview_columns, overview_rows), *sliced)
 
     def grid(self, sha256: bytes) -> tuple[int, int] | None:
         """Return the grid (columns, rows) of slices of a stored image, without reading its features."""
-        grid = tuple(self._table()[0]["grid"][self._places[sha256]].tolist())
-        return grid if grid[0] else None
+        ((*grid,),) = self.database.rows("SELECT grid_columns, grid_rows FROM entries WHERE sha256 = ?", (sha256,))
+        return tuple(grid) if grid[0] else None
 
     def matrix(self) -> Iterator[np.ndarray]:
-        """Yield all rows in the order of iteration, float32 (n, width), in runs that are contiguous on disk."""
-        order = np.array([i for _, i in self._in_order()], np.int64)
-        records, writers, _ = (column[order] for column in self._table())
-        ends = records["start"] + records["rows"]
-        apart = (np.diff(writers) != 0) | (np.diff(records["shard"]) != 0) | (records["start"][1:] != ends[:-1])
-        starts = np.r_[0, np.flatnonzero(apart) + 1, len(order)] if len(order) else [0]
+        """Yield all rows in the order of iteration, float32 (n, width), in blocks that are contiguous on disk.
+
+        Rows of a float32 store are not copied, but mapped.
+        """
+        table = self._entries()
+        ends = table["start"] + table["rows"]
+        apart = (np.diff(table["writer"]) != 0) | (np.diff(table["shard"]) != 0) | (table["start"][1:] != ends[:-1])
+        apart |= np.diff(np.cumsum(table["rows"]) * self.info.width // _BLOCK) != 0
+        starts = np.r_[0, np.flatnonzero(apart) + 1, len(table)] if len(table) else [0]
         for a, b in itertools.pairwise(starts):
-            yield from_stored(*self._stored(order[a:b]), self.info.dtype, exact=False)
+            stored = self._stored(int(table["writer"][a]), table[a:b])
+            yield from_stored(*stored, self.info.dtype, exact=False)
 
     def names(self) -> Iterator[tuple[bytes, str]]:
-        """Yield (SHA-256, file name) in the order added; an image may have several names, and one name repeatedly.
-
-        Damaged lines are skipped and reported on stderr.
-        """
+        """Yield (SHA-256, file name) in the order added; an image may have several names, and one name repeatedly."""
         return ((sha256, path) for sha256, path, _ in self.files())
 
     def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
         """Yield (SHA-256, file name, stat of the file when it was read, if recorded), in the order added."""
-        for path in sorted(self.folder.glob("names-*.jsonl")):
-            damaged = []
-            for number, _, entry in read_names(path):
-                if entry:
-                    yield entry
-                else:
-                    damaged.append(str(number))
-            if damaged and path not in self._noted:
-                self._noted.add(path)
-                where = ", ".join(damaged[:10]) + (" and more" if len(damaged) > 10 else "")
-                print(f"note: {path}:{where}: damaged, skipped; {REPAIR.format(self.folder)}", file=sys.stderr)
+        query = """SELECT id, sha256, path, size, mtime_ns, ctime_ns, inode FROM files
+            WHERE id > ? AND sha256 != X'' ORDER BY id LIMIT ?"""
+        last = 0
+        while found := self.database.rows(query, (last, _CHUNK)):
+            for last, sha256, path, *stat in found:  # noqa: B007
+                yield sha256, path.decode("utf-8", "surrogatepass"), tuple(stat) if stat[0] is not None else None
 
-    def _in_order(self) -> Iterator[tuple[bytes, int]]:
-        return ((sha256, i) for sha256, i in sorted(self._places.items(), key=lambda item: item[1]))
+    def name_of(self, sha256: bytes) -> str | None:
+        """First name of an image, or None."""
+        found = self.database.rows("SELECT path FROM files WHERE sha256 = ? ORDER BY id LIMIT 1", (sha256,))
+        return found[0][0].decode("utf-8", "surrogatepass") if found else None
 
-    def _features(self, i: int) -> Features:
-        record = self._table()[0][i]
-        rows = from_stored(*self._stored(slice(i, i + 1)), self.info.dtype, exact=True)
-        grid, cell = tuple(record["grid"].tolist()), tuple(record["cell"].tolist())
-        return Features(rows, tuple(record["overview"].tolist()), grid if grid[0] else None, cell if grid[0] else None)
+    def files_at(self, paths: Iterable[str]) -> Iterator[tuple[bytes, str, FileStat]]:
+        """Yield (SHA-256, path, stat) of images in the store that were read at these paths, if the stat is recorded."""
+        encoded = (path.encode("utf-8", "surrogatepass") for path in paths)
+        while chunk := list(itertools.islice(encoded, 500)):
+            query = f"""SELECT sha256, path, size, mtime_ns, ctime_ns, inode FROM files JOIN entries USING (sha256)
+                WHERE path IN ({", ".join("?" * len(chunk))}) AND size IS NOT NULL ORDER BY id"""
+            for sha256, path, *stat in self.database.rows(query, chunk):
+                yield sha256, path.decode("utf-8", "surrogatepass"), tuple(stat)
 
-    def _stored(self, entries: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+    def _entries(self) -> np.ndarray:
+        """Entries in the order of the shards, as of the last refresh."""
+        if self._table is None:
+            query = "SELECT writer, shard, start, rows, crc32, sha256 FROM entries"
+            kinds = [(name, np.int64) for name in ("writer", "shard", "start", "rows", "crc32")] + [("sha256", "V32")]
+            chunks, after = [np.zeros(0, kinds)], (-1, -1, -1)
+            while found := self.database.rows(
+                f"{query} WHERE (writer, shard, start) > (?, ?, ?) ORDER BY writer, shard, start LIMIT {_CHUNK}", after
+            ):
+                chunks.append(np.array(found, kinds))
+                after = found[-1][:3]
+            self._table = np.concatenate(chunks)
+        return self._table
+
+    def _stored(self, writer: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read values and scales of contiguous entries; their checksums are verified the first time."""
-        table, writers, checked = self._table()
-        records = table[entries]
         first, last = records[0], records[-1]
-        start, end = int(first["start"]), int(last["start"]) + int(last["rows"])
-        shard = self._shard(int(writers[entries][0]), int(first["shard"]), end)
-        values, scales = shard.read(start, end - start)
-        if not checked[entries].all():
-            shard.check(records, values, scales)
-            checked[entries] = True
+        number, start, end = int(first["shard"]), int(first["start"]), int(last["start"]) + int(last["rows"])
+        values, scales = self._shard(writer, number, end).read(start, end - start)
+        checked = self._checked.get((writer, number), np.zeros(0, bool))
+        if len(checked) < end:
+            checked = np.r_[checked, np.zeros(max(end - len(checked), len(checked) // 4), bool)]
+        if not checked[records["start"]].all():
+            self._shard(writer, number, end).check(records, values, scales)
+            checked[records["start"]] = True
+        self._checked[writer, number] = checked
         return values, scales
 
     def _shard(self, writer: int, number: int, num_rows: int) -> Shard:
@@ -239,94 +255,3 @@ class FeatureStore:
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
         return shard
-
-
-class FeatureWriter:
-    """A store opened for writing, by any number of processes at once; use it in a `with` statement.
-
-    Entries are durable once `add` returns, even if the process is killed. Only a power failure can lose entries added
-    since the last full shard, and partially written entries are never treated as valid.
-    """
-
-    def __init__(self, store: FeatureStore, shard_bytes: int = SHARD_BYTES):
-        self.store = store
-        self._known_names: set[int] | None = None  # hashes: there may be millions
-        self._files = WriterFiles(store.folder, store.info.width, store.info.dtype, shard_bytes)
-
-    @property
-    def number(self) -> int:
-        return self._files.number
-
-    def __enter__(self) -> "FeatureWriter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def add(self, entries: Sequence[tuple[bytes, Features]]) -> int:
-        """Store features by the SHA-256 of their image files; entries that already exist are kept unchanged.
-
-        Either all of them are stored or none, even on a full disk or at Ctrl-C at any moment.
-
-        Returns:
-            The number of new entries.
-
-        Raises:
-            OSError: if writing fails, for example on a full disk.
-            FeatureError: if rows are not finite, or of the wrong width.
-        """
-        info = self.store.info
-        with store_lock(self._files.lock):
-            self.store.refresh()
-            fresh = {sha256: features for sha256, features in entries if sha256 not in self.store}
-            prepared = [(key, f, *to_stored(f.rows, info.width, info.dtype)) for key, f in fresh.items()]
-            if not prepared:
-                return 0
-            records = np.zeros(len(prepared), RECORD)
-            for record, (sha256, features, values, scales) in zip(records, prepared, strict=True):
-                record["sha256"], record["rows"] = sha256, len(values)
-                record["crc32"] = checksums([len(values)], values, scales)[0]
-                record["overview"] = features.overview
-                if features.grid:
-                    record["grid"], record["cell"] = features.grid, features.cell
-            self._files.append(records, [p[2] for p in prepared], [p[3] for p in prepared])
-            self.store.refresh()
-        return len(prepared)
-
-    def name(self, sha256: bytes, path: str, stat: FileStat | None = None) -> None:
-        """Record `path` as a name of the image with this SHA-256; `stat` is that of the file at the resolved path."""
-        known = set(map(hash, self.store.files())) if self._known_names is None else self._known_names
-        if hash((sha256, path, stat)) not in known:
-            self._known_names = None  # read again if this is interrupted
-            line = {"sha256": sha256.hex(), "path": path} | ({"stat": stat} if stat else {})
-            self._files.name(json.dumps(line))
-            known.add(hash((sha256, path, stat)))
-        self._known_names = known
-
-    def close(self) -> None:
-        self._files.close()
-
-
-def verify(folder: str | Path) -> Verdict:
-    """Check that every entry of a store exists, matches its checksum and is finite; then repair the store.
-
-    Bad entries are removed from their manifest, and damaged lines from the names; entries of sealed shards that are
-    missing in a manifest are restored.
-
-    Raises:
-        FeatureError: if the folder is not a store, or a process is writing to it.
-    """
-    info = FeatureStore(folder).info
-    total = Verdict()
-    names = (path.name for path in list_folder(Path(folder)))
-    paths = map(re.compile(r"(?:manifest|names|shard)-(\d+)\b").match, names)
-    for writer in sorted({int(match[1]) for match in paths if match}):
-        manifest = take_manifest(Path(folder), writer)
-        if manifest is None:
-            raise FeatureError(f"{folder}: a process is writing to it; verify when it is done")
-        with manifest:
-            found = check_writer(Path(folder), writer, info.width, info.dtype)
-        total.good += found.good
-        total.lost += found.lost
-        total.restored += found.restored
-    return total

@@ -11,7 +11,8 @@ from ..features.encoder import ImageEncoder, load_encoder
 from ..features.image_files import known_images, look_up
 from ..features.pipeline import Pipeline
 from ..features.sources import Source
-from ..features.store import STORE, FeatureError, FeatureStore, FeatureWriter
+from ..features.store import STORE, FeatureError, FeatureStore
+from ..features.writer import FeatureWriter
 from .data import Dialogues, StoredTiler
 from .ranks import RankError, Ranks
 

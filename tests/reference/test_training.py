@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from llama3v_mlx.features.store import Features, FeatureStore, FeatureWriter, StoreInfo
+from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
+from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.models.llama3v import Model, ModelArgs
 from llama3v_mlx.training.batch import collate
 from llama3v_mlx.training.data import Dialogue

@@ -1,0 +1,113 @@
+"""Cosine similarities in a store of pooled embeddings: the nearest to a query, and near-duplicates."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from .store import FeatureError, FeatureStore
+
+NEAR = 0.97  # cosine of near-duplicates
+_BLOCK = 2048  # rows in a block of near-duplicates
+
+
+class Ranking:
+    """Cosines of the entries of a store with queries; norms are computed once, and again after the store changed.
+
+    A query over float32 rows is a matrix product over the mapped shards.
+
+    Raises:
+        FeatureError: if the store does not hold one row per image.
+    """
+
+    def __init__(self, store: FeatureStore):
+        if store.info.kind != "pooled":
+            raise FeatureError(f"{store.folder}: holds {store.info.kind} features; embed with --kind pooled to search")
+        self.store = store
+        self._norms = np.zeros(0, np.float32)
+        self._version: int | None = None
+
+    def refresh(self) -> None:
+        """Include what was added to the store, by whatever process."""
+        version = self.store.database.rows("PRAGMA data_version")[0][0]
+        if version != self._version:
+            self.store.refresh()
+            self._norms = np.zeros(0, np.float32)
+            self._version = version
+
+    def cosines(self, query: np.ndarray) -> np.ndarray:
+        """Cosines (n,) of all entries, in the order of the store, with a query (width,)."""
+        query = (query / np.linalg.norm(query)).astype(np.float32)
+        found, norms = np.zeros(len(self.store.keys()), np.float32), self._norms
+        fresh = len(norms) != len(found)
+        if fresh:
+            norms = np.zeros(len(found), np.float32)
+        start = 0
+        for block in self.store.matrix():
+            end = start + len(block)
+            np.dot(block, query, out=found[start:end])
+            if fresh:
+                norms[start:end] = np.sqrt(np.einsum("ij,ij->i", block, block))
+            start = end
+        self._norms = norms
+        return found / norms
+
+    def best(self, query: np.ndarray, among: np.ndarray | None = None) -> Iterator[tuple[bytes, float]]:
+        """Yield (SHA-256, cosine) of all entries, best first; the first ones are found without sorting all.
+
+        Args:
+            query: (width,).
+            among: positions in the order of the store to choose from; None: all.
+        """
+        cosines = self.cosines(query)
+        keys = self.store.keys()
+        places = np.arange(len(cosines)) if among is None else among
+        count, done = 64, 0
+        while done < len(places):
+            scores = -cosines[places]
+            count = min(count, len(places))
+            best = np.argpartition(scores, count - 1)[:count]
+            best = best[np.argsort(scores[best], kind="stable")]
+            for place in places[best[done:]]:
+                yield keys[place].tobytes(), float(cosines[place])
+            done, count = count, count * 16
+
+
+def nearest(store: FeatureStore, query: np.ndarray, top: int) -> list[tuple[bytes, float]]:
+    """Return at most `top` entries of a pooled store with the highest cosine to a query (width,): (SHA-256, cosine)."""
+    return [hit for hit, _ in zip(Ranking(store).best(query), range(top), strict=False)]
+
+
+def near_duplicates(store: FeatureStore, least: float = NEAR) -> list[list[bytes]]:
+    """Return groups of images whose embeddings are connected by cosines of `least` or more.
+
+    Two blocks of rows are in memory at a time.
+    """
+    blocks = [(0, np.zeros((0, store.info.width), np.float32))]
+    ends = [0]
+    for block in store.matrix():
+        for a in range(0, len(block), _BLOCK):
+            blocks.append((ends[-1], block[a : a + _BLOCK]))
+            ends.append(ends[-1] + len(blocks[-1][1]))
+    parent = np.arange(ends[-1])
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for index, (a, rows) in enumerate(blocks):
+        x = _unit(rows)
+        for b, others in blocks[index:]:
+            near = np.array(x @ _unit(others).T >= least)
+            for i, j in np.argwhere(near):
+                parent[root(int(a + i))] = root(int(b + j))
+    groups: dict[int, list[bytes]] = {}
+    for i, key in enumerate(store.keys()):
+        groups.setdefault(root(i), []).append(key.tobytes())
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _unit(rows: np.ndarray) -> mx.array:
+    x = mx.array(rows)
+    return x / mx.linalg.norm(x, axis=1, keepdims=True)

@@ -1,0 +1,370 @@
+"""Searching a folder of pictures: its index follows the folder, and no hit is out of date."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llama3v_mlx import search as command
+from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.features.grammar import Filters, parse_date
+from llama3v_mlx.features.library import Changes, Library, default_index
+from llama3v_mlx.features.repair import verify
+from llama3v_mlx.features.store import FeatureStore
+from llama3v_mlx.search import main
+
+MODEL = str(SIGLIP)
+
+
+def draw(path: Path, seed: int, taken: str | None = None) -> Path:
+    """Write a picture of random colors, with a date in its EXIF."""
+    colors = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    image = Image.fromarray(colors).resize((32, 32), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    if taken:
+        exif.get_ifd(0x8769)[0x9003] = taken
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, exif=exif) if taken else image.save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with 12 pictures in 3 subfolders."""
+    for i in range(12):
+        draw(tmp_path / "pictures" / f"{i % 3}" / f"{i}.png", i)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def library(pictures: Path, tmp_path: Path) -> Library:
+    library = Library(pictures, MODEL, tmp_path / "index")
+    assert counts(library.update()) == (12, 0, 0, 0, 12)
+    return library
+
+
+def counts(changes: Changes) -> tuple[int, int, int, int, int]:
+    return changes.added, changes.moved, changes.changed, changes.deleted, changes.embedded
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Return a function that lists the pictures read since it was last called."""
+    names, whole = set(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (names.add(path.name), whole(path))[1])
+
+    def taken() -> set[str]:
+        found = {name for name in names if name.endswith((".png", ".jpg"))}
+        names.clear()
+        return found
+
+    return taken
+
+
+def paths_of(library: Library, filters: Filters = Filters()) -> list[str]:  # noqa: B008
+    """All hits, as paths relative to the folder, sorted."""
+    found = library.rank(np.ones(library.encoder.width), 1000, filters)
+    return sorted(os.path.relpath(match.path, library.folder) for match in found)
+
+
+def test_only_what_changed_is_read(library: Library, pictures: Path, read) -> None:
+    assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
+    draw(pictures / "new.png", 100)
+    draw(pictures / "0" / "3.png", 101)  # changed
+    (pictures / "0" / "0.png").unlink()
+    os.utime(pictures / "1" / "1.png", (1, 1))  # touched
+    os.link(pictures / "1" / "4.png", pictures / "moved.png")  # which changes the ctime, like a copy
+    (pictures / "1" / "4.png").unlink()
+    shutil.copy(pictures / "2" / "2.png", pictures / "copy.png")
+    assert counts(library.update()) == (2, 1, 1, 1, 2)
+    assert read() == {"new.png", "3.png", "1.png", "moved.png", "copy.png"}
+    expected = {f"{i % 3}/{i}.png" for i in range(12)} - {"0/0.png", "1/4.png"} | {"new.png", "moved.png"}
+    assert set(paths_of(library)) - {"copy.png"} | {"2/2.png"} == expected
+    assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
+    assert library.counts() == (13, 0) and verify(library.index).lost == []
+
+
+def test_a_renamed_folder_is_not_read(library: Library, pictures: Path, read) -> None:
+    (pictures / "0").rename(pictures / "zero")
+    assert counts(library.update()) == (0, 4, 0, 0, 0) and not read()
+    assert [path for path in paths_of(library) if "/0/" in path or path.startswith("0/")] == []
+    assert len(paths_of(library)) == 12 == library.counts()[0]
+
+
+def test_a_file_that_came_and_went_is_known_again(library: Library, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "0" / "0.png").rename(tmp_path / "away.png")
+    assert counts(library.update()) == (0, 0, 0, 1, 0) and len(paths_of(library)) == 11
+    (tmp_path / "away.png").rename(pictures / "back.png")
+    assert counts(library.update()) == (1, 0, 0, 0, 0) and "back.png" in paths_of(library)
+
+
+def test_rehash_reads_all(library: Library, pictures: Path, read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose stat does not tell that it changed, as on some network disks."""
+    path = pictures / "0" / "0.png"
+    stat = path.stat()
+    draw(path, 100)
+    real = os.scandir
+
+    class Same:
+        def __init__(self, entry: os.DirEntry):
+            self.__dict__ = {name: getattr(entry, name) for name in ("name", "path", "is_dir", "is_file")}
+            self.stat = lambda: stat if entry.name == "0.png" else entry.stat()
+
+    class Scan(list):
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(os, "scandir", lambda top: Scan(map(Same, real(top))))
+    assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
+    assert counts(library.update(rehash=True)) == (0, 0, 1, 0, 1) and len(read()) == 12
+    assert library.counts() == (12, 0)
+    assert counts(library.update()) == (0, 0, 0, 0, 0)
+
+
+def test_a_stale_path_is_no_hit(library: Library, pictures: Path) -> None:
+    (pictures / "0" / "0.png").unlink()
+    draw(pictures / "0" / "3.png", 100)
+    (pictures / "1" / "1.png").rename(pictures / "1" / "new.png")
+    shown = paths_of(library)
+    assert len(shown) == 9 and not {"0/0.png", "0/3.png", "1/1.png", "1/new.png"} & set(shown)
+
+
+def test_broken_pictures_are_counted_once_and_read_once(library: Library, pictures: Path, read) -> None:
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    (pictures / "notes.txt").write_text("no picture either")
+    (pictures / "dangling.png").symlink_to("nowhere")
+    changes = library.update()
+    assert [Path(name).name for name, _ in changes.failed] == ["broken.jpg"] and changes.skipped.suffixes == {".txt": 1}
+    assert str(changes) == "1 broken" and library.counts() == (12, 1) and read() == {"broken.jpg"}
+    assert str(library.update()) == "no changes" and not read()
+    assert len(paths_of(library)) == len(list(library.store.names())) == 12
+    draw(pictures / "broken.jpg", 100)
+    assert counts(library.update())[4] == 1 and library.counts() == (13, 0)
+
+
+def test_pages_of_a_pdf(library: Library, pictures: Path, read, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.open(IMAGES / name).convert("RGB") for name in ("two-red-stars.jpg", "42.png")]
+    pages[0].save(pictures / "a.pdf", save_all=True, append_images=pages[1:])
+    (pictures / "broken.pdf").write_bytes(b"%PDF-1.7 no more")
+    changes = library.update()
+    assert counts(changes) == (2, 0, 0, 0, 2) and [Path(name).name for name, _ in changes.failed] == ["broken.pdf"]
+    assert {"a.pdf#1", "a.pdf#2"} <= set(paths_of(library)) and library.counts() == (14, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("llama3v_mlx.features.library.expand", lambda _: pytest.fail("opened"))
+        assert str(library.update()) == "no changes"
+    (pictures / "a.pdf").rename(pictures / "b.pdf")
+    assert counts(library.update()) == (0, 2, 0, 0, 0)
+    assert {"b.pdf#1", "b.pdf#2"} <= set(paths_of(library)) and len(paths_of(library)) == 14
+    pages[1].save(pictures / "b.pdf")
+    assert library.update().deleted == 1 and library.counts() == (13, 1)
+
+
+def test_a_disk_error_is_no_property_of_a_picture(library: Library, pictures: Path, monkeypatch) -> None:
+    draw(pictures / "new.png", 100)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert library.update().failed == [(str(pictures / "new.png"), "Input/output error")]
+    monkeypatch.undo()
+    assert counts(library.update()) == (1, 0, 0, 0, 1)
+
+
+def test_a_folder_that_cannot_be_listed_is_kept(library: Library, pictures: Path, read, monkeypatch) -> None:
+    real = os.scandir
+
+    def scandir(top: str):
+        if top == str(pictures / "1"):
+            raise PermissionError(1, "Operation not permitted")
+        return real(top)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    changes = library.update()
+    assert counts(changes) == (0, 0, 0, 0, 0)
+    assert changes.skipped.denied == [(str(pictures / "1"), "Operation not permitted")]
+    monkeypatch.undo()
+    assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
+
+
+def test_an_entry_that_the_store_lost_is_embedded_again(library: Library) -> None:
+    with library.store.database.transaction() as db:
+        db.execute("DELETE FROM entries WHERE start < 3")
+    assert library.update().embedded == 3 and len(paths_of(library)) == 12
+
+
+KILLED = """
+import os, sys
+from llama3v_mlx.features import library, writer
+calls, real = 0, writer.FeatureWriter.add
+def add(self, entries):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]): os._exit(9)
+    return real(self, entries)
+writer.FeatureWriter.add = add
+library.Library(sys.argv[1], {model!r}, sys.argv[2]).update(batch_size=1)
+"""
+
+
+def test_a_killed_update_is_continued(pictures: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", KILLED.format(model=MODEL), pictures, tmp_path / "index", "4"]
+    assert subprocess.run(arguments).returncode == 9
+    assert 0 < len(FeatureStore(tmp_path / "index")) < 12
+    (pictures / "0" / "0.png").rename(pictures / "moved.png")
+    library = Library(pictures, MODEL, tmp_path / "index")
+    assert library.update().embedded == 9
+    assert len(paths_of(library)) == 12 and verify(tmp_path / "index").good == 12
+
+
+def test_dates_and_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for year in (2019, 2020, 2021):
+        draw(folder / f"{year}" / "exif.jpg", year, f"{year}:05:17 12:30:00")
+    draw(folder / "2021x" / "damaged.jpg", 1, "soon")
+    file = draw(folder / "2022" / "file.png", 2)
+    os.utime(file, (parse_date("2022-06-01T12:00").timestamp(),) * 2)
+    os.utime(folder / "2021x" / "damaged.jpg", (parse_date("2018").timestamp(),) * 2)
+    library = Library(folder, MODEL, tmp_path / "index")
+    library.update()
+
+    def found(after: str | None = None, before: str | None = None, inside: Path | None = None) -> list[str]:
+        dates = (parse_date(text) if text else None for text in (after, before))
+        return [path.partition("/")[0] for path in paths_of(library, Filters(*dates, inside and str(inside)))]
+
+    assert found() == ["2019", "2020", "2021", "2021x", "2022"]
+    assert found("2020-05-17T12:30", "2021-05-17") == ["2020"]
+    assert found("2021") == ["2021", "2022"] and found(before="2019") == ["2021x"]
+    assert found("2022-06-01", "2022-06-02") == ["2022"]
+    assert found(inside=folder / "2021") == ["2021"] and found("2022", inside=folder / "2021") == []
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2024-13", "0000", "9999", "2024-02-30"])
+def test_what_is_no_date(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_date(text)
+
+
+def test_near_duplicates(library: Library, pictures: Path) -> None:
+    shutil.copy(pictures / "0" / "0.png", pictures / "copy.png")
+    pixels = np.asarray(Image.open(pictures / "1" / "1.png")).copy()
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(pictures / "edited.png")
+    library.update()
+    groups = library.duplicates(0.9999)
+    assert sorted([os.path.relpath(path, pictures) for path in group] for group in groups) == [
+        ["0/0.png", "copy.png"],
+        ["1/1.png", "edited.png"],
+    ]
+    (pictures / "copy.png").unlink()
+    assert len(library.duplicates(0.9999)) == 1
+    rows = np.concatenate(list(library.store.matrix()))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    cosines = (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+    assert library.duplicates(float(cosines.max()) + 1e-3) == [] and len(library.duplicates(-1)) == 1
+
+
+def test_a_library_has_one_index_in_the_cache(pictures: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "link").symlink_to(pictures)
+    for path in (pictures, tmp_path / "link", pictures / ".." / "pictures"):
+        main([str(path), "a red circle", "--top", "2"])
+        said = capsys.readouterr()
+        assert len(said.out.splitlines()) == 2 and ("12 added" in said.err) == (path == pictures)
+    assert len(FeatureStore(default_index(os.path.realpath(pictures), MODEL))) == 12
+    assert default_index(str(pictures), "other") != default_index(str(pictures), MODEL)
+
+
+def test_words_and_sums_find_pictures(tmp_path: Path, capsys) -> None:
+    shutil.copytree(IMAGES, tmp_path / "pictures")
+    path = tmp_path / "pictures" / "three-blue-circles.png"
+
+    def first(*args: str) -> dict:
+        main([str(tmp_path / "pictures"), *args, "--json", "--index", str(tmp_path / "index")])
+        return json.loads(capsys.readouterr().out)["hits"][0]
+
+    assert first("two red stars on a yellow background")["path"].endswith("two-red-stars.jpg")
+    assert first("two red stars on a yellow background")["probability"] > 0
+    same = [first(str(path)), first("--image", str(path))]
+    assert same[0] == same[1] and same[0]["path"] == str(path) and same[0]["cosine"] == pytest.approx(1, abs=1e-3)
+    text = '"two red stars on a yellow background"'
+    assert first(f"0.01:{text} + 2:{path}")["path"] == str(path)
+    assert first(f"2:{text} - 0.01:{path}")["path"].endswith("two-red-stars.jpg")
+    assert first(f"{text} + {path}")["probability"] is None
+
+
+EVIL = "a\n\x1b[31mb\u202ec.png"
+
+
+def test_names_are_printed_harmlessly(pictures: Path, capsysbinary) -> None:
+    draw(pictures / EVIL, 100)
+    draw(Path(os.fsdecode(os.fsencode(pictures) + b"/\xff.png")), 101)
+    (pictures / "\x1b[32m.jpg").write_text("broken")
+    main([str(pictures), "words", "--top", "100"])
+    said = capsysbinary.readouterr()
+    assert b"\x1b" not in said.out + said.err and len(said.out.splitlines()) == 14
+    assert rb"a\n\x1b[31mb\u202ec.png" in said.out and rb"\udcff.png" in said.out
+    main([str(pictures), "words", "--top", "100", "-0", "--no-update"])
+    paths = capsysbinary.readouterr().out.split(b"\0")
+    assert len(paths) == 15 and paths[-1] == b"" and all(os.path.exists(path) for path in paths[:-1])
+
+
+def test_open_shows_the_hits(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for name in ("open", "xdg-open"):
+        (tmp_path / name).write_text(f'#!{shutil.which("sh")}\nfor a; do echo "$a" >> {tmp_path}/{name}.args; done\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for platform in ("darwin", "linux"):
+        monkeypatch.setattr(command.sys, "platform", platform)
+        main([str(pictures), "words", "--top", "2", "--open"])
+    found = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[:2]]
+    assert (tmp_path / "open.args").read_text().splitlines() == ["-R", *found]
+    assert (tmp_path / "xdg-open.args").read_text().splitlines() == [os.path.dirname(found[0])]
+
+
+def test_watch(library: Library, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Between looks at the folder a picture is deleted, nothing happens, two are added, and then comes Ctrl-C."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    happens = [(pictures / "0" / "0.png").unlink, lambda: None]
+    happens += [lambda: [draw(pictures / f"new{i}.png", 100 + i) for i in range(2)], interrupt]
+    monkeypatch.setattr(command.time, "sleep", lambda _: happens.pop(0)())
+    main([str(pictures), "--watch", "--index", str(library.index)])
+    said = capsys.readouterr()
+    assert [line.split(maxsplit=1)[1] for line in said.out.splitlines()] == ["1 deleted", "2 added"]
+    assert "12 pictures; no changes" in said.err and not happens and library.counts() == (13, 0)
+
+
+def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> None:
+    def error(*args: str | Path, code: int = 1) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, args)])
+        assert stop.value.code == code
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "empty").mkdir()
+    assert "empty: has no pictures" in error(tmp_path / "empty", "words")
+    assert "no-dir: no such folder" in error(pictures, "words", "--in", tmp_path / "no-dir")
+    assert "nowhere: not a feature store" in error(tmp_path / "nowhere", "words")
+    assert "is a text; in a sum, put" in error(pictures, '"dog" + cat')
+    assert "cancel out" in error(pictures, '"dog" - "dog"')
+    assert "these options are for folders" in error(library.index, "words", "--after", "2020", code=2)
+    assert "'soon' is not a date" in error(pictures, "words", "--before", "soon", code=2)
+    assert "--no-update takes neither" in error(pictures, "words", "--no-update", "--watch", code=2)
+    assert "give either a text or" in error(pictures, code=2)
+    assert "is not a feature store and not empty" in error(pictures, "words", "--index", tmp_path)
+
+
+def test_two_searches_at_once(pictures: Path, tmp_path: Path) -> None:
+    libraries = [Library(pictures, MODEL, tmp_path / "index") for _ in range(2)]
+    threads = [threading.Thread(target=library.update, kwargs={"batch_size": 2}) for library in libraries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(paths_of(library)) for library in libraries] == [12, 12] and libraries[0].counts() == (12, 0)
+    assert str(libraries[1].update()) == "no changes"
