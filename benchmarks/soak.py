@@ -42,7 +42,7 @@ class Client:
 
     def __init__(self, host: str, port: int):
         self.host, self.port = host, port
-        self.uris = [f"data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}" for p in IMAGES.iterdir()]
+        self.uris = [f"data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}" for p in IMAGES.glob("[!.]*")]
         self.expected: dict[tuple, str] = {}
 
     def post(self, body: bytes) -> tuple[int, str]:

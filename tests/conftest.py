@@ -9,6 +9,9 @@ CACHE = tempfile.TemporaryDirectory(prefix="llama3v-cache-")
 os.environ |= {"MLX_ENABLE_TF32": "0", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": CACHE.name, "no_proxy": "*"}
 for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MLX_RANK", "MLX_HOSTFILE", "PYTHONWARNINGS"):
     os.environ.pop(name, None)
+# The workers of pytest-xdist share the cores, and OpenBLAS's threads would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import llama3v_mlx  # noqa: F401, I001  (loads OpenBLAS, which must come before mlx.core)
 

@@ -160,7 +160,7 @@ class TestAnswers:
 
     def test_together_as_one_by_one(self, port: int) -> None:
         """Requests with images share batches; each gets what it would get alone."""
-        paths = sorted(IMAGES.iterdir())
+        paths = sorted(IMAGES.glob("[!.]*"))
         questions = [(path, question) for path in paths for question in ("What is this image?", "What color is it?")]
 
         def one(asked: tuple[Path, str]) -> str:
