@@ -147,6 +147,7 @@ class TestEngine:
         model, processor = demo
         log = []
         monkeypatch.setattr(engines, "SLICE", 0.0)
+        engine._piece = engines.LEAST_TOKENS
         running = submit(engine, processor, job_of(processor, "Hello", max_tokens=1500, logit_bias=NEVER_ENDS))
         running.events.get(timeout=30)
         read, step = Engine._read, engine._batch.next
@@ -162,8 +163,21 @@ class TestEngine:
         assert said(rest(job)) == STARS_ANSWER
         engine.cancel(running)
         pieces = log.count("piece")
-        assert pieces == 5 * (model.vision_tower.config.num_hidden_layers + 2) + 6
+        of_prompt = -(-(len(job.prompt.ids) - 1) // engines.LEAST_TOKENS)
+        assert pieces == 5 * (model.vision_tower.config.num_hidden_layers + 2) + of_prompt
         assert "piece piece" not in " ".join(log)
+
+    @pytest.mark.parametrize(
+        "fixed, token, piece", [(0.9, 0.01, 16), (0.5, 0.05, 10), (0.1, 0.02, 43), (0.9, 1.0, 4), (0.1, 0.001, 512)]
+    )
+    def test_a_piece_of_a_prompt_takes_about_a_step(
+        self, engine: Engine, fixed: float, token: float, piece: int
+    ) -> None:
+        """Whatever a pass over the weights and a token cost, in steps, within the bounds of a piece."""
+        engine._step_times.append(1.0)
+        for _ in range(50):
+            engine._fit_piece(fixed + token * engine._piece)
+        assert engine._piece == piece
 
     def test_a_cancelled_job_gets_no_more_than_a_token(self, demo, engine: Engine) -> None:
         _, processor = demo

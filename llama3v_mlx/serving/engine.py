@@ -31,8 +31,8 @@ from .validate import RequestError
 log = logging.getLogger(__name__)
 
 SLICE = 1.0  # steps of all answers: the time for reading between two of them
-LEAST_TOKENS = 16  # that are prefilled at once, however long they take
-RECENT = 15  # steps, and pieces of prompts, from which times are worked out
+LEAST_TOKENS = 4  # that are prefilled at once, however long they take
+RECENT = 15  # steps whose median time counts
 IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
 
 
@@ -161,9 +161,9 @@ class Engine:
         self._parked: set[Job] = set()  # whose images are being decoded
         self._reading: deque[tuple[Job | None, Iterator[None]]] = deque()
         self._answers: dict[int, _Answer] = {}
-        # Medians of them say how long reading may take: one slow step makes no room for a long piece.
+        # Their median says how long reading may take: one slow step makes no room for a long piece.
         self._step_times: deque[float] = deque(maxlen=RECENT)  # seconds of a step of all answers
-        self._token_times: deque[float] = deque(maxlen=RECENT)  # of a token that is prefilled meanwhile
+        self._piece = 16  # tokens that are prefilled between two steps
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -337,24 +337,25 @@ class Engine:
         start = 0
         while start < len(ids):
             job.progress = f"reading the prompt, token {start + 1} of {len(ids)}"
-            part = embeddings[None, start : start + self._num_tokens()]
+            size = self._piece if self._answers else self._step_size
+            part = embeddings[None, start : start + size]
             begin = time.perf_counter()
             self._model(mx.zeros(part.shape[:2], mx.int32), job.caches, part)
             mx.eval([cache.state for cache in job.caches])
-            if self._answers:
-                self._token_times.append((time.perf_counter() - begin) / part.shape[1])
+            if self._answers and part.shape[1] == self._piece:
+                self._fit_piece(time.perf_counter() - begin)
             start += part.shape[1]
             yield
         self._store(job.blocks, job.caches, len(job.prompt.ids) - 1)
         self._begin(job)
         mx.clear_cache()
 
-    def _num_tokens(self) -> int:
-        """Number of tokens to prefill at once; while others are answered, what fits between two decoding steps."""
-        if not self._answers:
-            return self._step_size
-        fitting = self._slice() / statistics.median(self._token_times) if self._token_times else 0
-        return max(LEAST_TOKENS, min(int(fitting), self._step_size))
+    def _fit_piece(self, seconds: float) -> None:
+        """Fit pieces of a prompt between two decoding steps, given the time that the last one took."""
+        if seconds > 1.25 * self._slice():
+            self._piece = max(LEAST_TOKENS, self._piece * 2 // 3)
+        elif seconds < 0.8 * self._slice():
+            self._piece = min(self._piece * 5 // 4 + 1, self._step_size)
 
     def _encode(self, job: Job, index: int, image: TiledImage) -> Generator[None, None, mx.array]:
         """Visual tokens of an image, encoded layer by layer while others are answered, otherwise tiles at a time."""
