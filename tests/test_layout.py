@@ -27,7 +27,7 @@ LAYERS = (
     ("cli",),
     ("features",),
     ("generation",),
-    ("conversation",),
+    ("conversation", "rerank"),
     ("training", "serving", "conversion", "evaluation"),
     ("demo", "terminal"),
     ("selftest",),
