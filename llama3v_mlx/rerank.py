@@ -1,7 +1,7 @@
 """Judge found images with Llama3-V by their stored visual tokens, and answer a question about those that match."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from .prompt import Processor, Prompt
 YES, NO = ("Yes", "yes", "YES", " Yes", " yes"), ("No", "no", "NO", " No", " no")
 IMAGE_PROMPT = "What is this image?"
 CAPTION, YES_NO = "caption", "yes-no"
+MATCH = 0.5  # from which on an image is said to show a text
 
 
 @dataclass(frozen=True)
@@ -91,27 +92,18 @@ class Judge:
         return {encode(word, add_special_tokens=False)[0] for word in words}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Image that Llama3-V has looked at."""
-
-    path: str
-    match: float  # see `Judge`
-    answer: str | None = None  # to the question, if the image is among the best matches
-
-
-def judge_all(judge: Judge, names: Sequence[str], text: str) -> tuple[list[Finding], list[str]]:
-    """Judge images by name; return findings, best match first (of equal ones in the order given), and unusable names.
+def judge_all(judge: Judge, names: Iterable[str], text: str) -> dict[str, float]:
+    """Judge images by name; return the match of each, best first, without those that are unusable by now.
 
     Args:
         judge: the model.
         names: paths, or names of images in archives, see `read_named`.
         text: what an image has to show.
     """
-    found, unusable = [], []
+    matches = {}
     for name in names:
         try:
-            found.append(Finding(name, judge.match(read_named(name), text)))
+            matches[name] = judge.match(read_named(name), text)
         except (OSError, ImageError):  # deleted or damaged since it was embedded
-            unusable.append(name)
-    return sorted(found, key=lambda finding: -finding.match), unusable
+            continue
+    return dict(sorted(matches.items(), key=lambda item: -item[1]))

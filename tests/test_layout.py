@@ -27,7 +27,7 @@ LAYERS = (
     ("cli",),
     ("features",),
     ("generation",),
-    ("conversation", "rerank"),
+    ("conversation", "rerank", "sheet"),
     ("training", "serving", "conversion", "evaluation"),
     ("demo", "terminal"),
     ("selftest",),

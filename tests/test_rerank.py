@@ -1,6 +1,7 @@
 """Judging images with Llama3-V by their stored visual tokens."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.features.encoder import ImageEncoder
 from llama3v_mlx.features.lookup import FeatureCache
 from llama3v_mlx.generation import generate
+from llama3v_mlx.models.siglip import VisionTower
 from llama3v_mlx.rerank import CAPTION, NO, YES, YES_NO, Judge, judge_all
+from llama3v_mlx.search import main as search
 
 STARS = "two red stars on a yellow background"
 COLOR = "What color is the background?"
@@ -26,10 +29,9 @@ def judge(demo, tmp_path_factory) -> Judge:
 
 def test_the_image_that_shows_the_text_comes_first(judge: Judge) -> None:
     names = [str(path) for path in sorted(IMAGES.glob("[!.]*"))]
-    found, unusable = judge_all(judge, names, STARS)
-    assert Path(found[0].path).stem == "two-red-stars" and found[0].match > 0.5 > 2 * found[1].match
-    assert len(found) == len(names) and not unusable
-    assert judge.answer(found[0].path, COLOR) == "The background is yellow."
+    (best, match), (_, second), *others = judge_all(judge, names, STARS).items()
+    assert Path(best).stem == "two-red-stars" and match > 0.5 > 2 * second and len(others) == len(names) - 2
+    assert judge.answer(best, COLOR) == "The background is yellow."
 
 
 def test_an_image_is_encoded_once(judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -71,8 +73,7 @@ def test_yes_against_no(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deleted_and_damaged_images_are_skipped(judge: Judge, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     names = [str(tmp_path / "gone.png"), str(IMAGES / "42.png"), str(tmp_path / "bad.png"), str(tmp_path / "a.tar/b")]
-    found, unusable = judge_all(judge, names, STARS)
-    assert [finding.path for finding in found] == names[1:2] and unusable == [names[0], *names[2:]]
+    assert [*judge_all(judge, names, STARS)] == names[1:2]
 
 
 def test_too_long_a_text(judge: Judge) -> None:
@@ -85,3 +86,42 @@ def test_a_summary_is_asked_without_an_image(judge: Judge, monkeypatch: pytest.M
     monkeypatch.setattr("llama3v_mlx.rerank.generate", lambda *args, **_: asked.append(args[2]) or "It is 4 [1].")
     assert judge.summarize(["4", "5"], "How much?") == "It is 4 [1]."
     assert "[1] 4\n[2] 5\n\nHow much?" in asked[0]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> list[str]:
+    """Arguments to search the bundled images, with an index and visual tokens of this module's own."""
+    index = tmp_path_factory.mktemp("library")
+    return [str(IMAGES), "--index", str(index / "index")]
+
+
+def asked(capsys, *args: str) -> dict:
+    search([*args, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_rerank(library: list[str], capsys) -> None:
+    hits = asked(capsys, *library, "two red stars on a yellow background", "--rerank", "--top", "2")["hits"]
+    assert len(hits) == 2 and Path(hits[0]["path"]).stem == "two-red-stars"
+    assert hits[0]["match"] > 0.5 > hits[1]["match"] and hits[0]["answer"] is None
+
+
+def test_ask(library: list[str], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = asked(capsys, *library, STARS, "--ask", COLOR)
+    assert said["answer"] == said["hits"][0]["answer"] == "The background is yellow."
+    assert [hit["answer"] for hit in said["hits"][1:]] == [None] * (len(said["hits"]) - 1)
+    monkeypatch.setattr(VisionTower, "__call__", lambda *_: pytest.fail("the tower ran"))
+    search([*library, STARS, "--ask", "How many stars are there?", "--no-update"])
+    out = capsys.readouterr().out
+    assert out.startswith("There are two red stars. [1]\n\n[1]  ") and "two-red-stars.jpg" in out.splitlines()[2]
+
+
+def test_what_is_not_found_is_said(library: list[str], capsys) -> None:
+    search([*library, "four orange diamonds on a blue background", "--ask", COLOR])
+    assert capsys.readouterr().out.startswith("Not found: none of the 6 images looked at shows it.")
+
+
+def test_an_image_is_no_text_to_judge_by(library: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        search([*library, "--image", str(IMAGES / "42.png"), "--ask", COLOR])
+    assert stopped.value.code == 2 and "need a text" in capsys.readouterr().err
