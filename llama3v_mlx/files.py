@@ -203,3 +203,8 @@ def find_path(path: str | os.PathLike) -> Path:
                 return path
         return found
     return path
+
+
+def safe(name: str) -> str:
+    """Return a file name as one line, with what a terminal would obey or hide as escapes."""
+    return "".join(c if c.isprintable() or c in " \u202f\u00a0" else repr(c)[1:-1] for c in name)

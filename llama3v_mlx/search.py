@@ -8,11 +8,22 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .cli import DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run, share_or_more
-from .demo import SIGLIP
+from .cli import (
+    CACHE,
+    DEMO_NOTE,
+    DEMO_SIGLIP_NOTE,
+    add_memory_options,
+    loading_options,
+    note_slow_cpu,
+    positive,
+    run,
+    share_or_more,
+)
+from .demo import CHECKPOINT, SIGLIP
+from .files import find_path, safe
 
 POLL = 2.0  # seconds between two looks at a watched folder
 
@@ -25,6 +36,8 @@ class Hit:
     sha256: str
     cosine: float
     probability: float | None  # of a match with the text, SigLIP's sigmoid; None if searched otherwise
+    match: float | None = None  # with the text, as Llama3-V judges; None if it was not asked
+    answer: str | None = None  # Llama3-V's, to --ask
 
 
 def search(folder: str, text: str | None, image: str | None, top: int) -> list[Hit]:
@@ -56,7 +69,7 @@ def search_library(library, args: argparse.Namespace) -> list[Hit]:
 
     terms = _terms(args.text, args.image)
     query, probable = embed_query(terms, library.encoder, library.texts), _probability(library.encoder, terms)
-    found = library.rank(query, args.top, _filters(args))
+    found = library.rank(query, _recalled(args), _filters(args))
     return [Hit(match.path, match.sha256.hex(), match.cosine, probable(match.cosine)) for match in found]
 
 
@@ -68,7 +81,6 @@ def _terms(text: str | None, image: str | None) -> list:
 
 def _filters(args: argparse.Namespace):
     from .features.grammar import Filters
-    from .files import find_path
 
     folder = None
     if args.folder is not None:
@@ -118,11 +130,6 @@ def watch(library, args: argparse.Namespace) -> None:
         print(file=sys.stderr)
 
 
-def safe(name: str) -> str:
-    """Return a file name as one line, with what a terminal would obey or hide as escapes."""
-    return "".join(c if c.isprintable() or c in " \u202f\u00a0" else repr(c)[1:-1] for c in name)
-
-
 def show(paths: list[str], sheet: Path | None) -> None:
     """Show files in Finder; elsewhere, open the contact sheet or else their folder."""
     if not paths:
@@ -136,42 +143,58 @@ def show(paths: list[str], sheet: Path | None) -> None:
     subprocess.run(command, check=True)
 
 
-CELL, GAP, LINE = 240, 12, 17  # sizes in a contact sheet, in pixels
+def _recalled(args: argparse.Namespace) -> int:
+    """Number of images that SigLIP finds; those that Llama3-V is to look at are more than those shown."""
+    return max(args.top, args.candidates) if args.rerank or args.ask else args.top
 
 
-def draw_sheet(hits: list[Hit], path: Path) -> None:
-    """Draw a contact sheet of the images found, best first, each above its rank, score and name."""
-    from PIL import Image, ImageDraw, ImageFont
+def ask(hits: list[Hit], args: argparse.Namespace) -> tuple[list[Hit], str | None]:
+    """Rank hits by Llama3-V's judgement, and answer a question about those that match.
 
+    Visual tokens are kept in the cache, so that an image is encoded once, whatever it is asked later.
+
+    Returns:
+        All usable hits, best first, and the answer: of the only match, or summarized from the matches' own; None if
+        nothing is asked or nothing matches.
+    """
+    from tqdm import tqdm
+
+    from .checkpoint import name_of
+    from .features.lookup import FeatureCache
     from .features.sources import read_named
-    from .image import ImageError, load_image
+    from .generation import load
+    from .rerank import CAPTION, MATCH, YES_NO, Judge, judge_all
 
-    columns = math.ceil(math.sqrt(len(hits)))
-    rows = math.ceil(len(hits) / columns)
-    height = CELL + 2 * LINE + GAP
-    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * height + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, hit in enumerate(hits):
-        x, y = GAP + i % columns * (CELL + GAP), GAP + i // columns * height
-        draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), "#f2f2f2")
-        try:
-            image = load_image(read_named(hit.path or ""))
-            image.thumbnail((CELL, CELL))
-            sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
-        except (OSError, ImageError):
-            draw.text((x + CELL / 2, y + CELL / 2), "file not found", "#666666", font, "mm")
-        draw.text((x, y + CELL + 2), f"{i + 1}.  {_score(hit)}", "#222222", font)
-        name = safe(Path(hit.path or hit.sha256).name)
-        while draw.textlength(name, font) > CELL:
-            name = f"{name.removesuffix('…')[:-1]}…"
-        draw.text((x, y + CELL + 2 + LINE), name, "#666666", font)
-    partial = path.with_name(f"{path.name}.partial")
-    sheet.save(partial, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-    os.replace(partial, path)
+    texts = [term.text for term in _terms(args.text, None) if term.text and term.weight > 0]
+    text, is_demo = ", ".join(texts), args.llm is None
+    if not text:
+        raise ValueError("--rerank and --ask need a text to judge the images by")
+    if is_demo:
+        print(DEMO_NOTE, file=sys.stderr)
+    name = args.llm or CHECKPOINT
+    options = loading_options(args, name, 1, args.max_tokens + len(text.encode()) + len((args.ask or "").encode()))
+    model, processor = load(name, max_image_tiles=args.max_image_tiles, **options)
+    features = FeatureCache.of_model(CACHE / "visual-tokens", model, processor.image_config, name_of(name))
+    # The demo describes, but was never taught to say yes or no.
+    judge = Judge(model, processor, features, CAPTION if is_demo else YES_NO)
+    by_name = {hit.path: hit for hit in hits if hit.path}
+    with tqdm(by_name, desc="looking", unit="image", delay=0.5, disable=True if args.json else None) as names:
+        matches = judge_all(judge, names, text)
+    hits = [replace(by_name[name], match=match) for name, match in matches.items()]
+    good = [hit for hit in hits if hit.match >= MATCH][: args.answers]
+    if not args.ask or not good:
+        return hits, None
+    good = [replace(hit, answer=judge.answer(read_named(hit.path), args.ask, args.max_tokens)) for hit in good]
+    answer = good[0].answer if len(good) == 1 else None
+    if answer is None and not is_demo:  # which knows images only
+        answer = judge.summarize([hit.answer for hit in good], args.ask, args.max_tokens)
+    return [*good, *hits[len(good) :]], answer
 
 
 def _score(hit: Hit) -> str:
-    return f"{hit.cosine:6.3f}" + (f"  {hit.probability:6.1%}" if hit.probability is not None else "")
+    parts = [f"{hit.match:6.1%}"] if hit.match is not None else []
+    parts += [f"{hit.cosine:6.3f}"]
+    return "  ".join(parts + ([f"{hit.probability:6.1%}"] if hit.probability is not None else []))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,6 +217,15 @@ def build_parser() -> argparse.ArgumentParser:
         "-0", "--print0", action="store_true", help="print only paths, each with a null byte, for xargs"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    look = parser.add_argument_group("have Llama3-V look at what SigLIP finds")
+    look.add_argument("--rerank", action="store_true", help="rank the images found by whether they show the text")
+    look.add_argument("--ask", metavar="QUESTION", help="rank them, and answer a question about those that match")
+    look.add_argument("--llm", metavar="MODEL", help="folder or Hub repository of a Llama3-V (default: the demo)")
+    look.add_argument("--candidates", type=positive, default=20, help="images looked at (default: 20)")
+    look.add_argument("--answers", type=positive, default=3, help="images that are asked at most (default: 3)")
+    look.add_argument("-m", "--max-tokens", type=positive, default=256, help="length of an answer (default: 256)")
+    look.add_argument("--max-image-tiles", type=positive, help="tiles per image, including the overview")
+    add_memory_options(look)
     filters = parser.add_argument_group("which pictures of a folder")
     filters.add_argument("--after", type=_date, metavar="DATE", help="taken on this date (2024, 2024-05-17) or later")
     filters.add_argument("--before", type=_date, metavar="DATE", help="taken earlier; without EXIF, the file's date")
@@ -229,10 +261,12 @@ def _date(text: str):
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # a query may follow options
     given = bool(args.text and args.text.strip()) + bool(args.image) + (args.near_duplicates is not None)
     if given > 1 or (not given and not args.watch):
         parser.error("give either a text or --image FILE")
+    if (args.rerank or args.ask) and not args.text:
+        parser.error("--rerank and --ask need a text to judge the images by")
     if args.top < 1:
         parser.error(f"--top is {args.top}; it must be 1 or more")
     if args.no_update and (args.watch or args.rehash):
@@ -246,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _search_store(args: argparse.Namespace) -> None:
     note_slow_cpu()
-    _print_hits(search(args.store, args.text, args.image, args.top), args)
+    _print_hits(search(args.store, args.text, args.image, _recalled(args)), args)
 
 
 def _search_folder(args: argparse.Namespace) -> None:
@@ -259,7 +293,7 @@ def _search_folder(args: argparse.Namespace) -> None:
     changes = None if args.no_update else update(library, args)
     if changes is not None and not args.json:
         pictures, broken = library.counts()
-        counts = f"{pictures} pictures" + (f" and {broken} broken ones" if broken else "")
+        counts = f"{pictures} picture{'s' * (pictures != 1)}" + (f" and {broken} broken ones" if broken else "")
         print(f"{safe(library.folder)}: {counts}; {changes}", file=sys.stderr)
         if changes.added and changes.skipped.suffixes:
             print(f"skipped: {safe(str(changes.skipped))}", file=sys.stderr)
@@ -281,19 +315,42 @@ def _search_folder(args: argparse.Namespace) -> None:
 
 def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
     from .features.sources import file_of
+    from .sheet import draw_sheet
 
+    answer, looked = None, len(hits)
+    if args.rerank or args.ask:
+        hits, answer = ask(hits, args)
+        looked = len(hits)
+    hits = hits[: args.top]
     if args.json:
-        print(json.dumps({"text": args.text, "image": args.image, "hits": [asdict(hit) for hit in hits]}))
+        asked = {"text": args.text, "image": args.image, "question": args.ask, "answer": answer}
+        print(json.dumps({**asked, "hits": [asdict(hit) for hit in hits]}))
     elif args.print0:
         _print0([hit.path for hit in hits if hit.path])
     else:
-        for hit in hits:
-            print(f"{_score(hit)}  {safe(hit.path or hit.sha256)}")
+        if args.ask:
+            _print_answers(hits, answer, looked)
+        for i, hit in enumerate(hits, 1):
+            print(f"[{i}]  " * bool(args.ask) + f"{_score(hit)}  {safe(hit.path or hit.sha256)}")
     if args.sheet and hits:
-        draw_sheet(hits, args.sheet)
+        labels = [f"{i}.  {_score(hit)}" for i, hit in enumerate(hits, 1)]
+        names = [Path(hit.path or hit.sha256).name for hit in hits]
+        draw_sheet(list(zip([hit.path for hit in hits], labels, names, strict=True)), args.sheet)
     if args.open:
         paths = [os.path.abspath(file_of(hit.path)) for hit in hits if hit.path]
         show([path for path in paths if os.path.exists(path)], args.sheet)
+
+
+def _print_answers(hits: list[Hit], answer: str | None, looked: int) -> None:
+    """Print the answer, with what it is made of, or that nothing was found."""
+    answered = [hit for hit in hits if hit.answer is not None]
+    if answer is not None:
+        print(safe(answer) + " [1]" * (len(answered) == 1))
+    if len(answered) > 1:
+        print("\n".join(f"[{i}] {safe(hit.answer)}" for i, hit in enumerate(answered, 1)))
+    if not answered:
+        print(f"Not found: none of the {looked} images looked at shows it.")
+    print()
 
 
 def _print0(paths: list[str]) -> None:

@@ -27,7 +27,7 @@ LAYERS = (
     ("cli",),
     ("features",),
     ("generation",),
-    ("conversation",),
+    ("conversation", "rerank", "sheet"),
     ("training", "serving", "conversion", "evaluation"),
     ("answers", "batch_generate"),
     ("demo", "terminal"),

@@ -37,6 +37,12 @@ class FeatureCache:
         self.store = FeatureStore.create(folder, self.encoder.store_info(stored))
         model.release_vision()  # the fingerprint has read all its weights
 
+    @classmethod
+    def of_model(cls, parent: Path, model: Model, image_config: ImageConfig, name: str) -> "FeatureCache":
+        """Open the store of a model's visual tokens in a folder of such stores, named by their fingerprints."""
+        fingerprint = ImageEncoder(name, model, "visual-tokens", image_config).fingerprint()
+        return cls(parent / fingerprint[:32], model, image_config, name)
+
     def tile(self, source: ImageSource) -> TiledImage:
         """Cut an image into tiles; a stored image is not decoded, and only its grid is returned."""
         sha256 = image_sha256(source, self.encoder.tiling)

@@ -5,6 +5,7 @@ seeds that training does not use, the handwriting from the test split. Needs the
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ def held_out(count: int) -> Iterator[tuple[str, object, str, str, str]]:
     """`count` times (name, PIL image, kind, question, right answer), always the same; four in ten are numbers."""
     from . import world
 
-    for i, (rng, scene) in enumerate(_scenes(count)):
+    for i, (rng, scene) in enumerate(itertools.islice(scenes(), count)):
         is_number = scene.number is not None
         kinds = NUMBER_KINDS if is_number else SHAPE_KINDS
         kind, question, answer = world.ask(rng, scene, kinds[i // 5 % len(kinds)])
@@ -32,12 +33,13 @@ def held_out(count: int) -> Iterator[tuple[str, object, str, str, str]]:
         yield f"held-out {i}", scene.image, f"{kind} ({noun})" if kind in NUMBER_KINDS[:1] else kind, question, answer
 
 
-def _scenes(count: int) -> Iterator[tuple]:
+def scenes() -> Iterator[tuple]:
+    """Yield (generator, held-out scene) without end, always the same."""
     import numpy as np
 
     from . import world
 
-    for i in range(count):
+    for i in itertools.count():
         rng = np.random.default_rng(SEED + i)
         yield rng, world.draw_scene(rng, world.draw_size(rng), "test", numbers=float(i % 5 < 2))
 
@@ -75,7 +77,7 @@ def retrieval(model: str, count: int = 500) -> dict[str, tuple[int, int]]:
     encoder = load_encoder(model, "pooled")
     texts = TextEncoder(model, encoder.model)
     found: dict[str, np.ndarray] = {}
-    for _, scene in _scenes(count):
+    for _, scene in itertools.islice(scenes(), count):
         caption = world.answer(scene, "describe")
         features = encoder.encode([encoder.prepare(scene.image)])
         found[caption] = None if caption in found else features[0].rows
