@@ -880,7 +880,7 @@ class TestStartAndStop:
         options = ("--temp", "0", "--prompt-cache-dir", tmp_path)
         with served("llama3v_mlx.server", *options, cwd=ROOT, start_new_session=True) as (server, port, said):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            body = chat(image(STARS), "What is this image?", stream=True, max_tokens=300)
+            body = chat(image(STARS), "What is this image?", stream=True, max_tokens=60)
             body["logit_bias"] = {"491": -100, "499": -100}
             connection.request("POST", CHAT, json.dumps(body), {"Content-Type": JSON})
             response = connection.getresponse()
