@@ -146,8 +146,8 @@ class Library:
         self._scan(changes.skipped)
         if any(self.counts()) and not changes.skipped.denied and not database.rows("SELECT 1 FROM scan LIMIT 1"):
             raise ValueError(
-                f"{self.folder}: has no pictures any more; if its disk is just not mounted, mount it, otherwise delete the "
-                f"index {self.index}"
+                f"{self.folder}: has no pictures any more; mount its disk if it is not mounted, or else delete the index, "
+                f"{self.index}"
             )
         with database.transaction() as db:
             if rehash:
