@@ -146,7 +146,7 @@ class Library:
         self._scan(changes.skipped)
         if any(self.counts()) and not changes.skipped.denied and not database.rows("SELECT 1 FROM scan LIMIT 1"):
             raise ValueError(
-                f"{self.folder}: has no pictures any more; mount its disk if it is not mounted, or else delete the index, "
+                f"{self.folder}: has no pictures any more; mount its disk, or if it has none, delete the index "
                 f"{self.index}"
             )
         with database.transaction() as db:
