@@ -106,6 +106,20 @@ def test_a_file_that_came_and_went_is_known_again(library: Library, pictures: Pa
     assert counts(library.update()) == (1, 0, 0, 0, 0) and "back.png" in paths_of(library)
 
 
+def test_a_disk_that_is_not_mounted_is_not_forgotten(library: Library, pictures: Path, tmp_path: Path, read) -> None:
+    """An empty folder is left where the disk was."""
+    pictures.rename(tmp_path / "disk")
+    with pytest.raises(ValueError, match="pictures: no such folder"):
+        library.update()
+    pictures.mkdir()
+    with pytest.raises(ValueError, match="has no pictures any more; .*index"):
+        library.update()
+    assert paths_of(library) == []
+    pictures.rmdir()
+    (tmp_path / "disk").rename(pictures)
+    assert str(library.update()) == "no changes" and not read() and len(paths_of(library)) == 12
+
+
 def test_rehash_reads_all(library: Library, pictures: Path, read, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file whose stat does not tell that it changed, as on some network disks."""
     path = pictures / "0" / "0.png"

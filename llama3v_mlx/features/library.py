@@ -133,7 +133,7 @@ class Library:
             workers: number of decoding threads.
 
         Raises:
-            ValueError: if the folder no longer exists.
+            ValueError: if the folder no longer exists, or has no pictures any more, like that of a disk not mounted.
             OSError: if the index cannot be written, for example on a full disk.
         """
         if not os.path.isdir(self.folder):
@@ -144,6 +144,11 @@ class Library:
     def _update(self, progress: Callable[[Report, int], None], rehash: bool, batch_size: int, workers: int) -> Changes:
         changes, database = Changes(), self.store.database
         self._scan(changes.skipped)
+        if any(self.counts()) and not changes.skipped.denied and not database.rows("SELECT 1 FROM scan LIMIT 1"):
+            raise ValueError(
+                f"{self.folder}: has no pictures any more; mount its disk, or if it has none, delete the index "
+                f"{self.index}"
+            )
         with database.transaction() as db:
             if rehash:
                 db.execute("UPDATE files SET size = -1")
@@ -179,11 +184,8 @@ class Library:
         """Return the path of a picture, or the names of a PDF's pages; one that was read before is not opened."""
         if not path.lower().endswith(PDF):
             return [path]
-        query = (
-            "SELECT DISTINCT path FROM files WHERE (path = ? OR path >= ? AND path < ?) AND ("
-            + _STAT
-            + ") = (?, ?, ?, ?)"
-        )
+        paths = "(path = ? OR path >= ? AND path < ?)"
+        query = f"SELECT DISTINCT path FROM files WHERE {paths} AND ({_STAT}) = (?, ?, ?, ?)"
         names = [_encoded(path), _encoded(path + "#"), _encoded(path + "$")]  # $ follows # in ASCII
         known = [_decoded(name) for (name,) in self.store.database.rows(query, (*names, *stat))]
         return known or list(_pages(path)) or [path]
