@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from .cli import DEMO_NOTE, add_generation_options, generation_options, loading_options, note_slow_cpu, run
 from .demo import CHECKPOINT
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system-prompt", help="instructions before the question (default: none)")
     add_generation_options(parser)
     output = parser.add_argument_group("output")
+    output.add_argument("--schema", metavar="FILE", help="JSON schema that the answer keeps to (with the json extra)")
     output.add_argument("--no-verbose", action="store_true", help="print only the answer")
     output.add_argument("--json", action="store_true", help="print one JSON object with the answer and all statistics")
     output.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
@@ -45,12 +47,15 @@ def answer(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from .checkpoint import name_of
+    from .config import read_json
+    from .drafting.draft_model import load_draft_model
     from .features.lookup import FeatureCache
     from .generation import load, print_answer, stream_generate
     from .image import expand, load_image
     from .pdf import PdfPage
 
     prompt = IMAGE_PROMPT if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    schema = read_json(Path(args.schema)) if args.schema else None
     # Report a bad file before loading a large model; with a feature store, stored images need no decoding.
     sources = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
     images, names = [], []
@@ -67,6 +72,9 @@ def answer(args: argparse.Namespace) -> None:
     options = loading_options(args, name, len(images), args.max_tokens + len(prompt.encode()))
     model, processor = load(name, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path, **options)
     processor.check_pages(images, model.language_model.args.max_position_embeddings)
+    draft_model = None
+    if args.draft_model:
+        draft_model = load_draft_model(args.draft_model, processor, model.language_model.args.vocab_size)
     features = None
     if args.features:
         features = FeatureCache(args.features, model, processor.image_config, name_of(name))
@@ -80,6 +88,8 @@ def answer(args: argparse.Namespace) -> None:
         system_prompt=args.system_prompt,
         **generation_options(args),
         features=features,
+        schema=schema,
+        draft_model=draft_model,
     )
     if not args.json:
         print_answer(responses, frame=not args.no_verbose)

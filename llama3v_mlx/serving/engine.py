@@ -22,8 +22,8 @@ from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
 from ..sampling import Sampling, on_generated
+from ..schema import keep_to
 from . import batch as mlx_lm
-from .json_schema import keep_to
 from .prefix_cache import PrefixCache
 from .prompts import Block, RequestPrompt, token_text
 from .validate import RequestError

@@ -1,19 +1,12 @@
-"""OpenAI's `response_format`: constrain answers to a JSON schema by llguidance, of the `json` extra."""
+"""OpenAI's `response_format`: an answer that keeps to a JSON schema."""
 
 import json
-import threading
-from collections.abc import Callable
 
-import mlx.core as mx
-import numpy as np
-
+from ..schema import Schemas
 from .validate import RequestError
 
-COMPACT = {"whitespace_flexible": False}  # else a model that knows no JSON may write spaces without end
-MAX_SCHEMA = 1 << 16  # characters
 
-
-class Schemas:
+class ResponseFormats:
     """Compile response formats into matchers; methods may be called from any thread.
 
     Args:
@@ -22,9 +15,7 @@ class Schemas:
     """
 
     def __init__(self, tokenizer, vocab_size: int):
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._guide = None  # takes a second for a large vocabulary
-        self._lock = threading.Lock()
+        self._schemas = Schemas(tokenizer, vocab_size)
 
     def matcher(self, response_format: dict | None):
         """Matcher of a response format; None if any text is allowed.
@@ -45,41 +36,10 @@ class Schemas:
             schema = named.get("schema") if isinstance(named, dict) else None
             if not isinstance(schema, dict):
                 raise _error("json_schema.schema must be an object")
-            if len(json.dumps(schema)) > MAX_SCHEMA:
-                raise _error(f"json_schema.schema has over {MAX_SCHEMA:,} characters")
         try:
-            from llguidance import LLMatcher, LLTokenizer
-        except ImportError:
-            raise _error("this server has no llguidance; pip install 'llama3v-mlx[json]' brings it") from None
-        with self._lock:
-            if self._guide is None:
-                fast = self._tokenizer.backend_tokenizer
-                ends = sorted(self._tokenizer.eos_token_ids)
-                self._guide = LLTokenizer(fast.to_str(), n_vocab=self._vocab_size, eos_token=ends)
-        try:
-            matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, COMPACT), log_level=0)
-        except Exception as e:  # whatever llguidance raises on a schema
-            raise _error(str(e)) from e
-        if matcher.is_error():
-            raise _error(matcher.get_error())
-        return matcher
-
-
-def keep_to(matcher) -> Callable[[mx.array, mx.array], mx.array]:
-    """Logits processor on generated tokens that masks what a matcher does not allow."""
-    matcher = matcher.deep_copy()
-    consumed = 0
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        nonlocal consumed
-        new = np.array(tokens[consumed:]).tolist()
-        consumed += len(new)
-        matcher.consume_tokens(new)
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
-        return mx.where(mx.array(allowed), logits, -mx.inf)
-
-    return process
+            return self._schemas.matcher(schema)
+        except ValueError as e:
+            raise _error(f"{kind} {e}") from e
 
 
 def _error(message: str) -> RequestError:
