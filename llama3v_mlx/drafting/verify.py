@@ -23,8 +23,8 @@ from mlx_lm.sample_utils import greedy_sampler
 from ..sampling import Sampling
 from .drafters import Draft, Drafter
 
-# Leads over the second most likely token that rounding may reverse, relative to the largest logit: twice the difference
-# between passes of one and of several tokens. Such a token is decided by a pass of its own.
+# A pass of several tokens may round otherwise than a pass of one. A token whose lead over the second most likely one is
+# at most this, relative to the largest logit (two units in the last place of half precision), gets a pass of its own.
 CLOSE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 RECENT = 15  # single passes of which the median time is taken
 CLEAR_EVERY = 256  # tokens between releases of MLX's buffers, as in mlx-lm
@@ -138,7 +138,8 @@ class Decoder:
         for i in range(logits.shape[1]):
             row = self._process(logits[:, i], self._tokens)
             if draft.probs and i < len(draft.tokens):
-                token = draw_after(draft.tokens[i], draft.probs[i], self._sampling.distribution(row))
+                drafted = mx.array(draft.tokens[i : i + 1])
+                token = draw_after(drafted, draft.probs[i], self._sampling.distribution(row)).item()
             elif greedy and _close(row, logits[:, i]).item():
                 token = None
             else:
@@ -171,14 +172,17 @@ def _close(logprobs: mx.array, logits: mx.array) -> mx.array:
     return lead <= CLOSE[logits.dtype] * mx.max(mx.abs(logits), axis=-1)
 
 
-def draw_after(drafted: int, drafted_from: mx.array, probs: mx.array) -> int:
-    """Draw a token with `probs` (1, vocab_size), the drafted one if possible, which was drawn from `drafted_from`."""
-    p, q = probs[0, drafted], drafted_from[0, drafted]
-    residual = mx.maximum(probs - drafted_from, 0)
-    residual = mx.where(mx.sum(residual) > 0, residual, probs)  # only equal but for rounding
-    other = mx.random.categorical(mx.log(residual))
-    accepted = mx.random.uniform() * q < p
-    return mx.where(accepted, drafted, other).item()
+def draw_after(drafted: mx.array, drafted_from: mx.array, probs: mx.array) -> mx.array:
+    """Draw tokens (B,) with `probs` (B, vocab_size): the drafted ones (B,) as often as possible.
+
+    Each was drawn from `drafted_from` (B, vocab_size). It is accepted with probability min(1, p / q); otherwise the
+    token is drawn from what the accepted ones lack of p, max(0, p - q).
+    """
+    p, q = (mx.take_along_axis(each, drafted[:, None], axis=-1)[:, 0] for each in (probs, drafted_from))
+    lacking = mx.maximum(probs - drafted_from, 0)
+    lacking = mx.where(mx.sum(lacking, axis=-1, keepdims=True) > 0, lacking, probs)  # equal but for rounding
+    other = mx.random.categorical(mx.log(lacking))
+    return mx.where(mx.random.uniform(shape=p.shape) * q < p, drafted, other)
 
 
 def drafted_steps(
@@ -226,8 +230,8 @@ def drafted_steps(
     most_tokens = math.inf if max_tokens < 0 else max_tokens
     times: deque[float] = deque(maxlen=RECENT)
     written, alone = 0, False
-    pending = decoder.single(prompt[-1:], None if input_embeddings is None else input_embeddings[-1:])
     start = clock()
+    pending = decoder.single(prompt[-1:], None if input_embeddings is None else input_embeddings[-1:])
     while True:
         # A pass is in flight. Unless a draft is likely after its token, start the next one before it is known.
         hopeful = [] if alone else [d for d in drafters if d.budget.room() and (d.waits or d.hopes())]
