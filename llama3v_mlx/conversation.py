@@ -151,10 +151,9 @@ class Conversation:
         return Prompt(end + encoded.ids[1:], encoded.images)  # without another BOS
 
     def _trim(self, length: int) -> None:
-        """Trim every layer's cache to `length` tokens, or to the least that one of them has."""
-        length = min(length, *(cache.offset for cache in self._cache))
+        """Trim the cache to `length` tokens; after Ctrl-C, some layers may have more than others."""
         for cache in self._cache:
-            trim_prompt_cache([cache], cache.offset - length)
+            trim_prompt_cache([cache], max(0, cache.offset - length))
 
 
 def last_figures(response: GenerationResponse, conversation: Conversation) -> str:

@@ -217,7 +217,8 @@ def follow(chain: Chain, count: int, drafter, **options) -> list[int]:
     return [step.token for step in steps]
 
 
-def test_ties_are_decided_by_a_pass_of_one_token() -> None:
+@pytest.mark.parametrize("processed", [False, True])
+def test_ties_are_decided_by_a_pass_of_one_token(processed: bool) -> None:
     """In a block, rounding favours the later one of two equally likely tokens."""
     logits = np.full((6, 6), -9.0)
     logits[np.arange(6), (np.arange(6) + 1) % 6] = 4
@@ -226,8 +227,11 @@ def test_ties_are_decided_by_a_pass_of_one_token() -> None:
     assert 5 not in [after for before, after in zip(expected, expected[1:], strict=False) if before == 3]
     chain = Chain(logits, rounding=1e-6)
     guess = Always(lambda last, most: Draft([(last + i) % 6 for i in range(1, most + 1)]))
-    assert follow(chain, 30, guess) == expected
+    seen: list[list[int]] = []
+    processors = [lambda tokens, logits: seen.append(tokens.tolist()) or logits] if processed else []
+    assert follow(chain, 30, guess, logits_processors=processors) == expected
     assert max(chain.blocks) > 1 and len(chain.blocks) < 30
+    assert all(tokens == [0, *expected][: len(tokens)] for tokens in seen)
 
 
 def test_a_wrong_drafter_changes_nothing_and_is_given_up() -> None:
@@ -518,35 +522,40 @@ def test_stopping_inside_a_block(demo) -> None:
     assert "".join(r.text for r in talk.ask(QUESTION)) == "".join(r.text for r in expected.ask(QUESTION))
 
 
-@pytest.mark.parametrize("call", range(2, 12))
-def test_ctrl_c_in_the_middle_of_a_pass(demo, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("call", "inside"), [(2, False), (8, False), (9, True)])
+def test_ctrl_c_in_the_middle_of_a_pass(demo, call: int, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some layers have read the token, others have not; what follows is as if the answer had been stopped there."""
     talk = Conversation(*demo, options=GREEDY | {"clock": frozen})
     list(talk.ask(QUESTION, [IMAGES / "two-red-stars.jpg"]))
-    layer = type(demo[0].layers[0])
-    calls, forward = 0, layer.__call__
+    calls, update = 0, KVCache.update_and_fetch
 
-    def interrupted(self, *args, **kwargs):
+    def interrupted(self, keys, values):
         nonlocal calls
         calls += 1
         if calls == call:
+            self.offset += keys.shape[2] * inside  # the cache has grown, but not been written
             raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
+        return update(self, keys, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "__call__", interrupted)
+        patch.setattr(KVCache, "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            list(talk.ask("What color is the background?"))
+            list(talk.ask(QUESTION))
     assert len({cache.offset for cache in talk._cache}) == 1
     fresh = Conversation(*demo, options=GREEDY | {"draft": None})
     list(fresh.ask(QUESTION, [IMAGES / "two-red-stars.jpg"]))
     if len(talk.turns) > 1:
-        stream = fresh.ask("What color is the background?")
+        stream = fresh.ask(QUESTION)
         for _ in range(len(talk.ids) - talk.turns[1].start - talk.turns[1].num_tokens):
             next(stream)
         stream.close()
     assert talk.ids == fresh.ids
-    assert [r.token for r in talk.ask("Which shape is it?")] == [r.token for r in fresh.ask("Which shape is it?")]
+    for each in (talk, fresh):
+        list(each.ask("Which shape is it?"))
+    assert talk.ids == fresh.ids
+    for ours, theirs in zip(talk._cache, fresh._cache, strict=True):
+        for x, y in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
+            assert mx.allclose(x[:, :, : len(talk.ids) - 1], y[:, :, : len(talk.ids) - 1], atol=1e-4)
 
 
 SCHEMA = {
