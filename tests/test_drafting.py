@@ -18,7 +18,7 @@ from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.drafting import budget
 from llama3v_mlx.drafting.budget import Budget
-from llama3v_mlx.drafting.draft_model import load_draft_model
+from llama3v_mlx.drafting.draft_model import DraftModel, load_draft_model
 from llama3v_mlx.drafting.drafters import Draft, Forced, NGrams
 from llama3v_mlx.drafting.verify import drafted_steps, draw_after
 from llama3v_mlx.generation import statistics
@@ -296,14 +296,14 @@ def test_rejection_sampling_keeps_the_distribution(demo, prompt, llama: Path, sa
     p, q = (sampling.distribution(rows[name] - mx.logsumexp(rows[name])) for name in ("model", "draft"))
     assert mx.abs(p - q).sum().item() > 0.1
     mx.random.seed(1)
-    draws = 20_000
+    draws = 6_000
     drafted = mx.random.categorical(mx.log(q), num_samples=draws)[0]
     shape = (draws, p.shape[1])
     tokens = np.array(draw_after(drafted, mx.broadcast_to(q, shape), mx.broadcast_to(p, shape)))
     counts = np.bincount(tokens, minlength=p.shape[1])
     assert chi_square(counts, np.array(p[0], np.float64)) < LIMIT
     expected = np.minimum(np.array(p), np.array(q)).sum()
-    assert (tokens == np.array(drafted)).mean() >= expected - 0.02  # as many are accepted as can be
+    assert (tokens == np.array(drafted)).mean() >= expected - 0.04  # as many are accepted as can be
 
 
 @pytest.mark.parametrize("at_random", [False, True])
@@ -326,8 +326,8 @@ def test_an_answer_of_blocks_has_the_distribution(at_random: bool) -> None:
 
     mx.random.seed(2)
     chain = Chain(logits)
-    tokens = [0, *follow(chain, 2000, Always(draft), sampler=sampling.sampler(), sampling=sampling)]
-    assert max(chain.blocks) > 2 and len(chain.blocks) < 1800
+    tokens = [0, *follow(chain, 1000, Always(draft), sampler=sampling.sampler(), sampling=sampling)]
+    assert max(chain.blocks) > 2 and len(chain.blocks) < 900
     counts = np.zeros((5, 5))
     np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     for state in range(5):
@@ -339,7 +339,7 @@ def test_the_distribution_is_what_the_sampler_draws_from() -> None:
         logprobs = mx.array(np.random.default_rng(0).normal(size=(1, 12)).astype(np.float32))
         probs = np.array(sampling.distribution(logprobs))[0]
         mx.random.seed(4)
-        tokens = np.array(sampling.sampler()(mx.broadcast_to(logprobs, (4000, 12))))
+        tokens = np.array(sampling.sampler()(mx.broadcast_to(logprobs, (2000, 12))))
         assert abs(probs.sum() - 1) < 1e-5
         assert chi_square(np.bincount(tokens, minlength=12), probs) < LIMIT
 
@@ -427,24 +427,27 @@ def test_budget() -> None:
 # A draft model
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "quantized_kv_start": 0}, {"draft": None}])
-def test_a_draft_model(demo, prompt, circles: Image.Image, llama: Path, options: dict) -> None:
+@pytest.fixture(scope="module")
+def small(demo, llama: Path) -> DraftModel:
+    return load_draft_model(llama, demo[1], 512)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "quantized_kv_start": 0}])
+def test_a_draft_model(demo, prompt, circles: Image.Image, small: DraftModel, options: dict) -> None:
     """The demo's own Llama, blind; of text it drafts every token right."""
-    small = load_draft_model(llama, demo[1], 512)
     questions = (prompt, demo[1].encode("Who are you?"), demo[1].encode(QUESTION, [circles]))
     for question in questions:
-        tokens, passes, _ = run(demo, question, draft=None)
+        tokens, passes, _ = run(demo, question, draft=None, **options)
         drafted, fewer, _ = run(demo, question, draft_model=small, clock=frozen, **options)
-        assert drafted == (tokens if "kv_bits" not in options else run(demo, question, draft=None, **options)[0])
+        assert drafted == tokens
         assert fewer <= passes
     text = questions[1]
     tokens, passes, _ = run(demo, text, draft=None, draft_model=small, clock=frozen)
     assert passes <= 1 + 2 + math.ceil(len(tokens) / (budget.MOST + 1))
 
 
-def test_a_draft_model_follows_a_conversation(demo, llama: Path) -> None:
+def test_a_draft_model_follows_a_conversation(demo, small: DraftModel) -> None:
     """Its cache is kept, and trimmed where the conversation was undone."""
-    small = load_draft_model(llama, demo[1], 512)
     talks = [Conversation(*demo, options=GREEDY | each) for each in ({"draft": None}, {"draft_model": small})]
     for image, question, undone in (
         (IMAGES / "two-red-stars.jpg", QUESTION, False),
