@@ -220,27 +220,28 @@ def stream_generate(
     if context:
         room = context - cached - length
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
-    cache = kwargs.get("prompt_cache")
-    drafters: list[Drafter] = []
-    if "max_kv_size" not in kwargs and can_draft(make_prompt_cache(model) if cache is None else cache):
-        if draft is not None:
-            drafters += [] if matcher is None else [Forced(matcher, len(history) + length)]
-            drafters.append(NGrams(processor.prompt_tokens.image))
+    if draft_model is not None:
+        if not isinstance(draft_model, DraftModel):
+            draft_model = load_draft_model(draft_model, processor, model.language_model.args.vocab_size)
+        # A sampler that was passed draws from an unknown distribution.
+        draft_model.sampling = Sampling(temperature=0) if "sampler" in kwargs else sampling
+    drafters: list[Drafter] = [] if draft_model is None else [draft_model]
+    if draft is not None:
+        forced = [] if matcher is None else [Forced(matcher, len(history) + length)]
+        drafters = [*forced, NGrams(processor.prompt_tokens.image), *drafters]
+    # mlx-lm's own loop takes other caches and streams.
+    cache = kwargs.get("prompt_cache") or make_prompt_cache(model)
+    if kwargs.keys() & {"max_kv_size", "stream"} or not can_draft(cache):
         if draft_model is not None:
-            if not isinstance(draft_model, DraftModel):
-                draft_model = load_draft_model(draft_model, processor, model.language_model.args.vocab_size)
-            # A sampler that was passed draws from an unknown distribution.
-            draft_model.sampling = Sampling(temperature=0) if "sampler" in kwargs else sampling
-            drafters.append(draft_model)
-    elif draft_model is not None:
-        raise ValueError("a draft model needs a cache from which tokens can be removed, not a rotating one")
+            raise ValueError("a draft model needs a cache from which tokens can be removed, not a rotating one")
+        drafters = []
     kwargs = {"sampler": sampling.sampler(), **kwargs, "logits_processors": processors}
     if drafters:
         kwargs |= {"sampling": sampling, "known": history}
         answer = drafted_stream_generate(model, processor.tokenizer, ids, drafters, max_tokens, **kwargs)
     else:
-        plain = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
-        answer = ((response, response.generation_tokens) for response in plain)
+        responses = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
+        answer = ((response, response.generation_tokens) for response in responses)
     # mlx-lm warns on stdout about models that nearly fill the memory; only the answer belongs there.
     warning = io.StringIO()
     with contextlib.redirect_stdout(warning):

@@ -151,6 +151,14 @@ def test_nothing_is_drafted_after_the_end_of_an_answer(demo, prompt) -> None:
     assert not any(token in block[:-1] for block in blocks[1:])
 
 
+def test_progress_is_reported_as_by_mlx_lm(demo, prompt) -> None:
+    reports: tuple[list, list] = ([], [])
+    for calls, draft in zip(reports, (None, "auto"), strict=True):
+        options = {"prompt_progress_callback": lambda *done, calls=calls: calls.append(done), "prefill_step_size": 50}
+        run(demo, prompt, draft=draft, max_tokens=2, **options)
+    assert reports[0] == reports[1] != []
+
+
 def test_the_same_seed_draws_the_same_tokens(demo, prompt) -> None:
     answers = []
     for options in ({"draft": None}, {"clock": frozen}):

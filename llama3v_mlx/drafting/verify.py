@@ -222,14 +222,15 @@ def drafted_steps(
     cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     quantization = (kv_bits, kv_group_size, quantized_kv_start)
     decoder = Decoder(model, cache, sampler or greedy_sampler, logits_processors or (), sampling, *quantization)
-    decoder.prefill(prompt, input_embeddings, prefill_step_size, prompt_progress_callback or (lambda *_: None))
+    progress = prompt_progress_callback or (lambda *_: None)
+    decoder.prefill(prompt, input_embeddings, prefill_step_size, progress)
     for drafter in drafters:
         drafter.begin()
         drafter.see([*known, *prompt.tolist()])
     stop = frozenset(eos)
     most_tokens = math.inf if max_tokens < 0 else max_tokens
     times: deque[float] = deque(maxlen=RECENT)
-    written, alone = 0, False
+    written, cleared, alone = 0, 0, False
     start = clock()
     pending = decoder.single(prompt[-1:], None if input_embeddings is None else input_embeddings[-1:])
     while True:
@@ -240,13 +241,16 @@ def drafted_steps(
             following = decoder.single(pending[0])
         token = pending[0].item()
         times.append(clock() - start)
+        if written == 0:
+            progress(len(prompt), len(prompt))
         written += 1
         _see(drafters, [token])
         yield Step(token, pending[1][0], False, decoder.passes - (following is not None))
         if written >= most_tokens:
             return
         start = clock()
-        if written % CLEAR_EVERY == 0:
+        if written - cleared >= CLEAR_EVERY:
+            cleared = written
             mx.clear_cache()
         for drafter in drafters:
             drafter.budget.single()
@@ -257,7 +261,7 @@ def drafted_steps(
             if not draft.tokens:
                 break
             steps, alone = decoder.block(token, draft)
-            single = statistics.median(times) if times else 0.0
+            single = statistics.median(times)
             seconds = clock() - start
             size = len(draft.tokens)
             # More than all its tokens singly is no block's cost, but some delay's.
