@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py                  # the demo, and two layers of Llama-3-8B's width
     python benchmarks/generate.py --layers 32      # a whole Llama-3-8B of random weights (16 GB in half precision)
+    python benchmarks/generate.py --drafts 100     # and what drafts save, see drafts.py; needs the demo and json extras
 
 Both read a prompt of one length with the same Llama weights and write as many tokens, in turn; medians. What remains
 beside mlx-lm is our cost. A follow-up question reads its own tokens alone. The last line is one JSON object.
@@ -10,11 +11,14 @@ beside mlx-lm is our cost. A follow-up question reads its own tokens alone. The 
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 from embed import machine, say  # first: it loads OpenBLAS before MLX
 
 # isort: split
+import drafts
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -25,6 +29,7 @@ from llama3v_mlx import load, stream_generate
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.models.llama3v import Model, ModelArgs
 
+sys.path.append(str(Path(__file__).parents[1]))  # for tools.demo
 IMAGE = IMAGES / "two-red-stars.jpg"
 QUESTION = "What is this image? " + "Describe the image in one sentence. " * 8
 
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="layers of the wide Llama; 0: the demo only (default: 2)")
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens (default: 64)")
     parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--drafts", type=int, default=0, metavar="N", help="pictures to try drafts on (default: 0)")
     args = parser.parse_args()
     small, processor = load(CHECKPOINT)
     dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
@@ -119,7 +125,12 @@ def main() -> None:
     if args.layers:
         model = wide(small, args.layers, dtype)
         rows.append(measure(f"4096 wide, {args.layers} layers", model, processor, args.tokens, args.repeats))
-    print(json.dumps({"benchmark": "generate", "machine": machine(), "rows": rows}))
+    report = {"benchmark": "generate", "machine": machine(), "rows": rows}
+    if args.drafts:
+        report["drafts"] = drafts.measure(small, processor, args.drafts)
+        drafts.say_rows(report["drafts"], say)
+        drafts.say_estimates(report["drafts"], say)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

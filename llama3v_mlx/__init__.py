@@ -18,6 +18,7 @@ _PUBLIC = {
     "load": "generation",
     "check_memory": "memory",
     "generate": "generation",
+    "load_draft_model": "drafting.draft_model",
     "stream_generate": "generation",
     "register": "generation",
     "Llama3V": "generation",

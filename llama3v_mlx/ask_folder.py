@@ -31,8 +31,8 @@ from .features.sources import Skipped, Source, count_sources, find_sources, reas
 from .generation import load
 from .image import ImageConfig, TiledImage, image_sha256, tile_image
 from .memory import footprint, num_answers
+from .schema import Schemas
 from .serving.batch import Settings
-from .serving.json_schema import Schemas
 from .serving.prefix_cache import fingerprint
 
 WORKERS = min(4, os.cpu_count() or 1)  # threads that decode images
@@ -209,7 +209,7 @@ def ask_folder(args: argparse.Namespace, prompt: str, schema: dict | None) -> No
     features = FeatureCache(args.features, model, processor.image_config, name_of(name)) if args.features else None
     matcher = None
     if schema is not None:
-        matcher = Schemas(processor.tokenizer, model.language_model.args.vocab_size).compile(schema)
+        matcher = Schemas(processor.tokenizer, model.language_model.args.vocab_size).matcher(schema)
     each = Settings(args.max_tokens, sampling, seed, matcher=matcher)
 
     with (

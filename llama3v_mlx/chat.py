@@ -209,6 +209,7 @@ def chat(args: argparse.Namespace) -> None:
 
     from .checkpoint import name_of
     from .conversation import Conversation
+    from .drafting.draft_model import load_draft_model
     from .features.lookup import FeatureCache
     from .generation import load
 
@@ -221,10 +222,13 @@ def chat(args: argparse.Namespace) -> None:
     )
     name = name_of(args.model or CHECKPOINT)
     features = FeatureCache(args.features, model, processor.image_config, name) if args.features else None
+    options = generation_options(args)
+    if args.draft_model:
+        options["draft_model"] = load_draft_model(args.draft_model, processor, model.language_model.args.vocab_size)
     if args.seed is not None:
         mx.random.seed(args.seed)
     title = f"{name} with {args.adapter_path}" if args.adapter_path else name
-    session = Chat(Conversation(model, processor, args.system_prompt, features, generation_options(args)), title)
+    session = Chat(Conversation(model, processor, args.system_prompt, features, options), title)
     session._add(args.image)
     if sys.stdin.isatty():
         print("Ask about an image: drag its file into the line. /help lists the commands, Ctrl-D quits.")

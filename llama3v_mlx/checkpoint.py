@@ -231,16 +231,22 @@ def build_model(config: dict, tensors: dict[str, mx.array] | None = None) -> Mod
         model = Model(ModelArgs.from_dict(config))
     except (TypeError, ValueError, KeyError) as e:
         raise CheckpointError(f"config.json: {one_line(e)}") from e
-    quantization = config.get("quantization")
-    if quantization and tensors is not None:
-
-        def as_saved(path: str, module: nn.Module) -> bool | dict:
-            own = quantization.get(path)
-            return own if isinstance(own, dict) else hasattr(module, "to_quantized") and f"{path}.scales" in tensors
-
-        defaults = {key: quantization[key] for key in ("group_size", "bits")}
-        nn.quantize(model, **defaults, mode=quantization.get("mode", "affine"), class_predicate=as_saved)
+    if tensors is not None:
+        quantize_as_saved(model, config.get("quantization"), tensors)
     return model
+
+
+def quantize_as_saved(model: nn.Module, quantization: dict | None, tensors: dict[str, mx.array]) -> None:
+    """Quantize the layers of a model without weights as a config's `quantization` and its tensors say."""
+    if not quantization:
+        return
+
+    def as_saved(path: str, module: nn.Module) -> bool | dict:
+        own = quantization.get(path)
+        return own if isinstance(own, dict) else hasattr(module, "to_quantized") and f"{path}.scales" in tensors
+
+    defaults = {key: quantization[key] for key in ("group_size", "bits")}
+    nn.quantize(model, **defaults, mode=quantization.get("mode", "affine"), class_predicate=as_saved)
 
 
 def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: bool = False) -> Model:
@@ -270,12 +276,17 @@ def model_tensors(folder: Path, dtype: mx.Dtype | None = None) -> dict[str, mx.a
     tensors = {}
     for name, tensor in read_tensors(folder).items():
         tensors.update(lay_out(name, tensor))
+    return cast(tensors, dtype)
+
+
+def cast(tensors: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
+    """Cast floating-point tensors lazily; None keeps them."""
     if dtype is None:
         return tensors
     return {n: t.astype(dtype) if mx.issubdtype(t.dtype, mx.floating) else t for n, t in tensors.items()}
 
 
-def check_tensors(folder: Path, model: Model, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise a CheckpointError that names up to ten tensors that are missing, unknown or of the wrong shape."""
     expected = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
     wrong = [f"{name} missing" for name in expected if name not in shapes]

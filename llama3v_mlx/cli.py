@@ -126,6 +126,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--min-p", type=float, help="minimum probability, as a fraction of the most likely token's")
     sampling.add_argument("--repetition-penalty", type=share_or_more, help="penalty on generated tokens; 1: none")
     sampling.add_argument("--seed", type=int, help="random seed, to repeat an answer")
+    drafts = parser.add_argument_group(
+        "drafts", "several tokens verified in one pass through Llama; answers are the same"
+    )
+    drafts.add_argument("--no-draft", action="store_true", help="do not draft from the conversation")
+    drafts.add_argument("--draft-model", metavar="MODEL", help="also draft with a small Llama of the same vocabulary")
     cache = parser.add_argument_group("memory")
     cache.add_argument(
         "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per value of a quantized key-value cache"
@@ -176,7 +181,8 @@ def loading_options(
 
 def generation_options(args: argparse.Namespace) -> dict:
     """Arguments of `stream_generate` from the options of `add_generation_options`."""
-    return {"temperature": args.temp} | {name: getattr(args, name) for name in GENERATION}
+    draft = None if args.no_draft else "auto"
+    return {"temperature": args.temp, "draft": draft} | {name: getattr(args, name) for name in GENERATION}
 
 
 def positive(text: str) -> int:

@@ -76,7 +76,8 @@ class Conversation:
         # The last token of an answer may not be in the cache yet.
         prompt = Prompt(self.ids[self._cache[0].offset :] + new, encoded.images)
         seconds, answer = time.perf_counter() - tic, []
-        options = {**self.options, "features": self.features, "prompt_cache": self._cache}
+        read = self.ids[: len(self.ids) + len(new) - len(prompt.ids)]
+        options = {**self.options, "features": self.features, "prompt_cache": self._cache, "history": read}
         stream = stream_generate(self.model, self.processor, prompt, **options)
         try:
             for response in stream:
@@ -84,12 +85,16 @@ class Conversation:
                 answer.append(response.token)
                 turn.answer += response.text
                 yield response
+        except KeyboardInterrupt:
+            # In the middle of a pass, whose keys and values may be incomplete: the answer is read again.
+            self._trim(max(0, len(self.ids) + len(new) - 1))
+            raise
         finally:
             stream.close()
             if answer:
                 self.ids += new + answer
                 self.turns.append(turn)
-            # mlx-lm generates one token ahead, so the cache is trimmed to the answer.
+            # Tokens are generated ahead, so the cache is trimmed to the answer.
             self._trim(len(self.ids))
 
     def undo(self) -> Turn | None:
@@ -146,7 +151,9 @@ class Conversation:
         return Prompt(end + encoded.ids[1:], encoded.images)  # without another BOS
 
     def _trim(self, length: int) -> None:
-        trim_prompt_cache(self._cache, max(0, self._cache[0].offset - length))
+        """Trim the cache to `length` tokens; after Ctrl-C, some layers may have more than others."""
+        for cache in self._cache:
+            trim_prompt_cache([cache], max(0, cache.offset - length))
 
 
 def last_figures(response: GenerationResponse, conversation: Conversation) -> str:

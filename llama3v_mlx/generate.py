@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.prompt is None and not (args.image or args.images):
         parser.error("give --image, --images or --prompt")
-    options = ("image", "kv_bits", "json", "no_verbose") if args.images else ("out", "batch_size", "limit")
+    options = (
+        ("image", "kv_bits", "draft_model", "json", "no_verbose") if args.images else ("out", "batch_size", "limit")
+    )
     if wrong := [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]:
         parser.error(f"{', '.join(wrong)} cannot be used {'with' if args.images else 'without'} --images")
     if [*args.image, args.prompt].count("-") > 1:
@@ -69,7 +71,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 def answer_each(args: argparse.Namespace) -> None:
     """Answer the prompt about each of many images."""
     from .ask_folder import ask_folder
-    from .serving.json_schema import read_schema
+    from .schema import read_schema
 
     schema = read_schema(Path(args.schema)) if args.schema else None
     if args.model is None:
@@ -83,11 +85,12 @@ def answer(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
     from .checkpoint import name_of
+    from .drafting.draft_model import load_draft_model
     from .features.lookup import FeatureCache
     from .generation import load, print_answer, stream_generate
     from .image import expand, load_image
     from .pdf import PdfPage
-    from .serving.json_schema import Schemas, keep_to, read_schema
+    from .schema import read_schema
 
     schema = read_schema(Path(args.schema)) if args.schema else None
     prompt = read_prompt(args)
@@ -107,16 +110,14 @@ def answer(args: argparse.Namespace) -> None:
     options = loading_options(args, name, len(images), args.max_tokens + len(prompt.encode()))
     model, processor = load(name, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path, **options)
     processor.check_pages(images, model.language_model.args.max_position_embeddings)
+    draft_model = None
+    if args.draft_model:
+        draft_model = load_draft_model(args.draft_model, processor, model.language_model.args.vocab_size)
     features = None
     if args.features:
         features = FeatureCache(args.features, model, processor.image_config, name_of(name))
     if args.seed is not None:
         mx.random.seed(args.seed)
-
-    constraint = None
-    if schema is not None:
-        schemas = Schemas(processor.tokenizer, model.language_model.args.vocab_size)
-        constraint = keep_to(schemas.compile(schema))
 
     responses = stream_generate(
         model,
@@ -125,7 +126,8 @@ def answer(args: argparse.Namespace) -> None:
         system_prompt=args.system_prompt,
         **generation_options(args),
         features=features,
-        constraint=constraint,
+        schema=schema,
+        draft_model=draft_model,
     )
     if not args.json:
         print_answer(responses, frame=not args.no_verbose)

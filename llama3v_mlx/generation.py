@@ -7,16 +7,17 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx_lm.processors
 from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse as MLXResponse
 from mlx_lm.generate import stream_generate as mlx_stream_generate
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .checkpoint import (
@@ -30,12 +31,17 @@ from .checkpoint import (
     read_generation_config,
 )
 from .device import on_gpu, select
+from .drafting.draft_model import DraftModel, load_draft_model
+from .drafting.drafters import Drafter, Forced, NGrams
+from .drafting.stream import stream_generate as drafted_stream_generate
+from .drafting.verify import can_draft
 from .features.lookup import FeatureCache
 from .image import ImageSource, expand
 from .models import llama3v as model_module
 from .models.llama3v import Model
 from .prompt import Processor, Prompt
 from .sampling import Sampling, on_generated
+from .schema import keep_to, schemas_of
 
 VISION = ("vision_tower.", "projector.")
 Images = ImageSource | Sequence[ImageSource] | None
@@ -51,6 +57,7 @@ class GenerationResponse(MLXResponse):
     vision_seconds: float = 0.0  # tower and projector
     prefill_seconds: float = 0.0  # Llama, until the first token
     stored_images: int = 0  # images found in the feature store, neither decoded nor encoded
+    passes: int = 0  # through Llama for the answer; fewer than its tokens where drafts were accepted
 
 
 def load(
@@ -141,7 +148,10 @@ def stream_generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     features: FeatureCache | None = None,
-    constraint: Callable[[mx.array, mx.array], mx.array] | None = None,
+    schema: dict | None = None,
+    draft: Literal["auto"] | None = "auto",
+    draft_model: DraftModel | str | Path | None = None,
+    history: Sequence[int] = (),
     **kwargs: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Stream the answer to a question about images.
@@ -155,7 +165,12 @@ def stream_generate(
         max_tokens: maximum number of tokens to generate, limited by the remaining context.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
         features: a store to look images up in and to add new ones to.
-        constraint: logits processor that sees generated tokens only, such as `serving.json_schema.keep_to`.
+        schema: a JSON schema that the answer keeps to (`pip install 'llama3v-mlx[json]'`).
+        draft: "auto": draft tokens from the conversation and the schema, and verify several in one pass, for the same
+            answer in fewer passes; None: one token per pass.
+        draft_model: a small Llama of the same vocabulary that also drafts: from `load_draft_model`, which keeps its
+            cache between answers, or a folder or Hub repository.
+        history: ids that precede the prompt in `prompt_cache`, to draft from.
         kwargs: arguments of mlx-lm's `generate_step` (`kv_bits`, `prompt_cache`, `sampler`, `logits_processors`, …).
 
     Yields:
@@ -189,21 +204,46 @@ def stream_generate(
     given |= {"repetition_penalty": repetition_penalty}
     chosen = {key: value for key, value in given.items() if value is not None}
     sampling = dataclasses.replace(processor.sampling, **chosen)
-    kwargs.setdefault("sampler", sampling.sampler())
-    kwargs.setdefault("logits_processors", sampling.logits_processors(length))
-    if constraint is not None:
-        kwargs["logits_processors"] = [*kwargs["logits_processors"], on_generated(constraint, length)]
+    processors = list(kwargs.pop("logits_processors", sampling.logits_processors(length)) or ())
+    matcher = None
+    if schema is not None:
+        try:
+            matcher = schemas_of(processor.tokenizer, model.language_model.args.vocab_size).matcher(schema)
+        except ValueError as e:
+            raise ValueError(f"schema: {e}") from e
+        processors.append(on_generated(keep_to(matcher), length))
     tiles = sum(image.num_tiles for image in encoded.images)
     if context:
         room = context - cached - length
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
-    responses = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
+    if draft_model is not None:
+        if not isinstance(draft_model, DraftModel):
+            draft_model = load_draft_model(draft_model, processor, model.language_model.args.vocab_size)
+        # A sampler that was passed draws from an unknown distribution.
+        draft_model.sampling = Sampling(temperature=0) if "sampler" in kwargs else sampling
+    drafters: list[Drafter] = [] if draft_model is None else [draft_model]
+    if draft is not None:
+        forced = [] if matcher is None else [Forced(matcher, len(history) + length)]
+        drafters = [*forced, NGrams(processor.prompt_tokens.image), *drafters]
+    # mlx-lm's own loop takes other caches and streams.
+    cache = kwargs.get("prompt_cache") or make_prompt_cache(model)
+    if kwargs.keys() & {"max_kv_size", "stream"} or not can_draft(cache):
+        if draft_model is not None:
+            raise ValueError("a draft model needs a cache from which tokens can be removed, not a rotating one")
+        drafters = []
+    kwargs = {"sampler": sampling.sampler(), **kwargs, "logits_processors": processors}
+    if drafters:
+        kwargs |= {"sampling": sampling, "known": history}
+        answer = drafted_stream_generate(model, processor.tokenizer, ids, drafters, max_tokens, **kwargs)
+    else:
+        responses = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
+        answer = ((response, response.generation_tokens) for response in responses)
     # mlx-lm warns on stdout about models that nearly fill the memory; only the answer belongs there.
     warning = io.StringIO()
     with contextlib.redirect_stdout(warning):
-        first = list(itertools.islice(responses, 1))
+        first = list(itertools.islice(answer, 1))
     _print_once(warning.getvalue())
-    for response in itertools.chain(first, responses):
+    for response, passes in itertools.chain(first, answer):
         yield GenerationResponse(
             **vars(response),
             num_tiles=tiles,
@@ -212,6 +252,7 @@ def stream_generate(
             vision_seconds=vision_seconds,
             prefill_seconds=length / response.prompt_tps,
             stored_images=sum(not image.tiles for image in encoded.images),
+            passes=passes,
         )
 
 
@@ -266,7 +307,8 @@ def statistics(response: GenerationResponse) -> str:
     """Format mlx-lm's statistics from the last response of an answer, with a line for the images."""
     lines = [
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec",
-        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec",
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec"
+        + (f" ({response.passes} passes)" if response.passes < response.generation_tokens else ""),
         f"Peak memory: {response.peak_memory:.3f} GB",
     ]
     if response.num_tiles:

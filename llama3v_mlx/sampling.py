@@ -34,17 +34,7 @@ class Sampling:
 
         def sample(logprobs: mx.array) -> mx.array:
             nonlocal key
-            logits = logprobs.astype(mx.float32) / self.temperature
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            tokens = None
-            if 0 < self.top_k < logprobs.shape[-1]:
-                # From here on the vocabulary is these tokens, in its order: a seed draws what it draws from all of it.
-                tokens = mx.sort(mx.argpartition(-logprobs, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
-                logprobs = mx.take_along_axis(logprobs, tokens, axis=-1)
-            if 0 < self.top_p < 1:
-                logprobs = apply_top_p(logprobs, self.top_p)
-            if self.min_p > 0:
-                logprobs = apply_min_p(logprobs, self.min_p)
+            tokens, logprobs = self._filter(logprobs)
             own = None
             if key is not None:
                 key, own = mx.random.split(key)
@@ -52,6 +42,27 @@ class Sampling:
             return drawn if tokens is None else mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
 
         return sample
+
+    def distribution(self, logprobs: mx.array) -> mx.array:
+        """Probabilities (1, vocab_size), float32, with which `sampler` draws each token; not for temperature 0."""
+        tokens, filtered = self._filter(logprobs)
+        probs = mx.softmax(filtered, axis=-1)
+        return probs if tokens is None else mx.put_along_axis(mx.zeros(logprobs.shape), tokens, probs, axis=-1)
+
+    def _filter(self, logprobs: mx.array) -> tuple[mx.array | None, mx.array]:
+        """Return the tokens to sample from, None for the whole vocabulary, and their log-probabilities."""
+        logits = logprobs.astype(mx.float32) / self.temperature
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        tokens = None
+        if 0 < self.top_k < logprobs.shape[-1]:
+            # From here on the vocabulary is these tokens, in its order: a seed draws what it draws from all of it.
+            tokens = mx.sort(mx.argpartition(-logprobs, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
+            logprobs = mx.take_along_axis(logprobs, tokens, axis=-1)
+        if 0 < self.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.top_p)
+        if self.min_p > 0:
+            logprobs = apply_min_p(logprobs, self.min_p)
+        return tokens, logprobs
 
     def logits_processors(self, num_prompt_tokens: int) -> list[Callable[[mx.array, mx.array], mx.array]]:
         """Return mlx-lm's repetition penalty, on generated tokens only: the reference never sees the prompt's ids."""

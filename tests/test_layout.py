@@ -23,6 +23,8 @@ LAYERS = (
     ("models",),
     ("config",),
     ("checkpoint",),
+    ("schema",),
+    ("drafting",),
     ("memory",),
     ("cli",),
     ("features",),

@@ -28,7 +28,7 @@ from ..prompt import Processor
 from ..sampling import Sampling
 from .embeddings import Embedder
 from .engine import Engine, Job, Logprob, NeedImages, Settings, Token, internal_error
-from .json_schema import Schemas
+from .json_schema import ResponseFormats
 from .prefix_cache import PrefixCache
 from .prompts import chat_prompt, completion_prompt, num_tokens, plan_image
 from .validate import (
@@ -120,7 +120,7 @@ class App(ThreadingHTTPServer):
             max_images=options.max_images,
             max_pixels=options.max_pixels,
         )
-        self.schemas = Schemas(processor.tokenizer, self.limits.vocab_size)
+        self.formats = ResponseFormats(processor.tokenizer, self.limits.vocab_size)
         self.engine = Engine(model, processor, prefixes, options.concurrency, options.step_size)
         try:
             self.embedder = options.embedding_model and Embedder(options.embedding_model, self.engine.run)
@@ -377,7 +377,7 @@ class Handler(BaseHTTPRequestHandler):
     def _chat(self, request: ChatRequest) -> None:
         request.check(self.server.limits)
         prompt = chat_prompt(request, self.server.processor, self.server.limits)
-        self._generate(request, prompt, Chat(request), self.server.schemas.matcher(request.response_format))
+        self._generate(request, prompt, Chat(request), self.server.formats.matcher(request.response_format))
 
     def _complete(self, request: CompletionRequest) -> None:
         request.check(self.server.limits)

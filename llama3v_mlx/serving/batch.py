@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_presence_penalty
 
 from ..sampling import Sampling, on_generated
-from .json_schema import keep_to
+from ..schema import keep_to
 
 __all__ = ["BatchGenerator", "KVCache", "generation_stream", "greedy_sampler"]
 

@@ -1,26 +1,13 @@
-"""Constrain answers to a JSON schema by llguidance, of the `json` extra; OpenAI's `response_format`."""
+"""OpenAI's `response_format`: an answer that keeps to a JSON schema."""
 
 import json
-import threading
-from collections.abc import Callable
-from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
-from ..config import read_json
+from ..schema import SchemaError, Schemas
 from .validate import RequestError
 
-COMPACT = {"whitespace_flexible": False}  # else a model that knows no JSON may write spaces without end
-MAX_SCHEMA = 1 << 16  # characters
 
-
-class SchemaError(ValueError):
-    """Raised when answers cannot be constrained to a schema."""
-
-
-class Schemas:
-    """Compile schemas and response formats into matchers; methods may be called from any thread.
+class ResponseFormats:
+    """Compile response formats into matchers; methods may be called from any thread.
 
     Args:
         tokenizer: mlx-lm's wrapped tokenizer.
@@ -28,9 +15,7 @@ class Schemas:
     """
 
     def __init__(self, tokenizer, vocab_size: int):
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._guide = None  # takes a second for a large vocabulary
-        self._lock = threading.Lock()
+        self._schemas = Schemas(tokenizer, vocab_size)
 
     def matcher(self, response_format: dict | None):
         """Matcher of a response format; None if any text is allowed.
@@ -51,79 +36,10 @@ class Schemas:
             schema = named.get("schema") if isinstance(named, dict) else None
             if not isinstance(schema, dict):
                 raise _error("json_schema.schema must be an object")
-            if len(json.dumps(schema)) > MAX_SCHEMA:
-                raise _error(f"json_schema.schema has over {MAX_SCHEMA:,} characters")
         try:
-            return self.compile(schema)
+            return self._schemas.matcher(schema)
         except SchemaError as e:
-            raise _error(str(e)) from e
-
-    def compile(self, schema: dict):
-        """Matcher of a JSON schema.
-
-        Raises:
-            SchemaError: if the schema cannot be kept to, or llguidance is missing.
-        """
-        LLMatcher, LLTokenizer = llguidance()
-        with self._lock:
-            if self._guide is None:
-                fast = self._tokenizer.backend_tokenizer
-                ends = sorted(self._tokenizer.eos_token_ids)
-                self._guide = LLTokenizer(fast.to_str(), n_vocab=self._vocab_size, eos_token=ends)
-        try:
-            matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, COMPACT), log_level=0)
-        except Exception as e:  # whatever llguidance raises on a schema
-            raise SchemaError(str(e)) from e
-        if matcher.is_error():
-            raise SchemaError(matcher.get_error())
-        return matcher
-
-
-def read_schema(path: Path) -> dict:
-    """Read a JSON schema from a file.
-
-    Raises:
-        CheckpointError: if the file is not a JSON object.
-        SchemaError: if the schema cannot be kept to, or llguidance is missing.
-    """
-    schema = read_json(path)
-    LLMatcher, _ = llguidance()
-    try:
-        if error := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema, COMPACT)):
-            raise SchemaError(error)
-    except Exception as e:  # whatever llguidance raises on a schema
-        raise SchemaError(f"{path}: is not a JSON schema that answers can be constrained to: {e}") from e
-    return schema
-
-
-def llguidance():
-    """Return LLMatcher and LLTokenizer of llguidance.
-
-    Raises:
-        SchemaError: if it is not installed.
-    """
-    try:
-        from llguidance import LLMatcher, LLTokenizer
-    except ImportError:
-        raise SchemaError("JSON schemas need llguidance: pip install 'llama3v-mlx[json]'") from None
-    return LLMatcher, LLTokenizer
-
-
-def keep_to(matcher) -> Callable[[mx.array, mx.array], mx.array]:
-    """Logits processor on generated tokens that masks what a matcher does not allow."""
-    matcher = matcher.deep_copy()
-    consumed = 0
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        nonlocal consumed
-        new = np.array(tokens[consumed:]).tolist()
-        consumed += len(new)
-        matcher.consume_tokens(new)
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
-        return mx.where(mx.array(allowed), logits, -mx.inf)
-
-    return process
+            raise _error(f"{kind} {e}") from e
 
 
 def _error(message: str) -> RequestError:

@@ -1,0 +1,142 @@
+"""A small Llama of the same vocabulary as a drafter; it reads the conversation without its images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from tokenizers import Tokenizer
+
+from ..checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    CheckpointError,
+    cast,
+    check_tensors,
+    find_checkpoint,
+    quantize_as_saved,
+    read_tensors,
+)
+from ..config import llama_config, one_line, read_json
+from ..device import on_gpu
+from ..prompt import Processor
+from ..sampling import Sampling
+from .budget import Budget
+from .drafters import Draft
+
+STEP = 2048  # tokens that are read at once
+
+
+class DraftModel:
+    """Draft with a language model, whose cache is kept from one answer of a conversation to the next.
+
+    Args:
+        model: mlx-lm's Llama.
+        placeholder: id of an image's tokens, which it does not read.
+        sampling: how it draws; greedily at temperature 0.
+    """
+
+    waits = True
+
+    def __init__(self, model: llama.Model, placeholder: int, sampling: Sampling | None = None):
+        self._model, self._placeholder = model, placeholder
+        self.sampling = sampling or Sampling(temperature=0)
+        self._cache = make_prompt_cache(model)
+        self._read: list[int] = []  # tokens in the cache
+        self.begin()
+
+    def begin(self) -> None:
+        self.budget = Budget()
+        self._text: list[int] = []
+        self._same = 0  # tokens of the cache that are known to be the conversation's
+
+    def see(self, tokens: Sequence[int]) -> None:
+        self._text += [token for token in tokens if token != self._placeholder]
+
+    def hopes(self) -> bool:
+        return True
+
+    def draft(self, most: int) -> Draft:
+        context = self._model.args.max_position_embeddings
+        if not self._text or context and len(self._text) + most > context:
+            return Draft([])
+        logits = self._catch_up()
+        tokens, probs = [], []
+        for i in range(most):
+            if i:
+                logits = self._model(tokens[-1][None], cache=self._cache)[:, -1]
+            if self.sampling.temperature == 0:
+                tokens.append(mx.argmax(logits, axis=-1))
+            else:
+                probs.append(self.sampling.distribution(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
+                tokens.append(mx.random.categorical(mx.log(probs[-1])))
+        drafted = mx.concatenate(tokens).tolist()
+        self._read += drafted[:-1]
+        return Draft(drafted, probs or None)
+
+    def _catch_up(self) -> mx.array:
+        """Read what the cache lacks of the conversation; return the logits (1, vocab_size) after its last token."""
+        both = zip(self._read[self._same :], self._text[self._same : -1], strict=False)
+        for read, token in both:
+            if read != token:
+                break
+            self._same += 1
+        trim_prompt_cache(self._cache, self._cache[0].offset - self._same)
+        new = self._text[self._same :]
+        for start in range(0, len(new), STEP):
+            logits = self._model(mx.array([new[start : start + STEP]]), cache=self._cache)[:, -1]
+            mx.eval(logits)
+        self._read = list(self._text)
+        self._same = len(self._text)
+        return logits
+
+
+def load_draft_model(
+    path_or_hf_repo: str | Path, processor: Processor, vocab_size: int, dtype: mx.Dtype | None = None
+) -> DraftModel:
+    """Load a Llama in Hugging Face's or mlx-lm's layout as a draft model.
+
+    Args:
+        path_or_hf_repo: a folder, or a Hub repository.
+        processor: of the model that verifies its drafts.
+        vocab_size: of that model.
+        dtype: dtype of floating-point tensors; by default float32 on a CPU, otherwise they are not cast.
+
+    Raises:
+        CheckpointError: if it is not a Llama, is damaged, or has another vocabulary.
+    """
+    folder = find_checkpoint(path_or_hf_repo)
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") != "llama":
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type is {config.get('model_type')!r}; a draft model is a llama"
+        )
+    args = llama.ModelArgs.from_dict(llama_config(folder / CONFIG, config))
+    _check_vocabulary(folder, args.vocab_size, processor, vocab_size)
+    tensors = cast(read_tensors(folder), mx.float32 if dtype is None and not on_gpu() else dtype)
+    model = llama.Model(args)
+    tensors = model.sanitize(tensors)
+    quantize_as_saved(model, config.get("quantization"), tensors)
+    check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
+    model.load_weights(list(tensors.items()))
+    model.eval()
+    mx.eval(model.parameters())
+    return DraftModel(model, processor.prompt_tokens.image)
+
+
+def _check_vocabulary(folder: Path, size: int, processor: Processor, vocab_size: int) -> None:
+    """Raise a CheckpointError if a draft model's ids do not mean the same text; special tokens may be renamed."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no {TOKENIZER}; a draft model needs the vocabulary it was trained with")
+    try:
+        theirs = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=False)
+    except Exception as e:  # the Rust parser raises bare Exceptions
+        raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
+    ours = processor.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if theirs != ours or size != vocab_size:
+        raise CheckpointError(
+            f"{folder}: has another vocabulary ({size} tokens) than the model ({vocab_size}); "
+            "a draft model must share it, such as Llama-3.2-1B for Llama-3-8B"
+        )
