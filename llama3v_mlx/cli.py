@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .files import printable
+
 DEMO_NOTE = (
     "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
     "real one: llama3v convert --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
@@ -72,7 +74,7 @@ def keep_awake() -> Iterator[None]:
 
 def error_line(error: Exception) -> str:
     """Format an error as one line, with its type unless it is a ValueError or OSError."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, (ValueError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"

@@ -245,7 +245,7 @@ def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[st
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **ck.tokenizer_config(folder)}
     return {
         ck.TOKENIZER_CONFIG: _json(tokenizer),
-        ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config["eos_token_id"]).chat_template,
+        ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config).chat_template,
         ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
         "README.md": _model_card(source, name, config),
         ck.CONFIG: _json(config),

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import unicodedata
 from collections.abc import Iterator
 from io import FileIO
@@ -14,6 +15,7 @@ from typing import IO
 
 # Locked file in a folder being written; distinguishes a leftover from a user's folder.
 MARKER = ".writing"
+_HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 # Errors of exFAT, SMB and NFS for an unsupported flush, above all a folder's.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 
@@ -164,6 +166,37 @@ def cut_half_line(file: FileIO) -> None:
         end = start
     if end < size:
         os.ftruncate(file.fileno(), end)
+
+
+def check_file(path: Path) -> None:
+    """Check that a file is a regular one and lies in its folder, before it is read.
+
+    A link may lead to another file of the folder, or to the blobs of its repository in Hugging Face's cache.
+
+    Raises:
+        OSError: if it is anything else, such as a pipe or a link to a file elsewhere.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("is not a regular file")
+    folder, real = os.path.realpath(path.parent), os.path.realpath(path)
+    allowed = [folder]
+    if os.path.basename(os.path.dirname(folder)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs"))
+    if os.path.dirname(real) not in allowed:
+        raise OSError(f"is a link to {real}, outside its folder; copy the file there")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape the characters of a text that a terminal would obey: control and bidi characters, lone surrogates.
+
+    Names of files, answers of models and messages of servers are printed through it, except in JSON.
+
+    Args:
+        text: from outside.
+        keep: characters that are not escaped, such as newlines.
+    """
+    return _HARMFUL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), text)
 
 
 def is_junk(name: str) -> bool:

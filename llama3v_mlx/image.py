@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
-from .files import find_path
+from .files import find_path, printable
 from .pdf import PdfError, PdfPage, find_pages
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
@@ -424,7 +424,7 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 def _printable(text: str) -> str:
     """Format a path for a message: on one line, and short even if it is file contents passed by mistake."""
     text = text if len(text) <= 500 else f"{text[:200]}…{text[-200:]}"
-    return text if text.isprintable() else repr(text)[1:-1]
+    return printable(text)
 
 
 def _reason(error: Exception) -> str:

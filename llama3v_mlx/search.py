@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cli import note_slow_cpu, run
+from .files import printable
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({"text": args.text, "image": args.image, "hits": [asdict(hit) for hit in hits]}))
         else:
             for hit in hits:
-                print(f"{_score(hit)}  {hit.path or hit.sha256}")
+                print(f"{_score(hit)}  {printable(hit.path or hit.sha256)}")
         if args.sheet:
             draw_sheet(hits, args.sheet)
 

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from .cli import note_slow_cpu, positive, run
+from .files import printable
 
 KINDS = {
     "conversation": (
@@ -216,7 +217,7 @@ def synthesize(args: argparse.Namespace) -> None:
             bar.update(len(batch))
     print(f"{out}: {written} rows written, {len(tasks) - len(waiting)} existed already, {counts.total()} rejected")
     for reason, count in counts.most_common():
-        print(f"  {count} {reason}")
+        print(f"  {count} {printable(reason)}")
 
 
 def make_teacher(args: argparse.Namespace) -> LocalTeacher | RemoteTeacher:

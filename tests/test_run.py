@@ -30,7 +30,7 @@ class Run:
         self.state = {"best_step": None} | (self.folder.restore(self.model, self.optimizer) if resume else {})
 
     def save(self, step: int, best: int) -> None:
-        self.model.weight = mx.full((2, 2), step)
+        self.model.weight = mx.full((2, 2), float(step))
         self.state["best_step"] = best
         self.folder.save(step, self.model, self.optimizer, {"best_step": best}, {})
 
@@ -73,7 +73,7 @@ def test_ctrl_c_anywhere_in_a_save(tmp_path: Path) -> None:
             interrupted = True
         run = Run(tmp_path / str(line), resume=True)
         newest = run.state["step"]
-        assert newest in (3, 4) and mx.array_equal(run.model.weight, mx.full((2, 2), newest)), line
+        assert newest in (3, 4) and mx.array_equal(run.model.weight, mx.full((2, 2), float(newest))), line
         for step in range(newest + 1, 9):
             run.save(step, best=4 if step >= 4 else 1)
         folder = tmp_path / str(line)

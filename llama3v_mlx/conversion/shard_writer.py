@@ -60,20 +60,20 @@ def make_plan(
     Raises:
         CheckpointError: if tensors are missing, unknown, duplicated or of the wrong shape.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    parts: dict[str, mx.array] = {}
     for name, tensor in tensors.items():
         for ours, part in lay_out(name, tensor).items():
-            if ours in shapes:
+            if ours in parts:
                 raise CheckpointError(
                     f"{folder}: {ours} appears twice, once as {name}; are these two checkpoints in one folder?"
                 )
-            shapes[ours] = part.shape
-    model = build_model(config)  # its lazy arrays are never evaluated
-    check_tensors(folder, model, shapes)
+            parts[ours] = part
+    model = build_model(config, folder=folder)  # its lazy arrays are never evaluated
+    check_tensors(folder, model, parts)
     dtype = getattr(mx, config["dtype"])
     quantized = _quantize_skeleton(model, quantization, recipe) if quantization else {}
     sizes = {name: p.size * _cast(p.dtype, dtype).size for name, p in tree_flatten(model.parameters())}
-    return Plan(dtype, quantized, sizes, sum(math.prod(shape) for shape in shapes.values()))
+    return Plan(dtype, quantized, sizes, sum(part.size for part in parts.values()))
 
 
 def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> dict[str, dict]:

@@ -84,9 +84,13 @@ KINDS = {
     "checkpoints:generate-4bit": Broken("mlx-4bit", _generate, skipped=("README.md", "chat_template.jinja")),
     "checkpoints:convert": Broken("tiny", _convert),
     "checkpoints:convert-mlx": Broken("mlx", _convert, skipped=("README.md", "chat_template.jinja")),
-    "checkpoints:assemble": Broken("siglip", _assemble, skipped=("spiece.model", "preprocessor_config.json")),
-    "checkpoints:assemble-llm": Broken("tiny", _assemble_llm, skipped=("generation_config.json",)),
-    "checkpoints:embed": Broken("siglip", _embed, skipped=("spiece.model",)),
+    "checkpoints:assemble": Broken(
+        "siglip", _assemble, names=("vision_tower.",), skipped=("spiece.model", "preprocessor_config.json")
+    ),
+    "checkpoints:assemble-llm": Broken(
+        "tiny", _assemble_llm, names=("language_model.",), skipped=("generation_config.json",)
+    ),
+    "checkpoints:embed": Broken("siglip", _embed, names=("features are not finite",), skipped=("spiece.model",)),
     "checkpoints:embed-text": Broken("siglip", _embed_text),
     "checkpoints:adapters": Broken("finetune", _adapters, skipped=("run.json", "metrics.jsonl")),
     "checkpoints:fuse": Broken("pretrain", _fuse, skipped=("run.json", "metrics.jsonl")),

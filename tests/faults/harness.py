@@ -6,6 +6,7 @@ The parent imports what the commands import but computes nothing, so that a fork
 import contextlib
 import ctypes
 import importlib
+import io
 import os
 import resource
 import shutil
@@ -55,7 +56,11 @@ class Ended:
 
 
 def run_child(
-    action: Callable[[], None], folder: Path, stdin: bytes = b"", seconds: float = WALL_SECONDS, secret: Path | None = None
+    action: Callable[[], None],
+    folder: Path,
+    stdin: bytes = b"",
+    seconds: float = WALL_SECONDS,
+    secret: Path | None = None,
 ) -> Ended:
     """Run `action` in a forked child, in `folder`; it may exit like a command.
 
@@ -85,9 +90,10 @@ def _be_child(action: Callable[[], None], folder: Path, streams: Sequence[Path])
         os.setsid()
         for descriptor, path in enumerate(streams):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
-        sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-        for name, descriptor in (("stdout", 1), ("stderr", 2)):
-            setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
+        encoding = {"encoding": "utf-8", "line_buffering": True}
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), errors="surrogateescape", **encoding)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), **encoding)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", **encoding)
         os.chdir(folder)
         tempfile.tempdir = str(folder)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

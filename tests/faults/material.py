@@ -37,7 +37,14 @@ class Material:
 
     def train(self, stage: str) -> list[object]:
         """Arguments of a short run, but for --out."""
-        data = ("--data", self / "rows.json", "--image-folder", self / "images", "--features", self / f"{stage}.features")
+        data = (
+            "--data",
+            self / "rows.json",
+            "--image-folder",
+            self / "images",
+            "--features",
+            self / f"{stage}.features",
+        )
         return ["--stage", stage, "--model", self / "mlx", *data, *TRAINING]
 
     def _do(self, action: Callable[[], None], stdin: bytes = b"") -> None:

@@ -25,7 +25,17 @@ def mutate_tree(rng: random.Random, root: Any) -> Any:
         case 0:
             del parent[key]
         case 1 if isinstance(value, int | float) and not isinstance(value, bool):
-            parent[key] = rng.choice([-value, value + 1, value * 2, value - 1, str(value), float(value), value * 10**6])
+            parent[key] = rng.choice(
+                [
+                    -value,
+                    value + 1,
+                    value * 2,
+                    value - 1,
+                    str(value),
+                    value / 3 if abs(value) < 10**300 else 0.1,
+                    value * 10**6,
+                ]
+            )
         case 1 if isinstance(value, str):
             parent[key] = rng.choice([value + "x", value[:-1], [value], {"content": value}, value * 1000])
         case 1 if isinstance(value, list):
@@ -64,7 +74,9 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
             case 4:
                 data[at:at] = rng.randbytes(rng.randrange(1, 16))
             case 5:
-                data[at : at + 4] = rng.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"))
+                data[at : at + 4] = rng.choice(
+                    (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f")
+                )
             case _:
                 start = rng.randrange(len(data))
                 data[at:at] = data[start : start + rng.randrange(1, 4096)]
@@ -85,7 +97,9 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
             again = json.dumps({key: rng.choice(STRANGE)})[1:-1].encode()
             return data.rstrip()[:-1] + b", " + again + b"}"
         case 3:
-            return rng.choice((b"", b"null", b"[]", b"{}", b"1e999", b"\xff\xfe{\0}\0", b"\xef\xbb\xbf" + data, data + data))
+            return rng.choice(
+                (b"", b"null", b"[]", b"{}", b"1e999", b"\xff\xfe{\0}\0", b"\xef\xbb\xbf" + data, data + data)
+            )
         case _:
             tree = json.loads(data)
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -115,17 +129,30 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
             entry = header[name]
             match rng.randrange(4):
                 case 0:
-                    entry["dtype"] = rng.choice(("F64", "F32", "I8", "U32", "BOOL", "F8_E4M3", "C64", "F4", "X", "BF16", "I16"))
+                    entry["dtype"] = rng.choice(
+                        ("F64", "F32", "I8", "U32", "BOOL", "F8_E4M3", "C64", "F4", "X", "BF16", "I16")
+                    )
                 case 1:
                     entry["shape"] = rng.choice(
-                        ([], [0], [1, *entry["shape"]], entry["shape"][::-1], [2**40, 2**40], [2**31, 2**33], [-1], [2**63])
+                        (
+                            [],
+                            [0],
+                            [1, *entry["shape"]],
+                            entry["shape"][::-1],
+                            [2**40, 2**40],
+                            [2**31, 2**33],
+                            [-1],
+                            [2**63],
+                        )
                     )
                 case 2:
                     entry["data_offsets"] = rng.choice(
                         ([0, 0], [0, 2**63], entry["data_offsets"][::-1], [-8, 8], [2**40, 2**41], [0, len(body)])
                     )
                 case _:
-                    header[rng.choice(("../x", "", "\x1b[2J", "model.layers.99999999.weight", name + ".x"))] = header.pop(name)
+                    header[rng.choice(("../x", "", "\x1b[2J", "model.layers.99999999.weight", name + ".x"))] = (
+                        header.pop(name)
+                    )
             text = json.dumps(header).encode()
         case 6:
             one, other = (rng.choice([name for name in header if name != "__metadata__"]) for _ in range(2))
