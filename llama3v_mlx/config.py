@@ -19,8 +19,8 @@ DEPTH = Number(1, 1000, whole=True)  # layers; a module is built for each before
 
 # Required keys of a Llama config, and the other keys that mlx-lm's Llama accepts, apart from the rope's.
 REQUIRED = {key: SIZE for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")}
-REQUIRED |= {"num_hidden_layers": DEPTH, "rms_norm_eps": POSITIVE}
-OPTIONAL = {key: SIZE for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
+REQUIRED |= {"num_hidden_layers": DEPTH, "rms_norm_eps": POSITIVE, "max_position_embeddings": SIZE}
+OPTIONAL = {key: SIZE for key in ("num_key_value_heads", "head_dim")}
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 # Transformer of SigLIP: keys that its vision and text configs share, and the others of each.

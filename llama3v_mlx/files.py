@@ -187,6 +187,21 @@ def check_file(path: Path) -> None:
         raise OSError(f"is a link to {real}, outside its folder; copy the file there")
 
 
+def read_file(path: Path) -> bytes:
+    """Read a regular file; a pipe would wait for a writer, and a device never end.
+
+    Raises:
+        OSError: if it is anything else, or cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        data = file.read()
+        if data is None:  # a file of /proc that would wait
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return data
+
+
 def printable(text: str, keep: str = "") -> str:
     """Escape the characters of a text that a terminal would obey: control and bidi characters, lone surrogates.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
-from .files import find_path, printable
+from .files import find_path, printable, read_file
 from .pdf import PdfError, PdfPage, find_pages
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
@@ -309,7 +309,7 @@ def _read(source: str | os.PathLike) -> bytes:
     if scheme.startswith(("http://", "https://")):
         raise ImageError(f"{name}: images are not fetched from the network; download it and pass the file")
     try:
-        return find_path(source).read_bytes()
+        return read_file(find_path(source))
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:

@@ -17,11 +17,11 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"RAYON_NUM_THREADS": "1", "LLAMA3V_DEVICE": "cpu"}
 
-from . import checkpoints  # noqa: E402
+from . import checkpoints, images  # noqa: E402
 from .harness import warm_up  # noqa: E402
 from .material import Material  # noqa: E402
 
-KINDS = {name: checkpoints.case for name in checkpoints.KINDS}
+KINDS = {name: module.case for module in (checkpoints, images) for name in module.KINDS}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_SECONDS, WALL_SECONDS = 10, 60  # per command; wall time only to end one that waits forever
-ADDRESS_SPACE = 8 << 30  # bytes above what the parent has mapped
+ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
 RESIDENT = 1 << 30  # bytes above what the parent holds
 CRASHED = 99  # exit status of a child in which `main` raised something
 PREFIX = "llama3v_mlx."

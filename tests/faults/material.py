@@ -26,6 +26,8 @@ class Material:
         Raises:
             RuntimeError: if a command fails although nothing is broken.
         """
+        from .images import make_images
+
         self._do(lambda: _save_models(self.folder))
         self._do(command("convert", "--hf-path", self / "tiny", "--mlx-path", self / "mlx"))
         self._do(command("convert", "--hf-path", self / "tiny", "--mlx-path", self / "mlx-4bit", "-q"))
@@ -33,6 +35,7 @@ class Material:
             self._do(command("train", *self.train(stage), "--out", self / stage))
         chat = command("chat", "--model", self / "tiny", "--max-tokens", 3, "--temp", 0, "--force")
         self._do(chat, f"{self / 'images' / 'a.png'} What is it?\n/save {self / 'saved'}\n".encode())
+        self._do(lambda: make_images(self / "formats"))
         self._do(command("embed", self / "images", "--model", self / "siglip", "--out", self / "store"))
 
     def train(self, stage: str) -> list[object]:
