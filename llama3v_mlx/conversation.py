@@ -1,7 +1,6 @@
 """Multi-turn conversation that keeps its key-value cache: a follow-up only prefills its own tokens."""
 
 import json
-import os
 import re
 import time
 from collections.abc import Generator, Sequence
@@ -23,6 +22,7 @@ from .checkpoint import check_shard, check_tensors
 from .config import TOKEN_ID, one_line
 from .features.lookup import FeatureCache
 from .fields import Items, Object, Text, check_fields
+from .files import beside
 from .generation import GenerationResponse, stream_generate
 from .image import ImageSource
 from .models.llama3v import Model
@@ -126,9 +126,8 @@ class Conversation:
         """Write the turns, the cache and the model's `name` to a safetensors file."""
         talk = {"model": name, "system_prompt": self.system_prompt, "ids": self.ids}
         talk["turns"] = list(map(asdict, self.turns))
-        partial = path.with_name(f"{path.stem}.partial.safetensors")
-        save_prompt_cache(str(partial), self._cache, {"conversation": json.dumps(talk)})
-        os.replace(partial, path)
+        with beside(path) as partial:
+            save_prompt_cache(str(partial), self._cache, {"conversation": json.dumps(talk)})
 
     def load(self, path: Path, name: str) -> None:
         """Load a saved conversation.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import run
-from .files import new_folder
+from .files import new_folder, writing
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -263,9 +263,10 @@ def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan
     total = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
         write_tensors(tensors, plan, writer, bar.update)
-    shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
-    for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
+    with writing(partial):
+        shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
     return len(writer.shards)
 
 

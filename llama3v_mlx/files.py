@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -44,12 +45,17 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
         with (partial / MARKER).open("w") as marker:
             _take(marker, partial)
             yield partial
-            for file in partial.rglob("*"):
-                flush(file)
-            flush(partial)
-            os.rename(partial, path)
-            flush(partial.parent)
-            (path / MARKER).unlink()
+            with writing(path):
+                for file in partial.rglob("*"):
+                    flush(file)
+                flush(partial)
+                os.rename(partial, path)
+                try:
+                    (path / MARKER).unlink()
+                    flush(partial.parent)
+                except OSError:
+                    shutil.rmtree(path, ignore_errors=True)
+                    raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -113,18 +119,53 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def _remove_if_left(partial: Path, pid: str) -> None:
+    """Remove a partial file unless a process, here or on another machine, is still writing it."""
+    with contextlib.suppress(OSError, ValueError, OverflowError), partial.open("rb") as file:
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            if lock(file, wait=False):
+                partial.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in the errors of its writing: MLX's RuntimeError, and an OSError that names none."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise OSError(f"{path}: cannot be written ({e}); is the disk full?") from e
+    except OSError as e:
+        if e.filename is None and e.errno is not None:
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
+
+
 def write_beside(path: Path, data: bytes) -> None:
     """Write a file beside `path` and rename it into place."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            sync(file.fileno())
-        os.rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    flush(path.parent)
+    with beside(path) as partial, partial.open("wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Replace a file atomically: yield a path beside `path`, flushed and renamed to `path` on success.
+
+    The suffix stays, because MLX appends its own to other names. What killed processes left beside `path` is removed.
+    """
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial{path.suffix}"):
+        _remove_if_left(old, old.name.removeprefix(f"{path.name}.").partition(".")[0])
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial{path.suffix}")
+    with writing(path), partial.open("wb") as held:
+        lock(held, wait=False)
+        try:
+            yield partial
+            flush(partial)
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        flush(path.parent)
 
 
 def write_at(file: FileIO, data: bytes, offset: int) -> None:

@@ -3,12 +3,11 @@
 import argparse
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cli import note_slow_cpu, run
-from .files import printable
+from .files import beside, printable
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,8 @@ def draw_sheet(hits: list[Hit], path: Path) -> None:
         while draw.textlength(name, font) > CELL:
             name = f"{name.removesuffix('…')[:-1]}…"
         draw.text((x, y + CELL + 2 + LINE), name, "#666666", font)
-    partial = path.with_name(f"{path.name}.partial")
-    sheet.save(partial, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-    os.replace(partial, path)
+    with beside(path) as partial:
+        sheet.save(partial, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
 
 
 def _score(hit: Hit) -> str:

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 
 from ..checkpoint import INDEX, CheckpointError, build_model, check_tensors, lay_out
+from ..files import writing
 from ..models.llama3v import Model
 
 # A shard is held in memory until it is written, and with it one tensor as read and as converted, up to WORKING_BYTES.
@@ -131,7 +132,9 @@ class ShardWriter:
 
     def _write(self) -> None:
         self.shards.append(list(self._waiting))
-        mx.save_safetensors(str(self._path(len(self.shards))), self._waiting, metadata={"format": "mlx"})
+        path = self._path(len(self.shards))
+        with writing(path):
+            mx.save_safetensors(str(path), self._waiting, metadata={"format": "mlx"})
         self._total_bytes += self._waiting_bytes
         self._waiting, self._waiting_bytes = {}, 0
         mx.clear_cache()

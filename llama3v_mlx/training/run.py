@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
 from ..fields import CheckpointError, Number, check_fields
-from ..files import check_file, list_folder, new_folder, write_beside
+from ..files import beside, check_file, list_folder, new_folder, write_beside, writing
 from ..generation import ADAPTER_CONFIG, ADAPTERS
 
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
@@ -57,7 +57,7 @@ class RunFolder:
             if differing := [key for key in options if old.get(key) != options[key]]:
                 was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
                 raise ValueError(f"{folder}: --resume needs the same data and options; {was}")
-        elif self.folder.is_file() or (self.folder.is_dir() and list_folder(self.folder)):
+        elif self.folder.is_file() or any(not path.name.startswith(RUN) for path in list_folder(self.folder)):
             raise ValueError(f"{folder}: is not empty and contains no run; use another --out")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,8 @@ class RunFolder:
         weights = dict(tree_flatten(model.trainable_parameters()))
         moments = dict(tree_flatten(optimizer.state))
         path = self.folder / "checkpoints" / f"step-{step:07}"
-        with new_folder(path, sum(x.nbytes for x in (*weights.values(), *moments.values()))) as partial:
+        num_bytes = sum(x.nbytes for x in (*weights.values(), *moments.values()))
+        with new_folder(path, num_bytes) as partial, writing(path):
             mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})
             mx.save_safetensors(str(partial / OPTIMIZER), moments)
             (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
@@ -123,8 +124,8 @@ class RunFolder:
         """Copy the newest checkpoint's adapters to the run's folder."""
         if self.writes:
             for name in (ADAPTERS, ADAPTER_CONFIG):
-                shutil.copyfile(self._steps()[-1] / name, self.folder / f"{name}.partial")
-                os.replace(self.folder / f"{name}.partial", self.folder / name)
+                with beside(self.folder / name) as partial:
+                    shutil.copyfile(self._steps()[-1] / name, partial)
 
     def log(self, figures: dict) -> None:
         """Append a line to the metrics, all of it or nothing."""

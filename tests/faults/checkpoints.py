@@ -99,13 +99,13 @@ KINDS = {
 }
 
 
-def case(kind: str, rng: random.Random, material: Material, place: Path) -> tuple[str, str | None]:
+def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
     """Break one file and run the command on it.
 
     Returns:
         What was broken, and what is wrong with how the command ended.
     """
-    what = KINDS[kind]
+    what, rng = KINDS[kind], random.Random(f"{kind} {number}")
     outside = place / "outside"
     outside.mkdir()
     broken = copy_tree(material / what.source, place / Path(what.source).name)

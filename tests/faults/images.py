@@ -31,13 +31,21 @@ def make_images(folder: Path) -> None:
     exif[274], exif[270] = 6, "a description"
     extra = {"exif": exif.tobytes(), "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
     wanted: dict[str, list[tuple[str, dict]]] = {
-        "JPEG": [("RGB", extra), ("L", {}), ("CMYK", extra), ("RGB", {"progressive": True}), ("RGB", {"subsampling": 2})],
+        "JPEG": [
+            ("RGB", extra),
+            ("L", {}),
+            ("CMYK", extra),
+            ("RGB", {"progressive": True}),
+            ("RGB", {"subsampling": 2}),
+        ],
         "PNG": [(mode, extra) for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")],
         "GIF": [("P", {"save_all": True, "append_images": [base.rotate(90)]}), ("L", {}), ("P", {"transparency": 1})],
         "BMP": [("RGB", {}), ("L", {}), ("P", {}), ("1", {}), ("RGBA", {})],
         "PPM": [("RGB", {}), ("L", {}), ("1", {}), ("I;16", {}), ("F", {})],
         "WEBP": [("RGB", extra), ("RGBA", {"lossless": True}), ("RGB", {"save_all": True, "append_images": [base]})],
-        "TIFF": [(m, {"compression": c}) for m in ("RGB", "CMYK", "1") for c in ("raw", "tiff_lzw", "tiff_adobe_deflate")]
+        "TIFF": [
+            (m, {"compression": c}) for m in ("RGB", "CMYK", "1") for c in ("raw", "tiff_lzw", "tiff_adobe_deflate")
+        ]
         + [("F", {}), ("I;16", {}), ("LA", {}), ("LAB", {}), ("RGB", {"compression": "jpeg"}), ("RGB", extra)],
         "AVIF": [("RGB", extra), ("RGBA", {})],
         "HEIF": [("RGB", extra), ("RGBA", {}), ("L", {})],
@@ -74,8 +82,9 @@ def mutate_image(rng: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def case(kind: str, rng: random.Random, material: Material, place: Path) -> tuple[str, str | None]:
+def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
     """Mutate an image and cut it into tiles, or run a command on odd files; see `checkpoints.case`."""
+    rng = random.Random(f"{kind} {number}")
     if kind in COMMANDS:
         return _command_case(kind, rng, material, place)
     source = rng.choice(sorted((material / "formats" / kind.partition(":")[2]).iterdir()))
@@ -178,7 +187,9 @@ def _listing(rng: random.Random, material: Material, place: Path, names: list[by
             tar.add(material / "images", "images")
             for name in names:
                 odd = tarfile.TarInfo(rng.choice(("../../x.png", "/etc/x.png", "\x1b[2J.png", "a\nb.png")))
-                odd.type = rng.choice((tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE))
+                odd.type = rng.choice(
+                    (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+                )
                 odd.linkname = os.fsdecode(name)
                 tar.addfile(odd)
         data = buffer.getvalue()

@@ -81,4 +81,6 @@ def _save_models(folder: Path) -> None:
         }
         for i, name in enumerate(("a.png", "b.jpg", "c.gif", "d.png"))
     ]
+    captions = [{"id": row["image"], "image": row["image"], "captions": ["A disk."]} for row in rows]
+    (folder / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in captions))
     (folder / "rows.json").write_text(json.dumps(rows))

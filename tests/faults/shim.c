@@ -20,7 +20,10 @@ enum { OFF, COUNT, FAIL, FAIL_ALL, SHORT, SIGNAL };
 
 static struct { int mode, error; long at, seen; char folder[4096], log[1 << 20]; size_t used; } *shared;
 
+static pid_t owner; /* is never disturbed itself, only the children that it forks */
+
 __attribute__((constructor)) static void start(void) {
+  owner = getpid();
   shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 }
 
@@ -54,7 +57,6 @@ static void note(const char *call, const char *one, const char *other) {
 
 /* Whether this call is to fail; for SIGNAL the signal arrives before the call. */
 static int hit(const char *call, const char *one, const char *other) {
-  if (!shared || shared->mode == OFF) return 0;
   long n = __atomic_add_fetch(&shared->seen, 1, __ATOMIC_SEQ_CST);
   int now = shared->mode == FAIL_ALL ? n >= shared->at : n == shared->at;
   if (now && shared->mode == SIGNAL) { note("signal", one, ""); kill(getpid(), shared->error); now = 0; }
@@ -64,7 +66,7 @@ static int hit(const char *call, const char *one, const char *other) {
 }
 
 #define NEXT(name) static __typeof__(&name) next; if (!next) next = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
-#define ACTIVE (shared && shared->mode != OFF)
+#define ACTIVE (shared && shared->mode != OFF && getpid() != owner)
 
 #define WRITE(name, offset_type, declare, pass)                                                   \
   ssize_t name(int fd, const void *data, size_t size declare) {                                   \
