@@ -157,12 +157,13 @@ def beside(path: Path) -> Iterator[Path]:
     for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial{path.suffix}"):
         _remove_if_left(old, old.name.removeprefix(f"{path.name}.").partition(".")[0])
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial{path.suffix}")
-    with writing(path), partial.open("wb") as held:
-        lock(held, wait=False)
+    with writing(path):
         try:
-            yield partial
-            flush(partial)
-            os.rename(partial, path)
+            with partial.open("wb") as held:
+                lock(held, wait=False)
+                yield partial
+                flush(partial)
+                os.rename(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         flush(path.parent)

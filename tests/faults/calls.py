@@ -4,17 +4,20 @@ Each command is run once undisturbed, which counts its calls and gives the resul
 the n-th call is disturbed, what existed before is checked, and the same command is run again.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
+import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import shim
-from .harness import Ended, command, complaint, run_child
+from .harness import CRASHED, WALL_SECONDS, Ended, command, complaint, limit_memory, run_child
 from .material import Material
 
 Action = Callable[[], None]
@@ -32,9 +35,20 @@ class Written:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files below a folder, by relative path."""
+    """SHA-256 of the files below a folder, by relative path; of tensors, whose order in a file MLX leaves open."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    from safetensors import SafetensorError, deserialize
+
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError):
+            tensors = sorted((name, t["dtype"], t["shape"], bytes(t["data"])) for name, t in deserialize(data))
+            data = repr(tensors).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _convert(material: Material, place: Path) -> Action:
@@ -75,7 +89,7 @@ def _chat(material: Material, place: Path) -> Action:
 
 
 def _old_or_new(material: Material, place: Path, wanted: object) -> str | None:
-    old = hashlib.sha256((material / "saved.safetensors").read_bytes()).hexdigest()
+    old = _sha256(material / "saved.safetensors")
     found = hashes(place).get("saved.safetensors")
     return None if found in (old, wanted["saved.safetensors"]) else "the saved conversation is neither old nor new"
 
@@ -140,11 +154,6 @@ def _prompt_cache(material: Material, place: Path) -> Action:
     return store
 
 
-def _cached(material: Material, place: Path) -> list[str]:
-    """Files whose contents are not those that their names promise; which blocks are cached may differ."""
-    return [name for name, digest in hashes(place).items() if digest not in name]
-
-
 def _old_saved(material: Material, place: Path) -> None:
     shutil.copy(material / "saved.safetensors", place)
 
@@ -163,7 +172,7 @@ WRITTEN = {
     ),
     "synthesize": Written(_synthesize, _converted),
     "embed": Written(_embed, _embedded),
-    "prompt-cache": Written(_prompt_cache, _cached),
+    "prompt-cache": Written(_prompt_cache, lambda material, place: None),  # it checks the values itself
 }
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR, errno.EACCES, errno.EROFS)
 MODES = [(shim.FAIL, code) for code in ERRORS] + [
@@ -172,17 +181,27 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
     (shim.SHORT, 0),
 ]
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power") for name in WRITTEN)
+KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in WRITTEN)
 
 
 def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
     """Disturb one call of a command and run it again; consecutive numbers go through all calls and modes."""
     what, _, name = kind.partition(":")
     written = WRITTEN[name]
-    count, wanted = _undisturbed(name, written, material, place.parent)
+    count, seconds, wanted = _undisturbed(name, written, material, place.parent)
+    here = _new(material, place / name, written)
+    if what in ("kills", "memory"):
+        share = random.Random(f"{kind} {number}").random()
+        if what == "kills":
+            ended = replace(_run(written, material, here, seconds=share * seconds), timed_out=False)
+            return f"killed after {share:.0%} of its time", _judge(written, material, here, ended, wanted)
+        room = int(4e5 * 1000**share)  # 0.4 to 400 MB
+        ended = _run(written, material, here, memory=room)
+        if _is_beyond_python(ended):
+            ended = replace(ended, code=-signal.SIGKILL, timed_out=False)
+        return f"with {room / 1e6:.1f} MB more", _judge(written, material, here, ended, wanted)
     modes = {"calls": MODES, "signals": SIGNALS, "power": [(shim.SIGNAL, signal.SIGKILL)]}[what]
     at, (mode, code) = number % count + 1, modes[number // count % len(modes)]
-    here = _new(material, place / name, written)
     ended = _run(written, material, here, mode, at, code)
     _, log = shim.seen()
     if what == "power":
@@ -193,24 +212,38 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
 
 
 def _judge(written: Written, material: Material, place: Path, ended: Ended, wanted: object) -> str | None:
-    problem = complaint(ended, (str(place),)) if ended.code in (0, 1, 99) else _interrupted(ended)
+    names = (str(place), "out of memory", "failed to map segment")
+    problem = complaint(ended, names) if ended.timed_out or ended.code in (0, 1, CRASHED) else _interrupted(ended)
     problem = problem or written.kept(material, place, wanted)
     if problem:
         return problem
-    if ended.code == 0:  # the call did not matter
+    if ended.code == 0:
         found = written.result(material, place)
-        return None if found == wanted else f"succeeded, but the result differs: {_difference(found, wanted)}"
-    again = _run(written, material, place, shim.OFF, 0, 0)
+        if found == wanted:
+            return None  # the call did not matter
+        if not written.stdin(place):  # a chat goes on after Ctrl-C
+            return f"succeeded, but the result differs: {_difference(found, wanted)}"
+    again = _run(written, material, place)
     if again.code and not (ended.code == 130 and "exists already" in again.errors):  # Ctrl-C after its last step
         return f"the second run failed: {again.errors[-400:]!r}"
     found = written.result(material, place)
     return None if found == wanted else f"the second run's result differs: {_difference(found, wanted)}"
 
 
+def _is_beyond_python(ended: Ended) -> bool:
+    """Whether a shortage of memory ended a command where Python cannot catch it.
+
+    MLX aborts if it cannot start a thread or if an allocation fails on a thread of its own, OpenBLAS waits for ever for
+    its buffers, and the loader of libraries exits. Nothing may be half-written even then.
+    """
+    aborted = ended.code == -signal.SIGABRT and "terminate called" in ended.errors
+    return aborted or ended.timed_out or ended.code == -signal.SIGSEGV or "thread-local data" in ended.errors
+
+
 def _interrupted(ended: Ended) -> str | None:
     if ended.code not in (130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP) or "Traceback" in ended.errors:
         return f"exit status {ended.code}: {ended.errors[-300:]!r}"
-    return "was still running" if ended.timed_out else None
+    return None
 
 
 def _difference(found: object, wanted: object) -> str:
@@ -221,18 +254,20 @@ def _difference(found: object, wanted: object) -> str:
     return f"{str(found)[:300]} instead of {str(wanted)[:300]}"
 
 
-_references: dict[str, tuple[int, object]] = {}
+_references: dict[str, tuple[int, float, object]] = {}
 
 
-def _undisturbed(name: str, written: Written, material: Material, folder: Path) -> tuple[int, object]:
-    """Number of calls of an undisturbed run, and its result."""
+def _undisturbed(name: str, written: Written, material: Material, folder: Path) -> tuple[int, float, object]:
+    """Number of calls of an undisturbed run, its seconds, and its result."""
     if name not in _references:
         place = _new(material, folder / "undisturbed" / name, written)
-        ended = _run(written, material, place, shim.COUNT, 0, 0)
+        tic = time.monotonic()
+        ended = _run(written, material, place, shim.COUNT)
+        seconds = time.monotonic() - tic
         count, _ = shim.seen()
         if ended.code or not count:
             raise RuntimeError(f"{name}: nothing was disturbed, but exit status {ended.code}: {ended.errors}")
-        _references[name] = count, written.result(material, place)
+        _references[name] = count, seconds, written.result(material, place)
     return _references[name]
 
 
@@ -242,14 +277,26 @@ def _new(material: Material, place: Path, written: Written) -> Path:
     return place
 
 
-def _run(written: Written, material: Material, place: Path, mode: int, at: int, code: int) -> Ended:
+def _run(
+    written: Written,
+    material: Material,
+    place: Path,
+    mode: int = shim.OFF,
+    at: int = 0,
+    code: int = 0,
+    seconds: float = WALL_SECONDS,
+    memory: int | None = None,
+) -> Ended:
+    """Run a command in a child; see `shim.arm`. It is killed after `seconds`, and may map `memory` bytes more."""
     action = written.action(material, place)
 
     def disturbed() -> None:
         shim.arm(place, mode, at, code)
+        if memory is not None:
+            limit_memory(memory)
         action()
 
-    return run_child(disturbed, place, written.stdin(place).encode())
+    return run_child(disturbed, place, written.stdin(place).encode(), seconds)
 
 
 def lose_power(folder: Path, log: list[list[str]]) -> None:

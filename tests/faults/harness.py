@@ -5,6 +5,7 @@ The parent imports what the commands import but computes nothing, so that a fork
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import io
 import os
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CPU_SECONDS, WALL_SECONDS = 10, 60  # per command; wall time only to end one that waits forever
+CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
 ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
 RESIDENT = 1 << 30  # bytes above what the parent holds
 CRASHED = 99  # exit status of a child in which `main` raised something
@@ -73,7 +74,8 @@ def run_child(
     """
     with tempfile.TemporaryDirectory(prefix="io-", dir=folder.parent) as place, watching(secret) as opened:
         streams = [Path(place) / name for name in ("in", "out", "errors")]
-        streams[0].write_bytes(stdin)
+        for path, data in zip(streams, (stdin, b"", b""), strict=True):
+            path.write_bytes(data)
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
@@ -98,6 +100,7 @@ def _be_child(action: Callable[[], None], folder: Path, streams: Sequence[Path])
         tempfile.tempdir = str(folder)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit_memory(ADDRESS_SPACE)
+        faulthandler.dump_traceback_later(WALL_SECONDS - 5, file=2)  # where it hangs
         action()
         code = 0
     except SystemExit as e:
@@ -172,7 +175,8 @@ def complaint(ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT)
     if ended.reads:
         return f"read {', '.join(ended.reads)} outside the folder"
     if ended.timed_out or ended.cpu_seconds > CPU_SECONDS:
-        return f"took {ended.cpu_seconds:.1f} s of CPU time" + " and was still running" * ended.timed_out
+        where = ended.errors[-1500:] if ended.timed_out else ""
+        return f"took {ended.cpu_seconds:.1f} s of CPU time" + f" and was still running: {where}" * ended.timed_out
     if ended.resident > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + resident:
         return f"took {ended.resident / 1e6:.0f} MB of memory"
     if "Traceback (most recent call last)" in ended.errors or ended.code == CRASHED:
