@@ -289,13 +289,13 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
     Raises:
         CheckpointError: if tensors are missing, unknown or of the wrong shape, or the preprocessing is not supported.
     """
-    text = read_json(folder / CONFIG).get("text_config")
+    vision, text = vision_config(folder), read_json(folder / CONFIG).get("text_config")
     if text is not None:
         where = f"{folder / CONFIG}: text_config"
         text = check_fields(where, text, SIGLIP_TEXT)
         check_heads(where, {**vars(TextConfig()), **text})
     try:
-        model = SigLIP(vision_config(folder), None if text is None else TextConfig.from_dict(text))
+        model = SigLIP(vision, None if text is None else TextConfig.from_dict(text))
     except (ValueError, ArithmeticError) as e:
         raise CheckpointError(f"{folder / CONFIG}: {e}") from e
     tensors = {}
