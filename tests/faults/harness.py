@@ -24,6 +24,7 @@ from pathlib import Path
 CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
 ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
 RESIDENT = 1 << 30  # bytes above what the parent holds
+ALLOWED = "\n\r\t\xa0\u202f\u200b\u200c\u200d"  # characters that a terminal does not obey; tqdm writes \r
 CRASHED = 99  # exit status of a child in which `main` raised something
 PREFIX = "llama3v_mlx."
 IMPORTED = ("generate", "chat", "embed", "search", "train", "convert", "synthesize", "evaluate", "generation")
@@ -181,7 +182,10 @@ def complaint(ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT)
         return f"took {ended.resident / 1e6:.0f} MB of memory"
     if "Traceback (most recent call last)" in ended.errors or ended.code == CRASHED:
         return f"traceback: {(ended.errors.strip().splitlines() or ['no output'])[-1]}"
-    lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
+    said = ended.errors + ended.out
+    if obeyed := next((i for i, c in enumerate(said) if not c.isprintable() and c not in ALLOWED), None):
+        return f"printed {said[max(0, obeyed - 40) : obeyed + 40]!r}"
+    lines = [line for line in ended.errors.split("\n") if line.startswith("error: ")]
     if ended.code == 0:
         return f"succeeded with {lines[0]!r}" if lines else None
     if ended.code != 1 or len(lines) != 1:
@@ -190,8 +194,6 @@ def complaint(ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT)
         return f"internal error: {lines[0]}"
     if names and not any(name in lines[0] for name in names):
         return f"does not name the file: {lines[0]}"
-    if unprintable := [c for c in ended.errors + ended.out if not c.isprintable() and c not in "\n\r\t"]:
-        return f"printed {unprintable[0]!r}: {lines[0]!r}"
     return None
 
 
