@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cli import CACHE, note_slow_cpu, positive, run
 from .demo import SIGLIP
-from .files import printable, write_beside
+from .files import naming, printable, write_beside
 
 DEMO_NOTE = (
     "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
@@ -108,7 +108,7 @@ def embed(args: argparse.Namespace) -> None:
             bar.update(report.seen - bar.n)
             bar.set_postfix(failed=len(report.failed), refresh=False)
 
-        with FeatureWriter(store) as writer:
+        with naming(store.folder), FeatureWriter(store) as writer:
             report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
     for name, reason in report.failed:
         print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)

@@ -133,9 +133,17 @@ def _remove_if_left(partial: Path, pid: str) -> None:
 def writing(path: Path) -> Iterator[None]:
     """Name the file in the errors of its writing: MLX's RuntimeError, and an OSError that names none."""
     try:
-        yield
+        with naming(path):
+            yield
     except RuntimeError as e:
         raise OSError(f"{path}: cannot be written ({e}); is the disk full?") from e
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file or folder in an OSError that names none."""
+    try:
+        yield
     except OSError as e:
         if e.filename is None and e.errno is not None:
             raise OSError(e.errno, e.strerror, str(path)) from e

@@ -1,5 +1,6 @@
 """The embed command on real files: stored and skipped files, failures and interruption."""
 
+import errno
 import json
 import os
 import resource
@@ -386,3 +387,15 @@ def test_what_is_no_file_is_listed_and_not_waited_for(tmp_path: Path, siglip: Pa
     assert stop.value.code == 1 and len(lines) == 6 and all(line.isprintable() for line in lines)
     assert sum("not a regular file" in line for line in lines) == 2
     assert len(FeatureStore(tmp_path / "store")) == 1
+
+
+def test_a_disk_that_fails_is_named(photos: Path, tmp_path: Path, siglip: Path, monkeypatch, capsys) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4", "--limit", "1"])
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SystemExit) as stop:
+        main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and error.startswith("error: ") and str(tmp_path / "store") in error

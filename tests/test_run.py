@@ -161,3 +161,12 @@ def test_a_run_killed_while_it_is_created_begins_again(tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json.999999999.partial.json").write_text('{"se')
     Run(tmp_path / "run", resume=True).save(1, best=1)
     assert sorted(os.listdir(tmp_path / "run")) == ["best", "checkpoints", "run.json"]
+
+
+def test_metrics_are_flushed_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power takes the lines of steps that are not repeated."""
+    run, flushed = Run(tmp_path / "run"), []
+    run.folder.log({"step": 1})
+    monkeypatch.setattr(run_folder, "flush", lambda path: flushed.append((path.name, run.folder.newest_step())))
+    run.save(1, best=1)
+    assert flushed == [("metrics.jsonl", 0)]

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
 from ..fields import CheckpointError, Number, check_fields
-from ..files import beside, check_file, list_folder, new_folder, write_beside, writing
+from ..files import beside, check_file, flush, list_folder, new_folder, write_beside, writing
 from ..generation import ADAPTER_CONFIG, ADAPTERS
 
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
@@ -75,6 +75,8 @@ class RunFolder:
         weights = dict(tree_flatten(model.trainable_parameters()))
         moments = dict(tree_flatten(optimizer.state))
         path = self.folder / "checkpoints" / f"step-{step:07}"
+        if self.metrics.exists():
+            flush(self.metrics)  # a run that is resumed keeps the lines of the steps before
         num_bytes = sum(x.nbytes for x in (*weights.values(), *moments.values()))
         with new_folder(path, num_bytes) as partial, writing(path):
             mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})

@@ -224,7 +224,9 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
         if not written.stdin(place):  # a chat goes on after Ctrl-C
             return f"succeeded, but the result differs: {_difference(found, wanted)}"
     again = _run(written, material, place)
-    if again.code and not (ended.code == 130 and "exists already" in again.errors):  # Ctrl-C after its last step
+    if ended.code != 1 and "exists already" in again.errors:  # stopped after the last step, the new name
+        (place / "out" / ".writing").unlink(missing_ok=True)
+    elif again.code:
         return f"the second run failed: {again.errors[-400:]!r}"
     found = written.result(material, place)
     return None if found == wanted else f"the second run's result differs: {_difference(found, wanted)}"
@@ -300,25 +302,31 @@ def _run(
 
 
 def lose_power(folder: Path, log: list[list[str]]) -> None:
-    """Truncate what was written and not flushed, under its present name, as if the power had been lost.
+    """Truncate files to what was flushed, under their present names, as if the power had been lost.
 
     Renames and new names are kept: journaling file systems order them, but not before the data.
     """
-    dirty: dict[str, None] = {}
+    flushed: dict[str, int] = {}
+    dirty: set[str] = set()
     for call, path, other in log:
         match call:
             case "write" | "create" | "truncate":
-                dirty[path] = None
-            case "sync" | "unlink":
-                dirty.pop(path, None)
+                dirty.add(path)
+            case "sync":
+                dirty.discard(path)
+                flushed[path] = int(other)
+            case "unlink":
+                dirty.discard(path)
+                flushed.pop(path, None)
             case "rename":
-                dirty = {other + name.removeprefix(path) if _within(name, path) else name: None for name in dirty}
+                dirty = {_renamed(name, path, other) for name in dirty}
+                flushed = {_renamed(name, path, other): size for name, size in flushed.items()}
     for name in dirty:
         path = folder / name
         if path.is_file():
             with path.open("r+b") as file:
-                file.truncate(0)
+                file.truncate(min(flushed.get(name, 0), path.stat().st_size))
 
 
-def _within(name: str, path: str) -> bool:
-    return name == path or name.startswith(path + "/")
+def _renamed(name: str, path: str, other: str) -> str:
+    return other + name.removeprefix(path) if name == path or name.startswith(path + "/") else name

@@ -65,6 +65,13 @@ static int hit(const char *call, const char *one, const char *other) {
   return now && shared->mode == SHORT ? 2 : 0;
 }
 
+static const char *size_of(int fd) {
+  static __thread char text[32];
+  struct stat found;
+  snprintf(text, sizeof text, "%lld", fstat(fd, &found) ? 0LL : (long long)found.st_size);
+  return text;
+}
+
 #define NEXT(name) static __typeof__(&name) next; if (!next) next = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 #define ACTIVE (shared && shared->mode != OFF && getpid() != owner)
 
@@ -95,7 +102,7 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
   int name(int fd declare) {                                                                      \
     NEXT(name);                                                                                   \
     char path[4096];                                                                              \
-    if (ACTIVE && path_of(fd, path) && hit(call, path, "") == 1) return -1;                       \
+    if (ACTIVE && path_of(fd, path) && hit(call, path, size_of(fd)) == 1) return -1;              \
     return next(fd pass);                                                                         \
   }
 ON_FD(fsync, "sync", , )
