@@ -19,6 +19,7 @@ from .cli import (
     run,
 )
 from .demo import CHECKPOINT
+from .files import printable
 from .terminal import find_images, line_editing, read_clipboard, split_paths, unescape
 
 HELP = """\
@@ -35,6 +36,7 @@ A path that is not an image is an error, unless it is in `backticks`. Tab comple
   /help, h              show this help
   /exit, q, Ctrl-D      quit; Ctrl-C stops an answer"""
 HISTORY = CACHE / "chat_history"
+LINES = "\n\t"  # characters of an answer that are printed as they are
 PASTED = "pasted image"
 
 
@@ -86,7 +88,7 @@ class Chat:
         response = None
         try:
             for response in stream:
-                print(response.text, end="", flush=True)
+                print(printable(response.text, keep=LINES), end="", flush=True)
         except KeyboardInterrupt:
             print(" …", end="")
         finally:
@@ -114,7 +116,7 @@ class Chat:
             tiles = plan_tiles(width, height, processor.image_config)
             tokens = processor.num_image_tokens(tiles)
             waiting.append(Waiting(PASTED if isinstance(image, Image) else str(image), image, tokens))
-            lines.append(f"{waiting[-1].name}: {width}x{height}, {tiles.num_tiles} tiles, {tokens} tokens")
+            lines.append(f"{printable(waiting[-1].name)}: {width}x{height}, {tiles.num_tiles} tiles, {tokens} tokens")
         self.waiting += waiting
         for line in lines:
             print(dim(line))
@@ -136,15 +138,15 @@ class Chat:
     def _images(self, rest: str) -> None:
         names = [name for turn in self.conversation.turns for name in turn.images]
         for i, name in enumerate(names, 1):
-            print(f"{i}. {name}")
+            print(f"{i}. {printable(name)}")
         for each in self.waiting:
-            print(f"for the next question: {each.name}")
+            print(f"for the next question: {printable(each.name)}")
         if not names and not self.waiting:
             print("no images yet")
 
     def _undo(self, rest: str) -> None:
         turn = self.conversation.undo()
-        print(f"removed: {turn.text}" if turn else "there is no question to remove")
+        print(f"removed: {printable(turn.text, keep=LINES)}" if turn else "there is no question to remove")
 
     def _clear(self, rest: str) -> None:
         self.conversation.clear()
@@ -154,13 +156,13 @@ class Chat:
     def _save(self, rest: str) -> None:
         path = _file(rest, "/save")
         self.conversation.save(path, self.name)
-        print(f"saved to {path}")
+        print(f"saved to {printable(str(path))}")
 
     def _load(self, rest: str) -> None:
         self.conversation.load(_file(rest, "/load"), self.name)
         for turn in self.conversation.turns:
-            print("".join(f"[{name}] " for name in turn.images) + turn.text)
-            print(turn.answer.strip())
+            print("".join(f"[{printable(name)}] " for name in turn.images) + printable(turn.text, keep=LINES))
+            print(printable(turn.answer.strip(), keep=LINES))
 
     def _stats(self, rest: str) -> None:
         print(self.stats)

@@ -4,7 +4,9 @@ Two layouts are supported: Hugging Face's (the released llama3v and MiniCPM-Llam
 `convert`. Only safetensors, JSON and the chat template are read; no code from a checkpoint is ever run.
 """
 
-from collections.abc import Iterable
+import os
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +15,11 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from .config import (
-    CheckpointError,
+    PIXELS,
+    QUERIES,
+    SIZE,
+    SLICES,
+    check_model_config,
     llama_config,
     one_line,
     read_dtype,
@@ -21,10 +27,11 @@ from .config import (
     read_token_ids,
     sampling_config,
 )
-from .files import list_folder
+from .fields import CheckpointError, Flag, Text, check_fields, check_object
+from .files import check_file, list_folder
 from .hub import HubError, download
 from .models.llama3v import Model, ModelArgs, rename
-from .prompt import EOT, PromptTokens, chat_template
+from .prompt import BOS, EOT, HEADER_END, HEADER_START, PromptTokens, chat_template
 
 MODEL_TYPE = "llama3v"
 RELEASED_TYPES = ("llama3v", "minicpmv")
@@ -93,36 +100,41 @@ def read_config(folder: Path) -> dict:
     if config.get("text_config") is not None:
         return _our_config(path, config, dtype)
     text = llama_config(path, config)
-    if "query_num" not in config:
+    if config.get("query_num") is None:
         raise CheckpointError(f"{path}: lacks query_num")
     if kind == "minicpmv" and str(config.get("version", "2.5")) != "2.5":
         raise CheckpointError(f"{path}: MiniCPM-V {config['version']} is not supported; only 2.5 is")
 
-    slices = config.get("slice_config") or {}
-    patch_size = config.get("patch_size", 14)
+    known = {"query_num": QUERIES, "patch_size": PIXELS, "image_size": SIZE, "slice_mode": Flag()}
+    given = check_fields(str(path), config, known)
+    slicing = {"scale_resolution": PIXELS, "max_slice_nums": SLICES}
+    slices = check_fields(f"{path}: slice_config", config.get("slice_config") or {}, slicing)
+    patch_size = given.get("patch_size", 14)
     vision = {**_VISION_DEFAULTS, "image_size": 70 * patch_size, "patch_size": patch_size}
-    vision |= {**(config.get("vision_config") or {}), "model_type": "idefics2"}
+    own = check_object(f"{path}: vision_config", config.get("vision_config") or {})
+    vision |= {key: value for key, value in own.items() if value is not None} | {"model_type": "idefics2"}
     ids = token_ids(folder, PromptTokens.TEXTS.values())
-    return make_config(
+    made = make_config(
         folder,
         dtype=dtype or "float16",
         text=text,
         bos=read_token_ids(path, config, "bos_token_id", 128000)[0],
         eos=read_token_ids(path, config, "eos_token_id", 128001),
         vision=vision,
-        projector={"projector_type": "resampler", "num_queries": config["query_num"]},
+        projector={"projector_type": "resampler", "num_queries": given["query_num"]},
         image={
-            "scale_resolution": slices.get("scale_resolution", config.get("image_size", 448)),
+            "scale_resolution": slices.get("scale_resolution", given.get("image_size", 448)),
             "patch_size": patch_size,
-            "max_slice_nums": slices.get("max_slice_nums", 9) if config.get("slice_mode", True) else 1,
+            "max_slice_nums": slices.get("max_slice_nums", 9) if given.get("slice_mode", True) else 1,
         },
         prompt_tokens=dict(zip(PromptTokens.TEXTS, ids, strict=True)),
     )
+    return check_model_config(path, made)
 
 
 def _our_config(path: Path, config: dict, dtype: str | None) -> dict:
     """Check a config in our layout, and translate its Llama config for mlx-lm."""
-    if missing := [key for key in OUR_KEYS if key not in config]:
+    if missing := [key for key in OUR_KEYS if config.get(key) is None]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
     llama = llama_config(path, config["text_config"], "text_config")
     newer = ("rope_parameters", "dtype", "torch_dtype")
@@ -130,6 +142,8 @@ def _our_config(path: Path, config: dict, dtype: str | None) -> dict:
     config = {key: value for key, value in config.items() if key not in newer}
     config["text_config"] = {**text, **llama}
     config["eos_token_id"] = read_token_ids(path, config, "eos_token_id", 128001)
+    config["bos_token_id"] = read_token_ids(path, config, "bos_token_id", 128000)[0]
+    config = check_model_config(path, config)
     return config if dtype is None else {**config, "dtype": dtype}
 
 
@@ -169,7 +183,7 @@ def make_config(
 def read_generation_config(folder: Path, config: dict) -> dict:
     """Sampling parameters and stop tokens: the folder's file over the reference's values, see `sampling_config`."""
     path = folder / GENERATION_CONFIG
-    sampling = sampling_config(path, read_json(path) if path.exists() else {})
+    sampling = sampling_config(path, read_json(path) if os.path.lexists(path) else {})
     # The released file names <|end_of_text|> alone, but turns end with <|eot_id|>.
     return {**sampling, "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
 
@@ -180,23 +194,42 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
     Raises:
         CheckpointError: if a shard is missing or damaged.
     """
-    index = folder / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map", {})
-        shards = sorted(set(weight_map.values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder}: {_some('missing shard', missing)}; copy or download the folder again")
-    else:
-        shards = [path.name for path in list_folder(folder, "*.safetensors")]
-        if not shards:
-            raise CheckpointError(f"{folder}: has no safetensors files; only safetensors weights are read")
     tensors: dict[str, mx.array] = {}
-    for shard in shards:
-        names = check_shard(folder / shard)
-        loaded = mx.load(str(folder / shard))
-        tensors.update((name, loaded[name]) for name in names)
+    for path in shard_paths(folder):
+        tensors.update(read_shard(path))
     return tensors
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint: those that its index names, or all.
+
+    Raises:
+        CheckpointError: if there are none, one is missing, or the index names a file outside the folder.
+    """
+    index = folder / INDEX
+    if not os.path.lexists(index):
+        if paths := list_folder(folder, "*.safetensors"):
+            return paths
+        raise CheckpointError(f"{folder}: has no safetensors files; only safetensors weights are read")
+    weight_map = check_object(f"{index}: weight_map", read_json(index).get("weight_map"))
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+            shown = reprlib.repr(shard)
+            raise CheckpointError(f"{index}: weight_map has {shown} for {name}; it must be the name of a file")
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise CheckpointError(f"{folder}: {_some('missing shard', missing)}; copy or download the folder again")
+    return [folder / shard for shard in shards]
+
+
+def read_shard(path: Path) -> dict[str, mx.array]:
+    """Load the tensors of a safetensors file lazily, in the order of their data, after `check_shard`."""
+    names = check_shard(path)
+    try:
+        loaded = mx.load(str(path), format="safetensors")
+        return {name: loaded[name] for name in names}
+    except (RuntimeError, ValueError, KeyError) as e:  # what MLX's own parser does not accept
+        raise CheckpointError(f"{path}: not a safetensors file that MLX can read ({one_line(e)})") from e
 
 
 def check_shard(path: Path) -> list[str]:
@@ -209,6 +242,7 @@ def check_shard(path: Path) -> list[str]:
         CheckpointError: if it is not a safetensors file, is damaged, or its size does not match its header.
     """
     try:
+        check_file(path)
         with safe_open(path, framework="np") as file:
             return file.offset_keys()
     except (OSError, SafetensorError) as e:
@@ -225,14 +259,18 @@ def lay_out(name: str, tensor: mx.array) -> dict[str, mx.array]:
         return {rename(name): tensor}
 
 
-def build_model(config: dict, tensors: dict[str, mx.array] | None = None) -> Model:
-    """Build the model of a config in our layout, without weights, quantized as config and `tensors` say."""
+def build_model(config: dict, tensors: dict[str, mx.array] | None = None, folder: Path = Path()) -> Model:
+    """Build the model of a config in our layout, without weights, quantized as config and `tensors` say.
+
+    Raises:
+        CheckpointError: naming `folder`, if the config's sizes do not make a model.
+    """
     try:
         model = Model(ModelArgs.from_dict(config))
-    except (TypeError, ValueError, KeyError) as e:
-        raise CheckpointError(f"config.json: {one_line(e)}") from e
-    if tensors is not None:
-        quantize_as_saved(model, config.get("quantization"), tensors)
+        if tensors is not None:
+            quantize_as_saved(model, config.get("quantization"), tensors)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as e:
+        raise CheckpointError(f"{folder / CONFIG}: {one_line(e)}") from e
     return model
 
 
@@ -262,8 +300,8 @@ def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: 
         CheckpointError: if tensors are missing, unknown or of the wrong shape.
     """
     tensors = model_tensors(folder, dtype)
-    model = build_model(config, tensors)
-    check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
+    model = build_model(config, tensors, folder)
+    check_tensors(folder, model, tensors)
     model.load_weights(list(tensors.items()))
     model.eval()
     if not lazy:
@@ -286,41 +324,78 @@ def cast(tensors: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.a
     return {n: t.astype(dtype) if mx.issubdtype(t.dtype, mx.floating) else t for n, t in tensors.items()}
 
 
-def check_tensors(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise a CheckpointError that names up to ten tensors that are missing, unknown or of the wrong shape."""
-    expected = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
-    wrong = [f"{name} missing" for name in expected if name not in shapes]
-    wrong += [f"{name} unknown" for name in shapes if name not in expected]
-    wrong += [
-        f"{name} {list(shapes[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and tuple(shapes[name]) != tuple(shape)
-    ]
+def check_tensors(path: Path, model: nn.Module | dict, tensors: Mapping[str, mx.array]) -> None:
+    """Check tensors, without reading them, against the parameters of a model or another tree.
+
+    Raises:
+        CheckpointError: naming `path` and up to ten tensors that are missing, unknown, or of the wrong shape or type.
+    """
+    expected = dict(tree_flatten(model.parameters() if isinstance(model, nn.Module) else model))
+    wrong = [f"{name} missing" for name in expected if name not in tensors]
+    wrong += [f"{name} unknown" for name in tensors if name not in expected]
+    for name, parameter in expected.items():
+        given = tensors.get(name, parameter)
+        if given.shape != parameter.shape:
+            wrong.append(f"{name} {list(given.shape)} instead of {list(parameter.shape)}")
+        elif _kind(given) != _kind(parameter):
+            wrong.append(f"{name} of {given.dtype} instead of {parameter.dtype}")
     if wrong:
-        raise CheckpointError(f"{folder}: {_some('wrong tensor', wrong)}; is this the right checkpoint?")
+        raise CheckpointError(f"{path}: {_some('wrong tensor', wrong)}; is this the right checkpoint?")
 
 
-def load_tokenizer(folder: Path, eos_token_ids: list[int]):
-    """Load mlx-lm's wrapped tokenizer from the tokenizer.json of a folder, with our chat template."""
+def _kind(tensor: mx.array) -> object:
+    """Dtypes that may replace each other: floating-point ones, or only the same."""
+    return "floating" if mx.issubdtype(tensor.dtype, mx.floating) else tensor.dtype
+
+
+def load_tokenizer(folder: Path, config: dict):
+    """Load mlx-lm's wrapped tokenizer from the tokenizer.json of a folder, with our chat template.
+
+    Args:
+        folder: the checkpoint.
+        config: its config, from `read_config`.
+
+    Raises:
+        CheckpointError: if it is missing or damaged, lacks the tokens of the prompt format, or has ids beyond the
+            model's vocabulary, which MLX would not notice.
+    """
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
     from transformers import PreTrainedTokenizerFast
 
-    config = tokenizer_config(folder)
+    path, settings = _tokenizer_file(folder), tokenizer_config(folder)
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER), **config)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **settings)
+        vocabulary = tokenizer.get_vocab()
+        wrapped = TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=config["eos_token_id"])
     except Exception as e:  # the Rust parser raises bare Exceptions
-        raise CheckpointError(f"{folder / TOKENIZER}: damaged ({one_line(e)}); download it again") from e
+        raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
+    if missing := [token for token in (BOS, EOT, HEADER_START, HEADER_END) if token not in vocabulary]:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}; is this the tokenizer of these weights?")
+    size = config["text_config"]["vocab_size"]
+    if beyond := [token for token, id in vocabulary.items() if id >= size]:
+        raise CheckpointError(f"{path}: {_some('token', beyond)} beyond the model's vocabulary of {size}")
     tokenizer.chat_template = chat_template(tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()))
-    return TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=eos_token_ids)
+    return wrapped
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    path = folder / TOKENIZER
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights") from None
+    except OSError as e:
+        raise CheckpointError(f"{path}: {one_line(e)}") from e
+    return path
 
 
 def tokenizer_config(folder: Path) -> dict:
     """Read the tokenizer settings that a plain fast tokenizer needs; class and code names are ignored."""
-    if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights")
     path = folder / TOKENIZER_CONFIG
-    config = read_json(path) if path.exists() else {}
-    kept = {"clean_up_tokenization_spaces": config.get("clean_up_tokenization_spaces", True)}
+    config = read_json(path) if os.path.lexists(path) else {}
+    clean_up = config.get("clean_up_tokenization_spaces")
+    kept = {"clean_up_tokenization_spaces": True if clean_up is None else clean_up}
+    Flag().check(f"{path}: clean_up_tokenization_spaces", kept["clean_up_tokenization_spaces"])
     for key, default in (
         ("bos_token", "<|begin_of_text|>"),
         ("eos_token", "<|end_of_text|>"),
@@ -328,7 +403,8 @@ def tokenizer_config(folder: Path) -> dict:
         ("pad_token", "!"),
     ):
         token = config.get(key) or default
-        kept[key] = token["content"] if isinstance(token, dict) else token
+        kept[key] = token.get("content") if isinstance(token, dict) else token
+        Text().check(f"{path}: {key}", kept[key])
     return kept
 
 
@@ -336,9 +412,7 @@ def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
     """Look up the single id of each text in a folder's tokenizer."""
     from tokenizers import Tokenizer
 
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights")
+    path = _tokenizer_file(folder)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:

@@ -4,12 +4,15 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from .files import printable
 
 DEMO_NOTE = (
     "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
@@ -20,6 +23,8 @@ DEMO_SIGLIP_NOTE = (
     "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
     "your pictures: --model google/siglip-so400m-patch14-384"
 )
+# What MLX, C++ and Python say where memory, or an address for a thread's stack, is not to be had.
+_OUT_OF_MEMORY = re.compile("[Uu]nable to allocate|bad_alloc|can't start new thread|Resource temporarily unavailable")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx"
 GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
 GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
@@ -76,7 +81,9 @@ def keep_awake() -> Iterator[None]:
 
 def error_line(error: Exception) -> str:
     """Format an error as one line, with its type unless it is a ValueError or OSError."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
+        return f"out of memory ({text or 'allocation failed'}); close other programs, or use a smaller model or batch"
     if isinstance(error, (ValueError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"

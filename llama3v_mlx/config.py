@@ -6,45 +6,46 @@ mlx-lm's Llama only knows the older form, and silently assumes a missing rope_th
 
 import json
 import reprlib
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class CheckpointError(ValueError):
-    """Raised for an unusable checkpoint; the message says which one, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """Valid range of a number in a config."""
-
-    low: float
-    high: float = sys.float_info.max
-    whole: bool = False
-    above: bool = False  # greater than `low`, not equal to it
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise CheckpointError, naming the value, if it is out of range or not a number."""
-        is_number = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
-        if not is_number or not self.low <= value <= self.high or (self.above and value == self.low):
-            raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be {self}")
-
-    def __str__(self) -> str:
-        low = f"over {self.low}" if self.above else f"of {self.low} or more"
-        high = "" if self.high == sys.float_info.max else f" and at most {self.high}"
-        return f"a {'whole ' if self.whole else ''}number {low}{high}"
-
+from .fields import CheckpointError, Choice, Flag, Items, Number, Object, Text, check_fields, check_object
+from .files import check_file
 
 SIZE, TOKEN_ID = Number(1, 2**31 - 1, whole=True), Number(0, 2**31 - 1, whole=True)
-POSITIVE = Number(0, above=True)
+POSITIVE = Number(0, 1e18, above=True)  # MLX takes no larger integer
+
+DEPTH = Number(1, 1000, whole=True)  # layers; a module is built for each before the weights are looked at
 
 # Required keys of a Llama config, and the other keys that mlx-lm's Llama accepts, apart from the rope's.
-REQUIRED = {key: SIZE for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
-REQUIRED |= {"vocab_size": SIZE, "rms_norm_eps": POSITIVE}
-OPTIONAL = {key: SIZE for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")}
+REQUIRED = {key: SIZE for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")}
+REQUIRED |= {"num_hidden_layers": DEPTH, "rms_norm_eps": POSITIVE, "max_position_embeddings": SIZE}
+OPTIONAL = {key: SIZE for key in ("num_key_value_heads", "head_dim")}
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+# Transformer of SigLIP: keys that its vision and text configs share, and the others of each.
+TOWER = {key: SIZE for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+TOWER |= {"num_hidden_layers": DEPTH, "layer_norm_eps": POSITIVE, "hidden_act": Text()}
+PIXELS = Number(1, 4096, whole=True)
+VISION = TOWER | {"model_type": Text(), "num_channels": Number(3, 3, whole=True), "vision_use_head": Flag()}
+VISION |= {"image_size": PIXELS, "patch_size": PIXELS}
+SIGLIP_TEXT = TOWER | {"projection_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": SIZE}
+QUERIES = Number(1, 2**14, whole=True)
+PROJECTOR = {key: SIZE for key in ("hidden_size", "vision_hidden_size", "num_attention_heads")}
+PROJECTOR |= {"num_queries": QUERIES, "layer_norm_eps": POSITIVE, "num_blocks": DEPTH}
+PROJECTOR |= {"projector_type": Choice(("resampler", "self-attention"))}
+SLICES = Number(1, 1000, whole=True)
+IMAGE = {"scale_resolution": PIXELS, "patch_size": PIXELS, "max_slice_nums": SLICES, "square": Flag()}
+STRUCTURE = ("image_start", "image_end", "slice_start", "slice_end", "newline")
+PROMPT_TOKENS = {key: TOKEN_ID for key in ("image", *STRUCTURE)}
+QUANTIZATION = {"group_size": Choice((16, 32, 64, 128)), "bits": Choice((2, 3, 4, 5, 6, 8))}
+QUANTIZATION |= {"mode": Choice(("affine", "mxfp4", "nvfp4", "mxfp8"))}
+
+# Adapters in mlx-lm's form.
+ADAPTER = {"fine_tune_type": Choice(("lora", "dora", "full")), "num_layers": Number(-1, DEPTH.high, whole=True)}
+ADAPTER |= {"lora_parameters": Object()}
+LORA = {"rank": Number(1, 2**16, whole=True), "scale": Number(-1e6, 1e6), "dropout": Number(0, 0.999)}
+LORA |= {"keys": Items(Text())}
 
 # Rope types that mlx-lm computes like transformers: required and optional keys of each.
 ROPES = {
@@ -60,13 +61,14 @@ ROPES = {
         {"beta_fast": POSITIVE, "beta_slow": POSITIVE},
     ),
 }
-ROPE_THETA = Number(1, above=True)
+ROPE_THETA = Number(1, 1e18, above=True)
 
 # The reference's sampling (`chat` with sampling=True), and Hugging Face's without it.
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.05}
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 SAMPLING_RANGES = {
-    "temperature": Number(0),
+    "do_sample": Flag(),
+    "temperature": Number(0, 1e18),
     "top_p": Number(0, 1, above=True),
     "top_k": Number(0, whole=True),
     "min_p": Number(0, 1),
@@ -77,6 +79,7 @@ SAMPLING_RANGES = {
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file; raise CheckpointError if that fails."""
     try:
+        check_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(e)})") from e
@@ -123,9 +126,7 @@ def llama_config(path: Path, config: Any, nested: str = "") -> dict:
         CheckpointError: if a key is missing, malformed, or has a meaning that mlx-lm's Llama does not implement.
     """
     where = f"{path}: {nested and nested + '.'}"
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: {nested} is {reprlib.repr(config)}; it must be an object")
-    given = {key: value for key, value in config.items() if value is not None}
+    given = {key: value for key, value in check_object(f"{path}: {nested}", config).items() if value is not None}
     rope = _rope(where, given)
     if missing := [key for key in (*REQUIRED, "rope_theta") if key not in {**given, **rope}]:
         raise CheckpointError(f"{path}: {nested and nested + ' '}lacks {', '.join(missing)}")
@@ -136,8 +137,7 @@ def llama_config(path: Path, config: Any, nested: str = "") -> dict:
             text[key] = given[key]
     for key in FLAGS:
         text[key] = given.get(key, False)
-        if not isinstance(text[key], bool):
-            raise CheckpointError(f"{where}{key} is {reprlib.repr(text[key])}; it must be true or false")
+        Flag().check(where + key, text[key])
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{where}hidden_act is {reprlib.repr(given['hidden_act'])}, not Llama's silu")
     return {"model_type": "llama", **text, **rope}
@@ -150,9 +150,7 @@ def _rope(where: str, config: dict) -> dict:
     scalings = {}
     for key in ("rope_parameters", "rope_scaling"):
         given = config.get(key, {})
-        if not isinstance(given, dict):
-            raise CheckpointError(f"{where}{key} is {reprlib.repr(given)}; it must be an object")
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in check_object(where + key, given).items() if value is not None}
         if "rope_theta" in given:
             thetas[f"{key}.rope_theta"] = given.pop("rope_theta")
         if given:
@@ -201,6 +199,69 @@ def _check_equal(where: str, values: dict[str, Any]) -> None:
             raise CheckpointError(f"{where}{said}; they must be equal")
 
 
+def check_model_config(path: Path, config: dict) -> dict:
+    """Check the parts of a config in our layout besides Llama's, and that they fit together; return the config.
+
+    Raises:
+        CheckpointError: naming the key, if a value is missing, malformed, or does not fit the others.
+    """
+    text = config["text_config"]
+    parts = {
+        "vision_config": (VISION, ("hidden_size", "image_size", "patch_size")),
+        "projector_config": (PROJECTOR, ("hidden_size", "vision_hidden_size", "num_queries", "num_attention_heads")),
+        "image_config": (IMAGE, ()),
+        "prompt_tokens": (PROMPT_TOKENS, ("image",)),
+    }
+    checked = {key: check_fields(f"{path}: {key}", config[key], *table) for key, table in parts.items()}
+    vision, projector, image, tokens = checked.values()
+    structure = [key for key in STRUCTURE if key in tokens]
+    if structure and len(structure) < len(STRUCTURE):
+        raise CheckpointError(f"{path}: prompt_tokens lacks {', '.join(set(STRUCTURE) - set(structure))}")
+    for key, token in tokens.items():
+        Number(0, text["vocab_size"] - 1, whole=True).check(f"{path}: prompt_tokens.{key}", token)
+    _check_equal(
+        f"{path}: ",
+        {"projector_config.hidden_size": projector["hidden_size"], "text_config.hidden_size": text["hidden_size"]},
+    )
+    _check_equal(
+        f"{path}: ",
+        {
+            "projector_config.vision_hidden_size": projector["vision_hidden_size"],
+            "vision_config.hidden_size": vision["hidden_size"],
+        },
+    )
+    patch = {"image_config.patch_size": image.get("patch_size", 14), "vision_config.patch_size": vision["patch_size"]}
+    _check_equal(f"{path}: ", patch)
+    for key, widths in {"vision_config": vision, "projector_config": projector, "text_config": text}.items():
+        check_heads(f"{path}: {key}", widths)
+    if projector["hidden_size"] % 4:
+        raise CheckpointError(
+            f"{path}: projector_config.hidden_size is {projector['hidden_size']}, not a multiple of 4"
+        )
+    if config.get("quantization") is not None:
+        check_quantization(f"{path}: quantization", config["quantization"])
+    return {**config, **checked}
+
+
+def check_heads(where: str, config: dict) -> None:
+    """Raise CheckpointError if a transformer's heads do not divide its width, or a tower is narrower than a patch."""
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if width and heads and width % heads and not config.get("head_dim"):
+        raise CheckpointError(f"{where}.hidden_size is {width}, which {heads} heads do not divide")
+    if heads and (groups := config.get("num_key_value_heads")) and heads % groups:
+        raise CheckpointError(f"{where}.num_attention_heads is {heads}, which {groups} key-value heads do not divide")
+    if config.get("patch_size", 0) > config.get("image_size", PIXELS.high):
+        raise CheckpointError(f"{where}.patch_size is larger than image_size")
+
+
+def check_quantization(where: str, quantization: Any) -> None:
+    """Raise CheckpointError for malformed quantization settings: the common ones, or a module's own."""
+    check_fields(where, quantization, QUANTIZATION, ("group_size", "bits"))
+    for module, own in quantization.items():
+        if module not in QUANTIZATION and own not in (None, True, False):
+            check_fields(f"{where}.{module}", own, QUANTIZATION, ("group_size", "bits"))
+
+
 def older_rope(config: dict) -> dict:
     """Return the settings that any model's config has only in `rope_parameters`, under the keys of transformers 4.
 
@@ -226,11 +287,7 @@ def sampling_config(path: Path, config: dict) -> dict:
         CheckpointError: if a value has the wrong type or is out of range.
     """
     own = {key: value for key, value in config.items() if value is not None}
-    if not isinstance(own.get("do_sample", True), bool):
-        raise CheckpointError(f"{path}: do_sample is {reprlib.repr(own['do_sample'])}; it must be true or false")
-    for key, number in SAMPLING_RANGES.items():
-        if key in own:
-            number.check(f"{path}: {key}", own[key])
+    check_fields(str(path), own, SAMPLING_RANGES)
     return {**(SAMPLING if own.get("do_sample", True) else GREEDY), **own}
 
 

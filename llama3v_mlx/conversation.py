@@ -1,7 +1,7 @@
 """Multi-turn conversation that keeps its key-value cache: a follow-up only prefills its own tokens."""
 
 import json
-import os
+import re
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import (
+    QuantizedKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
 
+from .checkpoint import check_shard, check_tensors
+from .config import TOKEN_ID, one_line
 from .features.lookup import FeatureCache
+from .fields import Items, Object, Text, check_fields
+from .files import beside
 from .generation import GenerationResponse, stream_generate
 from .image import ImageSource
 from .models.llama3v import Model
@@ -19,6 +30,11 @@ from .prompt import EOT, Processor, Prompt
 
 # mlx-lm cache classes allowed in a saved conversation; mlx-lm's loader would accept any name.
 CACHES = {"KVCache", "QuantizedKVCache"}
+# Names in its file: mlx-lm's loader would make a list of 10^8 for one with that number.
+_PLACE = re.compile(r"0\.conversation|\d{1,4}(\.\d{1,4}){0,3}")
+# Keys of a saved conversation, and of its turns.
+SAVED = {"model": Text(), "system_prompt": Text(), "ids": Items(TOKEN_ID), "turns": Items(Object())}
+TURN = {"text": Text(), "images": Items(Text()), "answer": Text(), "start": TOKEN_ID, "num_tokens": TOKEN_ID}
 
 
 @dataclass
@@ -115,9 +131,8 @@ class Conversation:
         """Write the turns, the cache and the model's `name` to a safetensors file."""
         talk = {"model": name, "system_prompt": self.system_prompt, "ids": self.ids}
         talk["turns"] = list(map(asdict, self.turns))
-        partial = path.with_name(f"{path.stem}.partial.safetensors")
-        save_prompt_cache(str(partial), self._cache, {"conversation": json.dumps(talk)})
-        os.replace(partial, path)
+        with beside(path) as partial:
+            save_prompt_cache(str(partial), self._cache, {"conversation": json.dumps(talk)})
 
     def load(self, path: Path, name: str) -> None:
         """Load a saved conversation.
@@ -126,16 +141,51 @@ class Conversation:
             ValueError: if the file is not a conversation, or is another model's.
         """
         try:
+            names = check_shard(path)
             _, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
             talk = json.loads(metadata["0.conversation"])
+            if not all(_PLACE.fullmatch(name) for name in (*names, *metadata)):
+                raise ValueError
             known = {value for key, value in metadata.items() if key.startswith("1.")} <= CACHES
-        except (RuntimeError, OSError, KeyError, ValueError):
-            raise ValueError(f"{path}: is not a conversation written by /save") from None
+            talk = check_fields(str(path), talk, SAVED, ("model", "ids", "turns"))
+            turns = [Turn(**check_fields(f"{path}: turn {i}", t, TURN, (*TURN,))) for i, t in enumerate(talk["turns"])]
+        except (RuntimeError, OSError, KeyError, ValueError, RecursionError):
+            raise ValueError(f"{path}: is not a conversation written by /save, or is damaged") from None
         if not known or talk["model"] != name:
             raise ValueError(f"{path}: was saved with the model {talk['model']}, not {name}")
-        self._cache = load_prompt_cache(str(path))
-        self.system_prompt, self.ids = talk["system_prompt"], talk["ids"]
-        self.turns = [Turn(**turn) for turn in talk["turns"]]
+        try:
+            cache = load_prompt_cache(str(path))
+            self._check(talk["ids"], turns, cache)
+        except Exception as e:  # mlx-lm's loader raises almost anything on damaged data
+            raise ValueError(f"{path}: is damaged ({one_line(e)})") from e
+        self._cache, self.turns = cache, turns
+        self.system_prompt, self.ids = talk.get("system_prompt"), talk["ids"]
+
+    def _check(self, ids: list[int], turns: list[Turn], cache: list) -> None:
+        """Raise ValueError unless a loaded conversation fits this model: MLX checks neither ids nor offsets."""
+        args = self.model.language_model.args
+        width = args.head_dim or args.hidden_size // args.num_attention_heads
+        if any(id >= args.vocab_size for id in ids) or len(ids) > self.context:
+            raise ValueError("its ids are beyond the model's vocabulary or context")
+        starts = [0, *(turn.start for turn in turns), len(ids)]
+        if starts != sorted(starts) or (ids and not turns):
+            raise ValueError("its turns do not fit its ids")
+        if len(cache) != len(self._cache):
+            raise ValueError(f"its cache has {len(cache)} layers, but the model {len(self._cache)}")
+        for layer in cache if ids else ():
+            if type(layer.offset) is not int or layer.offset not in (len(ids), len(ids) - 1):
+                raise ValueError("its cache does not fit its ids")
+            arrays = {"keys": layer.keys, "values": layer.values}
+            held = layer.keys[0].shape[2] if isinstance(layer, QuantizedKVCache) else layer.keys.shape[2]
+            whole = mx.zeros((1, args.num_key_value_heads, held, width))
+            if isinstance(layer, QuantizedKVCache):
+                packed = mx.quantize(whole, group_size=layer.group_size, bits=layer.bits)
+                expected = {"keys": list(packed), "values": list(packed)}
+            else:
+                expected = {"keys": whole, "values": whole}
+            if held < layer.offset:
+                raise ValueError("its cache is shorter than its ids")
+            check_tensors(Path("cache"), expected, dict(tree_flatten(arrays)))
 
     def _encode(self, text: str, images: Sequence[ImageSource]) -> Prompt:
         """Encode the next question, with the last answer's end-of-turn token if missing, and the answer's header."""

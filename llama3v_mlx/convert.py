@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import run
-from .files import new_folder
+from .files import new_folder, writing
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -245,7 +245,7 @@ def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[st
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **ck.tokenizer_config(folder)}
     return {
         ck.TOKENIZER_CONFIG: _json(tokenizer),
-        ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config["eos_token_id"]).chat_template,
+        ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config).chat_template,
         ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
         "README.md": _model_card(source, name, config),
         ck.CONFIG: _json(config),
@@ -263,9 +263,10 @@ def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan
     total = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
         write_tensors(tensors, plan, writer, bar.update)
-    shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
-    for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
+    with writing(partial):
+        shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
     return len(writer.shards)
 
 

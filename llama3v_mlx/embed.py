@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cli import CACHE, DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run
 from .demo import SIGLIP
-from .files import write_beside
+from .files import naming, printable, write_beside
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
@@ -102,13 +102,13 @@ def embed(args: argparse.Namespace) -> None:
             bar.update(report.seen - bar.n)
             bar.set_postfix(failed=len(report.failed), refresh=False)
 
-        with FeatureWriter(store) as writer:
+        with naming(store.folder), FeatureWriter(store) as writer:
             report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
     for name, reason in report.failed:
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+        print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)
     if group.rank() == 0:  # every rank lists all folders
         for name, reason in skipped.denied:
-            print(f"failed: {name}: the folder cannot be listed ({reason})", file=sys.stderr)
+            print(f"failed: {printable(name)}: the folder cannot be listed ({reason})", file=sys.stderr)
     counts = [report.new, report.known, len(report.failed)]
     sums = mx.distributed.all_sum(mx.array([*counts, report.flops, *report.seconds.values()]), stream=mx.cpu).tolist()
     new, known, failed = (round(n) for n in sums[:3])
@@ -122,7 +122,7 @@ def embed(args: argparse.Namespace) -> None:
         figures |= {"skipped": dict(skipped.suffixes.most_common()), "denied": [name for name, _ in skipped.denied]}
         print(json.dumps(figures) if args.json else table(figures))
         if skipped.suffixes and not args.json:
-            print(f"skipped: {skipped}")
+            print(f"skipped: {printable(str(skipped))}")
     if failed or skipped.denied:
         sys.exit(1)
 
@@ -192,7 +192,7 @@ def check(folder: str) -> None:
     verdict = verify(folder)
     print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored")
     for line in verdict.lost:
-        print(f"lost: {line}", file=sys.stderr)
+        print(f"lost: {printable(line)}", file=sys.stderr)
     if verdict.lost:
         sys.exit(1)
 

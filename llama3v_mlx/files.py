@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
 from io import FileIO
@@ -14,6 +16,7 @@ from typing import IO
 
 # Locked file in a folder being written; distinguishes a leftover from a user's folder.
 MARKER = ".writing"
+_HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 # Errors of exFAT, SMB and NFS for an unsupported flush, above all a folder's.
 _NOT_OFFERED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 
@@ -42,12 +45,17 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
         with (partial / MARKER).open("w") as marker:
             _take(marker, partial)
             yield partial
-            for file in partial.rglob("*"):
-                flush(file)
-            flush(partial)
-            os.rename(partial, path)
-            flush(partial.parent)
-            (path / MARKER).unlink()
+            with writing(path):
+                for file in partial.rglob("*"):
+                    flush(file)
+                flush(partial)
+                os.rename(partial, path)
+                try:
+                    (path / MARKER).unlink()
+                    flush(partial.parent)
+                except OSError:
+                    shutil.rmtree(path, ignore_errors=True)
+                    raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -111,18 +119,62 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def _remove_if_left(partial: Path, pid: str) -> None:
+    """Remove a partial file unless a process, here or on another machine, is still writing it."""
+    with contextlib.suppress(OSError, ValueError, OverflowError), partial.open("rb") as file:
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            if lock(file, wait=False):
+                partial.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in the errors of its writing: MLX's RuntimeError, and an OSError that names none."""
+    try:
+        with naming(path):
+            yield
+    except RuntimeError as e:
+        raise OSError(f"{path}: cannot be written ({e}); is the disk full?") from e
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file or folder in an OSError that names none."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno is not None:
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
+
+
 def write_beside(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file, whole or in parts, beside `path` and rename it into place."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            sync(file.fileno())
-        os.rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    flush(path.parent)
+    with beside(path) as partial, partial.open("wb") as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Replace a file atomically: yield a path beside `path`, flushed and renamed to `path` on success.
+
+    The suffix stays, because MLX appends its own to other names. What killed processes left beside `path` is removed.
+    """
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial{path.suffix}"):
+        _remove_if_left(old, old.name.removeprefix(f"{path.name}.").partition(".")[0])
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial{path.suffix}")
+    with writing(path):
+        try:
+            with partial.open("wb") as held:
+                lock(held, wait=False)
+                yield partial
+                flush(partial)
+                os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        flush(path.parent)
 
 
 def write_at(file: FileIO, data: bytes, offset: int) -> None:
@@ -166,6 +218,52 @@ def cut_half_line(file: FileIO) -> None:
         os.ftruncate(file.fileno(), end)
 
 
+def check_file(path: Path) -> None:
+    """Check that a file is a regular one and lies in its folder, before it is read.
+
+    A link may lead to another file of the folder, or to the blobs of its repository in Hugging Face's cache.
+
+    Raises:
+        OSError: if it is anything else, such as a pipe or a link to a file elsewhere.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("is not a regular file")
+    folder, real = os.path.realpath(path.parent), os.path.realpath(path)
+    allowed = [folder]
+    if os.path.basename(os.path.dirname(folder)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs"))
+    if os.path.dirname(real) not in allowed:
+        raise OSError(f"is a link to {real}, outside its folder; copy the file there")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file; a pipe would wait for a writer, and a device never end.
+
+    Raises:
+        OSError: if it is anything else, or cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        data = file.read()
+        if data is None:  # a file of /proc that would wait
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return data
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape the characters of a text that a terminal would obey: control and bidi characters, lone surrogates.
+
+    Names of files, answers of models and messages of servers are printed through it, except in JSON.
+
+    Args:
+        text: from outside.
+        keep: characters that are not escaped, such as newlines.
+    """
+    return _HARMFUL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), text)
+
+
 def is_junk(name: str) -> bool:
     """Return True for the name of a file that macOS leaves next to others: .DS_Store or AppleDouble's ._NAME."""
     return name == ".DS_Store" or name.startswith("._")
@@ -203,8 +301,3 @@ def find_path(path: str | os.PathLike) -> Path:
                 return path
         return found
     return path
-
-
-def safe(name: str) -> str:
-    """Return a file name as one line, with what a terminal would obey or hide as escapes."""
-    return "".join(c if c.isprintable() or c in " \u202f\u00a0" else repr(c)[1:-1] for c in name)

@@ -22,20 +22,24 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .checkpoint import (
     MODEL_TYPE,
-    CheckpointError,
+    check_tensors,
     find_checkpoint,
     load_model,
     load_tokenizer,
     model_tensors,
     read_config,
     read_generation_config,
+    read_shard,
 )
+from .config import ADAPTER, LORA, one_line, read_json
 from .device import on_gpu, select
 from .drafting.draft_model import DraftModel, load_draft_model
 from .drafting.drafters import Drafter, Forced, NGrams
 from .drafting.stream import stream_generate as drafted_stream_generate
 from .drafting.verify import can_draft
 from .features.lookup import FeatureCache
+from .fields import CheckpointError, check_fields
+from .files import printable
 from .image import ImageSource, expand
 from .models import llama3v as model_module
 from .models.llama3v import Model
@@ -44,6 +48,7 @@ from .sampling import Sampling, on_generated
 from .schema import keep_to, schemas_of
 
 VISION = ("vision_tower.", "projector.")
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 Images = ImageSource | Sequence[ImageSource] | None
 
 
@@ -105,7 +110,7 @@ def load(
         now = dict(tree_flatten(model.parameters()))
         names = [n for n in on_disk if n.startswith(VISION) and now[n] is on_disk[n]]
         model.reload_vision = functools.partial(_read_again, folder, dtype, names)
-    tokenizer = load_tokenizer(folder, config["eos_token_id"])
+    tokenizer = load_tokenizer(folder, config)
     sampling = Sampling.from_config(read_generation_config(folder, config))
     processor = Processor.from_config(config, tokenizer).with_max_tiles(max_image_tiles)
     return model, dataclasses.replace(processor, sampling=sampling)
@@ -122,15 +127,22 @@ def load_adapters(model: Model, folder: str | Path) -> None:
     Raises:
         CheckpointError: if the folder has no adapters, or those of another model.
     """
-    from mlx_lm.tuner import utils  # slow to import
+    from mlx_lm.tuner.utils import linear_to_lora_layers  # slow to import
 
-    try:
-        dtypes = {name: tensor.dtype for name, tensor in tree_flatten(model.parameters())}
-        utils.load_adapters(model, str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder}: no adapters for this model: {e}") from e
-    cast = [(n, t.astype(dtypes[n])) for n, t in tree_flatten(model.parameters()) if t.dtype != dtypes.get(n, t.dtype)]
-    model.load_weights(cast, strict=False)
+    path = Path(folder) / ADAPTER_CONFIG
+    config = check_fields(str(path), read_json(path), ADAPTER, ("num_layers",))
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "full":
+        where = f"{path}: lora_parameters"
+        parameters = check_fields(where, config.get("lora_parameters"), LORA, ("rank", "scale"))
+        try:
+            linear_to_lora_layers(model, config["num_layers"], {"dropout": 0.0, **parameters}, use_dora=kind == "dora")
+        except (TypeError, ValueError, KeyError) as e:
+            raise CheckpointError(f"{path}: {one_line(e)}") from e
+    expected = dict(tree_flatten(model.parameters()))
+    tensors = read_shard(Path(folder) / ADAPTERS)
+    check_tensors(Path(folder), model, {**expected, **tensors})
+    model.load_weights([(name, tensor.astype(expected[name].dtype)) for name, tensor in tensors.items()], strict=False)
     model.eval()
 
 
@@ -289,7 +301,7 @@ def print_answer(responses: Iterable[GenerationResponse], frame: bool = True) ->
     for i, response in enumerate(responses):
         if frame and i == 0:
             print("=" * 10)
-        print(response.text, end="", flush=True)
+        print(printable(response.text, keep="\n\t"), end="", flush=True)
         text += response.text
     print()
     if frame:

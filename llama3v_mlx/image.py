@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
-from .files import find_path
+from .files import find_path, printable, read_file
 from .pdf import PdfError, PdfPage, find_pages
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
@@ -310,7 +310,7 @@ def _read(source: str | os.PathLike) -> bytes:
     if scheme.startswith(("http://", "https://")):
         raise ImageError(f"{name}: images are not fetched from the network; download it and pass the file")
     try:
-        return find_path(source).read_bytes()
+        return read_file(find_path(source))
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
@@ -435,7 +435,7 @@ def _wide_to_rgb(image: Image.Image) -> Image.Image:
 def _printable(text: str) -> str:
     """Format a path for a message: on one line, and short even if it is file contents passed by mistake."""
     text = text if len(text) <= 500 else f"{text[:200]}…{text[-200:]}"
-    return text if text.isprintable() else repr(text)[1:-1]
+    return printable(text)
 
 
 def _reason(error: Exception) -> str:

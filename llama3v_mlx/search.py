@@ -23,7 +23,7 @@ from .cli import (
     share_or_more,
 )
 from .demo import CHECKPOINT, SIGLIP
-from .files import find_path, safe
+from .files import find_path, printable
 
 POLL = 2.0  # seconds between two looks at a watched folder
 
@@ -111,9 +111,11 @@ def update(library, args: argparse.Namespace):
 
         changes = library.update(progress, args.rehash, args.batch_size, args.workers)
     for name, reason in changes.failed:
-        print(f"broken: {safe(name)}: {reason}", file=sys.stderr)
+        print(f"broken: {printable(name)}: {reason}", file=sys.stderr)
     for name, reason in changes.skipped.denied:
-        print(f"note: {safe(name)}: the folder cannot be listed ({reason}); its pictures are kept", file=sys.stderr)
+        print(
+            f"note: {printable(name)}: the folder cannot be listed ({reason}); its pictures are kept", file=sys.stderr
+        )
     return changes
 
 
@@ -294,9 +296,9 @@ def _search_folder(args: argparse.Namespace) -> None:
     if changes is not None and not args.json:
         pictures, broken = library.counts()
         counts = f"{pictures} picture{'s' * (pictures != 1)}" + (f" and {broken} broken ones" if broken else "")
-        print(f"{safe(library.folder)}: {counts}; {changes}", file=sys.stderr)
+        print(f"{printable(library.folder)}: {counts}; {changes}", file=sys.stderr)
         if changes.added and changes.skipped.suffixes:
-            print(f"skipped: {safe(str(changes.skipped))}", file=sys.stderr)
+            print(f"skipped: {printable(str(changes.skipped))}", file=sys.stderr)
     if args.near_duplicates is not None:
         groups = library.duplicates(args.near_duplicates, _filters(args))
         if args.json:
@@ -304,7 +306,7 @@ def _search_folder(args: argparse.Namespace) -> None:
         elif args.print0:
             _print0([path for group in groups for path in group])
         else:
-            print("\n\n".join("\n".join(map(safe, group)) for group in groups))
+            print("\n\n".join("\n".join(map(printable, group)) for group in groups))
     elif args.text or args.image:
         if not library.counts()[0]:
             raise ValueError(f"{args.store}: has no pictures" + (" in the index" if args.no_update else ""))
@@ -331,7 +333,7 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
         if args.ask:
             _print_answers(hits, answer, looked)
         for i, hit in enumerate(hits, 1):
-            print(f"[{i}]  " * bool(args.ask) + f"{_score(hit)}  {safe(hit.path or hit.sha256)}")
+            print(f"[{i}]  " * bool(args.ask) + f"{_score(hit)}  {printable(hit.path or hit.sha256)}")
     if args.sheet and hits:
         labels = [f"{i}.  {_score(hit)}" for i, hit in enumerate(hits, 1)]
         names = [Path(hit.path or hit.sha256).name for hit in hits]
@@ -345,9 +347,9 @@ def _print_answers(hits: list[Hit], answer: str | None, looked: int) -> None:
     """Print the answer, with what it is made of, or that nothing was found."""
     answered = [hit for hit in hits if hit.answer is not None]
     if answer is not None:
-        print(safe(answer) + " [1]" * (len(answered) == 1))
+        print(printable(answer) + " [1]" * (len(answered) == 1))
     if len(answered) > 1:
-        print("\n".join(f"[{i}] {safe(hit.answer)}" for i, hit in enumerate(answered, 1)))
+        print("\n".join(f"[{i}] {printable(hit.answer)}" for i, hit in enumerate(answered, 1)))
     if not answered:
         print(f"Not found: none of the {looked} images looked at shows it.")
     print()

@@ -1,14 +1,13 @@
 """Contact sheets of images."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from .features.sources import read_named
-from .files import safe
+from .files import beside, printable
 from .image import ImageError, load_image
 
 CELL, GAP, LINE = 240, 12, 17  # sizes in pixels
@@ -36,10 +35,9 @@ def draw_sheet(images: Sequence[tuple[str | None, str, str]], path: Path) -> Non
         except (OSError, ImageError):
             draw.text((x + CELL / 2, y + CELL / 2), "file not found", "#666666", font, "mm")
         draw.text((x, y + CELL + 2), label, "#222222", font)
-        caption = safe(caption)
+        caption = printable(caption)
         while draw.textlength(caption, font) > CELL:
             caption = f"{caption.removesuffix('…')[:-1]}…"
         draw.text((x, y + CELL + 2 + LINE), caption, "#666666", font)
-    partial = path.with_name(f"{path.name}.partial")
-    sheet.save(partial, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-    os.replace(partial, path)
+    with beside(path) as partial:
+        sheet.save(partial, Image.registered_extensions().get(path.suffix.lower(), "PNG"))

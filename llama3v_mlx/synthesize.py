@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from .cli import note_slow_cpu, positive, run
+from .files import printable, writing
 
 KINDS = {
     "conversation": (
@@ -194,6 +195,7 @@ def synthesize(args: argparse.Namespace) -> None:
     written = 0
     teacher = make_teacher(args) if waiting else None
     with (
+        writing(out),
         out.open("a", encoding="utf-8") as good,
         rejects.open("a", encoding="utf-8") as bad,
         tqdm(total=len(waiting), unit="row", disable=None) as bar,
@@ -216,7 +218,7 @@ def synthesize(args: argparse.Namespace) -> None:
             bar.update(len(batch))
     print(f"{out}: {written} rows written, {len(tasks) - len(waiting)} existed already, {counts.total()} rejected")
     for reason, count in counts.most_common():
-        print(f"  {count} {reason}")
+        print(f"  {count} {printable(reason)}")
 
 
 def make_teacher(args: argparse.Namespace) -> LocalTeacher | RemoteTeacher:

@@ -191,7 +191,7 @@ def fuse(args: argparse.Namespace) -> None:
     from mlx_lm.utils import save_model
 
     from .checkpoint import CONFIG, find_checkpoint, load_model, read_config, read_json
-    from .files import list_folder, new_folder
+    from .files import list_folder, new_folder, writing
     from .generation import load_adapters
 
     folder, out = find_checkpoint(args.model), Path(args.out)
@@ -211,7 +211,8 @@ def fuse(args: argparse.Namespace) -> None:
         for path in list_folder(folder):
             if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
                 shutil.copyfile(path, partial / path.name)
-        save_model(partial, model)
+        with writing(out):
+            save_model(partial, model)
     print(f"{out}: {args.model} merged with {args.adapter_path}; peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
 
 

@@ -92,8 +92,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A small checkpoint of random weights in the released layout."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write a small checkpoint of random weights in the released layout."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINT / name, folder)
     mx.random.seed(0)
@@ -103,8 +106,11 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def siglip(tmp_path_factory) -> Path:
-    """A SigLIP of random weights, as Google publishes its own."""
-    folder = tmp_path_factory.mktemp("siglip")
+    return save_siglip(tmp_path_factory.mktemp("siglip"))
+
+
+def save_siglip(folder: Path) -> Path:
+    """Write a SigLIP of random weights, as Google publishes its own."""
     mx.random.seed(0)
     model = SigLIP(
         VisionConfig.from_dict({**SIGLIP_VISION, "model_type": "siglip_vision_model"}),

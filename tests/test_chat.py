@@ -1,6 +1,8 @@
 """Chat: the cache is kept, images are encoded once, and lines are executed."""
 
 import contextlib
+import errno
+import json
 import os
 import pty
 import re
@@ -10,7 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from conftest import ROOT
 
@@ -257,3 +261,77 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     os.write(shell.end, b"\x04")
     assert shell.process.wait(30) == 0
     assert "What color is the background?" in (tmp_path / "llama3v_mlx" / "chat_history").read_text()
+
+
+def resave(source: Path, target: Path, change) -> Path:
+    """Copy a saved conversation, its arrays and metadata changed."""
+    arrays, metadata = mx.load(str(source), return_metadata=True)
+    change(arrays, metadata)
+    mx.save_safetensors(str(target), arrays, metadata)
+    return target
+
+
+def said_about(**changes):
+    """Change what a saved conversation says about itself."""
+
+    def change(arrays: dict, metadata: dict) -> None:
+        metadata["0.conversation"] = json.dumps(json.loads(metadata["0.conversation"]) | changes)
+
+    return change
+
+
+DAMAGES = {
+    "ids beyond the vocabulary": said_about(ids=[10**6]),
+    "ids of texts": said_about(ids=["a"]),
+    "turns of another form": said_about(turns=[{"text": 1}]),
+    "a turn after the end": said_about(
+        turns=[{"text": "", "images": [], "answer": "", "start": 10**6, "num_tokens": 1}]
+    ),
+    "a cache of another length": lambda arrays, metadata: arrays.update({"0.2": mx.array(10**6)}),
+    "an offset that is no number": lambda arrays, metadata: arrays.update({"0.2": mx.array([1, 2])}),
+    "a cache of another width": lambda arrays, metadata: arrays.update(
+        {name: array[..., :1] for name, array in arrays.items() if name.startswith("0.0")}
+    ),
+    "a layer less": lambda arrays, metadata: [arrays.pop(n) for n in [*arrays] if n.startswith("1.")],
+    "a layer with a huge number": lambda arrays, metadata: arrays.update({"99999999.0": mx.zeros(1)}),
+    "nothing": lambda arrays, metadata: metadata.clear(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_conversation_is_refused(talk: Conversation, tmp_path: Path, damage: str) -> None:
+    """And the present one goes on: MLX would not notice ids and offsets beyond its arrays."""
+    answer(talk, "What is this image?", STARS)
+    talk.save(tmp_path / "talk.safetensors", "demo")
+    path = resave(tmp_path / "talk.safetensors", tmp_path / "damaged.safetensors", DAMAGES[damage])
+    with pytest.raises(ValueError, match=rf"^{path}: (is not a conversation written by /save|is damaged)"):
+        talk.load(path, "demo")
+    assert answer(talk, "What color is the background?")[0] == "The background is yellow."
+
+
+def test_a_save_that_fails_keeps_the_last(talk: Conversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(talk, "What is this image?", STARS)
+    path = tmp_path / "talk.safetensors"
+    talk.save(path, "demo")
+    before = path.read_bytes()
+    for name, error in (("fsync", OSError(errno.EIO, "I/O error")), ("rename", OSError(errno.ENOSPC, "full"))):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=str(path)):
+            patch.setattr(os, name, lambda *_, error=error: (_ for _ in ()).throw(error))
+            talk.save(path, "demo")
+        assert os.listdir(tmp_path) == ["talk.safetensors"] and path.read_bytes() == before
+
+
+def test_control_sequences_are_not_obeyed(talk: Conversation, tmp_path: Path, capsys, monkeypatch) -> None:
+    """In an answer and in the name of an image: a terminal would be cleared, or its title set."""
+    path = tmp_path / "a\x1b[2J\u202e.jpg"
+    path.write_bytes(STARS.read_bytes())
+    chat = Chat(talk, "demo")
+    response = SimpleNamespace(text="red\x1b]0;title\x07\n\r\u2066star")
+    monkeypatch.setattr(Conversation, "ask", lambda *_: (each for each in [response]))
+    monkeypatch.setattr("llama3v_mlx.conversation.last_figures", lambda *_: "")
+    chat._image(f"'{path}'")
+    chat._images("")
+    chat.ask("What?")
+    said = capsys.readouterr().out
+    assert "a\\x1b[2J\\u202e.jpg" in said and "red\\x1b]0;title\\x07\n\\r\\u2066star" in said
+    assert not set(said) & set("\x1b\x07\r\u202e\u2066")

@@ -1,6 +1,8 @@
 """The embed command on real files: stored and skipped files, failures and interruption."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -368,3 +370,33 @@ def test_the_command_measures_no_peak(photos: Path, tmp_path: Path, capsys, monk
     monkeypatch.setattr(device, "matmul_peak", None)
     found = figures(capsys, photos, "--out", tmp_path / "store")
     assert found["tflops"] > 0 and "share_of_peak" not in found
+
+
+def test_what_is_no_file_is_listed_and_not_waited_for(tmp_path: Path, siglip: Path, capsys) -> None:
+    """A pipe, a device, a loop of links, and names that a terminal would obey or cannot be printed."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to("loop.png")
+    for name in (b"clear\x1b[2J.png", b"new\nline.png", b"\xff.png"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"no image")
+    shutil.copy(IMAGES / "42.png", folder)
+    with pytest.raises(SystemExit) as stop:
+        main([str(folder), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert stop.value.code == 1 and len(lines) == 6 and all(line.isprintable() for line in lines)
+    assert sum("not a regular file" in line for line in lines) == 2
+    assert len(FeatureStore(tmp_path / "store")) == 1
+
+
+def test_a_disk_that_fails_is_named(photos: Path, tmp_path: Path, siglip: Path, monkeypatch, capsys) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4", "--limit", "1"])
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SystemExit) as stop:
+        main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and error.startswith("error: ") and str(tmp_path / "store") in error

@@ -17,7 +17,7 @@ import pytest
 from mlx import nn
 
 from llama3v_mlx import files
-from llama3v_mlx.cli import keep_awake
+from llama3v_mlx.cli import error_line, keep_awake
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
 from llama3v_mlx.features.writer import FeatureWriter
@@ -180,3 +180,57 @@ def test_long_commands_keep_a_mac_awake(module: str, arguments: list[str], monke
     monkeypatch.setattr("llama3v_mlx.cli.shutil.which", lambda name: asked.append(name))
     assert run_main(f"llama3v_mlx.{module}", *arguments).returncode == 1
     assert asked[0] == "caffeinate"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """But not what a process that lives is writing, nor another file's."""
+    dead, alive = tmp_path / "a.999999999.partial", tmp_path / f"a.{os.getppid()}.partial"
+    other = tmp_path / "ab.999999999.partial"
+    for path in (dead, alive, other):
+        path.touch()
+    files.write_beside(tmp_path / "a", b"data")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", alive.name, other.name])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[write] Unable to write"), OSError(errno.ENOSPC, "full")])
+def test_an_error_of_writing_names_the_file(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError, match=str(tmp_path / "a")), files.writing(tmp_path / "a"):
+        raise error
+
+
+def test_a_folder_whose_last_flush_fails_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flush(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "flush", flush)
+    with pytest.raises(OSError, match="new"), files.new_folder(tmp_path / "new", 0) as partial:
+        (partial / "file").write_text("data")
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"data")
+    assert files.read_file(tmp_path / "file") == b"data"
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.read_file(path)
+
+
+def test_printable() -> None:
+    harmless = "Ein Bild: 日本 👨‍👩‍👧 \u202f\xa0é\\n"
+    assert files.printable(harmless) == harmless
+    assert files.printable("\x1b[2J\r\n\x9b\u202e\ud800", keep="\n") == "\\x1b[2J\\r\n\\x9b\\u202e\\ud800"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[malloc] Unable to allocate 99 bytes."), RuntimeError("can't start new thread")],
+)
+def test_out_of_memory_is_said_so(error: Exception) -> None:
+    assert error_line(error).startswith("out of memory (")
+
+
+def test_an_error_is_one_harmless_line() -> None:
+    assert error_line(ValueError("a\x1b[2J\nb")) == "a\\x1b[2J b"

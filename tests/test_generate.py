@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama3v_mlx import generate
 from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.generation import print_answer
 from llama3v_mlx.image import ImageError
 
 COMMAND = ("-m", "llama3v_mlx.generate")
@@ -168,3 +170,16 @@ def test_ctrl_c_is_130(picture: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.strip()) == (130, b"")
     assert b"Traceback" not in err
+
+
+def test_an_answer_is_printed_harmlessly(capsys: pytest.CaptureFixture) -> None:
+    assert print_answer([SimpleNamespace(text="a\x1b[2J\n"), SimpleNamespace(text="\u202eb")], frame=False)
+    assert capsys.readouterr().out == "a\\x1b[2J\n\\u202eb\n"
+
+
+def test_a_pipe_is_no_image(tmp_path: Path, run_main) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    done = run_main("llama3v_mlx.generate", "--image", tmp_path / "pipe.png")
+    assert (
+        done.returncode == 1 and done.stderr == f"error: {tmp_path}/pipe.png: cannot be read (is not a regular file)\n"
+    )

@@ -1,13 +1,16 @@
 """The Python interface with the bundled model."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from PIL import Image
 
 import llama3v_mlx
@@ -245,3 +248,56 @@ def test_the_vocabulary_is_not_sorted_after_top_k(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sampling, "apply_top_p", lambda logprobs, p: sorted_sizes.append(logprobs.shape) or logprobs)
     Sampling(top_k=100).sampler()(mx.zeros((1, 32_000)))
     assert sorted_sizes == [(1, 100)]
+
+
+@pytest.fixture
+def adapters(tiny: Path, tmp_path: Path) -> Path:
+    """Adapters of rank 2 for the last layer of the small checkpoint."""
+    model, _ = load(tiny)
+    model.freeze()
+    linear_to_lora_layers(model, 1, LORA)
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": LORA}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    load(tiny, adapter_path=tmp_path)
+    return tmp_path
+
+
+LORA = {"rank": 2, "scale": 1.0, "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": None},
+        {"num_layers": "1"},
+        {"lora_parameters": [2]},
+        {"lora_parameters": {**LORA, "rank": 0}},
+        {"lora_parameters": {"rank": 2}},
+        {"fine_tune_type": "x"},
+    ],
+)
+def test_a_malformed_adapter_config(tiny: Path, adapters: Path, changes: dict) -> None:
+    path = adapters / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=f"^{path}"):
+        load(tiny, adapter_path=adapters)
+
+
+@pytest.mark.parametrize("damage", ["cut", "shape", "name", "link"])
+def test_damaged_adapters(tiny: Path, adapters: Path, damage: str) -> None:
+    path = adapters / "adapters.safetensors"
+    tensors = mx.load(str(path))
+    name, tensor = next(iter(tensors.items()))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "link":
+        (adapters / "there").mkdir()
+        path.rename(adapters / "there" / path.name)
+        path.symlink_to(adapters / "there" / path.name)
+    else:
+        changed = {name: tensor[:1]} if damage == "shape" else {"\x1b[2J": tensor}
+        mx.save_safetensors(str(path), tensors | changed)
+    with pytest.raises(CheckpointError, match=f"^{adapters}"):
+        load(tiny, adapter_path=adapters)

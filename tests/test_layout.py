@@ -21,6 +21,7 @@ LAYERS = (
     ("sampling",),
     ("prompt",),
     ("models",),
+    ("fields",),
     ("config",),
     ("checkpoint",),
     ("schema",),

@@ -23,6 +23,7 @@ from llama3v_mlx.features.lookup import FeatureCache
 from llama3v_mlx.memory import MemoryLimitError, footprint, num_answers
 from llama3v_mlx.models import llama3v
 from llama3v_mlx.models.llama3v import Model
+from llama3v_mlx.prompt import PromptTokens
 
 ROOT = Path(__file__).parents[1]
 STORED = {mx.float16: "F16", mx.uint32: "U32"}
@@ -266,9 +267,8 @@ def test_loading_never_holds_the_weights_twice(tmp_path: Path, dtype: mx.Dtype |
     text |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     projector = {"hidden_size": 512, "vision_hidden_size": 64, "num_attention_heads": 4}
-    folder = write_hollow(
-        tmp_path / "model", 4, text_config=text, vision_config=vision | {"image_size": 112}, projector_config=projector
-    )
+    parts = {"text_config": text, "vision_config": vision | {"image_size": 112}, "projector_config": projector}
+    folder = write_hollow(tmp_path / "model", 4, **parts, prompt_tokens=dict.fromkeys(PromptTokens.TEXTS, 0))
     start = in_memory(None)
     mx.reset_peak_memory()
     model = load_model(folder, read_config(folder), dtype)

@@ -30,7 +30,7 @@ class Run:
         self.state = {"best_step": None} | (self.folder.restore(self.model, self.optimizer) if resume else {})
 
     def save(self, step: int, best: int) -> None:
-        self.model.weight = mx.full((2, 2), step)
+        self.model.weight = mx.full((2, 2), float(step))
         self.state["best_step"] = best
         self.folder.save(step, self.model, self.optimizer, {"best_step": best}, {})
 
@@ -73,7 +73,7 @@ def test_ctrl_c_anywhere_in_a_save(tmp_path: Path) -> None:
             interrupted = True
         run = Run(tmp_path / str(line), resume=True)
         newest = run.state["step"]
-        assert newest in (3, 4) and mx.array_equal(run.model.weight, mx.full((2, 2), newest)), line
+        assert newest in (3, 4) and mx.array_equal(run.model.weight, mx.full((2, 2), float(newest))), line
         for step in range(newest + 1, 9):
             run.save(step, best=4 if step >= 4 else 1)
         folder = tmp_path / str(line)
@@ -121,3 +121,52 @@ def test_weights_are_known_wherever_they_lie(tmp_path: Path, folder: Path) -> No
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert weights_digest(moved) != digest
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The newest checkpoint of a run in tmp_path/run."""
+    Run(tmp_path / "run").save(2, best=2)
+    return tmp_path / "run" / "checkpoints" / "step-0000002"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.json", lambda path: path.write_text('{"step": "2"}')),
+        ("state.json", lambda path: path.write_text('{"step": 1, "best_step": 1}')),
+        ("state.json", lambda path: path.write_text("[" * 10**5)),
+        ("adapters.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        ("adapters.safetensors", lambda path: mx.save_safetensors(str(path), {"weight": mx.zeros((3, 2))})),
+        ("optimizer.safetensors", lambda path: path.write_bytes(b"")),
+        ("optimizer.safetensors", lambda path: mx.save_safetensors(str(path), {"99999999.m": mx.zeros(1)})),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(saved: Path, name: str, damage) -> None:
+    damage(saved / name)
+    with pytest.raises(ValueError, match=str(saved / name)):
+        Run(saved.parents[1], resume=True)
+
+
+def test_metrics_elsewhere_are_not_touched(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text("mine\n")
+    (saved.parents[1] / "metrics.jsonl").symlink_to(tmp_path / "other.jsonl")
+    with pytest.raises(OSError, match="metrics.jsonl: is a link"):
+        Run(saved.parents[1], resume=True)
+    assert (tmp_path / "other.jsonl").read_text() == "mine\n"
+
+
+def test_a_run_killed_while_it_is_created_begins_again(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.999999999.partial.json").write_text('{"se')
+    Run(tmp_path / "run", resume=True).save(1, best=1)
+    assert sorted(os.listdir(tmp_path / "run")) == ["best", "checkpoints", "run.json"]
+
+
+def test_metrics_are_flushed_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power takes the lines of steps that are not repeated."""
+    run, flushed = Run(tmp_path / "run"), []
+    run.folder.log({"step": 1})
+    monkeypatch.setattr(run_folder, "flush", lambda path: flushed.append((path.name, run.folder.newest_step())))
+    run.save(1, best=1)
+    assert flushed == [("metrics.jsonl", 0)]

@@ -1,5 +1,6 @@
 """Search of a store by text and by image, with the bundled SigLIP."""
 
+import contextlib
 import json
 import shutil
 import tarfile
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from llama3v_mlx import search as search_module
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.embed import main as embed
 from llama3v_mlx.features.encoder import TextEncoder, load_encoder
@@ -134,3 +136,11 @@ def test_a_vision_tower_alone_has_no_words(siglip: Path, tmp_path: Path) -> None
     model = load_encoder(siglip).model
     with pytest.raises(ValueError, match="has no text tower"):
         TextEncoder(tmp_path, SigLIP(model.vision_tower.config, None))
+
+
+def test_names_are_printed_harmlessly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    hits = [search_module.Hit("a\x1b]0;title\x07\n\u202eb.png", "00", 0.5, None)]
+    monkeypatch.setattr(search_module, "search", lambda *_: hits)
+    with contextlib.suppress(SystemExit):
+        main(["store", "words"])
+    assert capsys.readouterr().out == " 0.500  a\\x1b]0;title\\x07\\n\\u202eb.png\n"

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,7 @@ from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.image import TiledImage, load_image
 from llama3v_mlx.training.batch import collate
 from llama3v_mlx.training.data import DataError, Dialogues, StoredTiler, messages_of
+from llama3v_mlx.training.prepare import say_rejected
 from llama3v_mlx.training.trainer import Trainer, TrainingError, answer_loss
 from tools.demo import world
 
@@ -390,3 +392,8 @@ def test_a_store_of_another_model(data: Path, tmp_path: Path, capsys: pytest.Cap
         train.main(options)
     said = capsys.readouterr().err
     assert "tokens: was made with other weights" in said and "use another folder" in said
+
+
+def test_rejected_rows_are_printed_harmlessly(capsys: pytest.CaptureFixture) -> None:
+    say_rejected([SimpleNamespace(path="rows.json", rejected=["row 1: unknown role \x1b[2J\r"])])
+    assert capsys.readouterr().err.splitlines()[1] == "  row 1: unknown role \\x1b[2J\\r"

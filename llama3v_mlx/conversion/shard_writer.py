@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 
 from ..checkpoint import INDEX, CheckpointError, build_model, check_tensors, lay_out
+from ..files import writing
 from ..models.llama3v import Model
 
 # A shard is held in memory until it is written, and with it one tensor as read and as converted, up to WORKING_BYTES.
@@ -60,20 +61,20 @@ def make_plan(
     Raises:
         CheckpointError: if tensors are missing, unknown, duplicated or of the wrong shape.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    parts: dict[str, mx.array] = {}
     for name, tensor in tensors.items():
         for ours, part in lay_out(name, tensor).items():
-            if ours in shapes:
+            if ours in parts:
                 raise CheckpointError(
                     f"{folder}: {ours} appears twice, once as {name}; are these two checkpoints in one folder?"
                 )
-            shapes[ours] = part.shape
-    model = build_model(config)  # its lazy arrays are never evaluated
-    check_tensors(folder, model, shapes)
+            parts[ours] = part
+    model = build_model(config, folder=folder)  # its lazy arrays are never evaluated
+    check_tensors(folder, model, parts)
     dtype = getattr(mx, config["dtype"])
     quantized = _quantize_skeleton(model, quantization, recipe) if quantization else {}
     sizes = {name: p.size * _cast(p.dtype, dtype).size for name, p in tree_flatten(model.parameters())}
-    return Plan(dtype, quantized, sizes, sum(math.prod(shape) for shape in shapes.values()))
+    return Plan(dtype, quantized, sizes, sum(part.size for part in parts.values()))
 
 
 def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> dict[str, dict]:
@@ -131,7 +132,9 @@ class ShardWriter:
 
     def _write(self) -> None:
         self.shards.append(list(self._waiting))
-        mx.save_safetensors(str(self._path(len(self.shards))), self._waiting, metadata={"format": "mlx"})
+        path = self._path(len(self.shards))
+        with writing(path):
+            mx.save_safetensors(str(path), self._waiting, metadata={"format": "mlx"})
         self._total_bytes += self._waiting_bytes
         self._waiting, self._waiting_bytes = {}, 0
         mx.clear_cache()

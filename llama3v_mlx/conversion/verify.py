@@ -94,7 +94,7 @@ def verify(source: Path, result: Path, image: ImageSource, prompt: str = PROMPT)
         tensors = compare_tensors(source, result, bar.update)
         before, after = (first_token_logprobs(folder, loaded, prompt, bar.update) for folder in (source, result))
     tokens = [logprobs.argmax().item() for logprobs in (before, after)]
-    tokenizer = load_tokenizer(source, read_config(source)["eos_token_id"])
+    tokenizer = load_tokenizer(source, read_config(source))
     return Report(
         tensors=tensors,
         kl=max((mx.exp(before) * (before - after)).sum().item(), 0.0),  # rounding may go below 0; NaN stays NaN
@@ -140,7 +140,7 @@ class Weights:
         arrays: dict[str, mx.array] = {}
         for name, array in read_tensors(folder).items():
             arrays.update(lay_out(name, array))
-        check_tensors(folder, build_model(self.config, arrays), {name: array.shape for name, array in arrays.items()})
+        check_tensors(folder, build_model(self.config, arrays, folder), arrays)
         own = self.config.get("quantization") or {}
         keys = ("group_size", "bits", "mode")
         common = {"mode": "affine"} | {key: own[key] for key in keys if key in own}
@@ -229,9 +229,9 @@ def first_token_logprobs(
     Equal to those of the loaded model, with at most one layer in memory at a time.
     """
     weights = Weights(folder, progress)
-    model = build_model(weights.config)  # lazy: what is not filled below takes no memory
+    model = build_model(weights.config, folder=folder)  # lazy: what is not filled below takes no memory
     llama = model.language_model
-    tokenizer = load_tokenizer(folder, weights.config["eos_token_id"])
+    tokenizer = load_tokenizer(folder, weights.config)
     encoded = Processor.from_config(weights.config, tokenizer).encode(prompt, [image])
 
     (tiled,) = encoded.images

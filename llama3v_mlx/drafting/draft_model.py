@@ -118,7 +118,7 @@ def load_draft_model(
     model = llama.Model(args)
     tensors = model.sanitize(tensors)
     quantize_as_saved(model, config.get("quantization"), tensors)
-    check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
+    check_tensors(folder, model, tensors)
     model.load_weights(list(tensors.items()))
     model.eval()
     mx.eval(model.parameters())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from PIL import Image
 
 from ..checkpoint import (
     CONFIG,
-    CheckpointError,
     check_tensors,
     find_checkpoint,
     lay_out,
@@ -23,7 +23,10 @@ from ..checkpoint import (
     read_json,
     read_tensors,
 )
+from ..config import SIGLIP_TEXT, VISION, check_heads, one_line
 from ..device import on_gpu
+from ..fields import CheckpointError, Choice, check_fields, check_object
+from ..files import check_file
 from ..image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
 from ..models import linux_cpu
 from ..models.llama3v import Model, encode_by_size
@@ -178,9 +181,13 @@ class TextEncoder:
         if not path.is_file():
             raise CheckpointError(f"{folder}: has no {SENTENCEPIECE}; copy it from the repository of the weights")
         try:
+            check_file(path)
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as e:
-            raise CheckpointError(f"{path}: damaged ({e}); download it again") from e
+            raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
+        size = model.text_tower.config.vocab_size
+        if self._pieces.get_piece_size() > size:
+            raise CheckpointError(f"{path}: has {self._pieces.get_piece_size()} pieces, but the model {size}")
         self.model = model
 
     @staticmethod
@@ -267,11 +274,12 @@ def vision_config(folder: Path) -> VisionConfig:
     config = read_json(folder / CONFIG)
     if config.get("model_type") not in SIGLIP_TYPES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {config.get('model_type')!r}, not SigLIP's")
+    where = f"{folder / CONFIG}: vision_config"
+    given = check_fields(where, config.get("vision_config", config), VISION)
+    check_heads(where, {**_BASE_VISION, **given})
     try:
-        return VisionConfig.from_dict(
-            {**_BASE_VISION, **config.get("vision_config", config), "model_type": "siglip_vision_model"}
-        )
-    except (TypeError, ValueError) as e:
+        return VisionConfig.from_dict({**_BASE_VISION, **given, "model_type": "siglip_vision_model"})
+    except ValueError as e:
         raise CheckpointError(f"{folder / CONFIG}: {e}") from e
 
 
@@ -281,26 +289,30 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
     Raises:
         CheckpointError: if tensors are missing, unknown or of the wrong shape, or the preprocessing is not supported.
     """
-    text = read_json(folder / CONFIG).get("text_config")
+    vision, text = vision_config(folder), read_json(folder / CONFIG).get("text_config")
+    if text is not None:
+        where = f"{folder / CONFIG}: text_config"
+        text = check_fields(where, text, SIGLIP_TEXT)
+        check_heads(where, {**vars(TextConfig()), **text})
     try:
-        model = SigLIP(vision_config(folder), None if text is None else TextConfig.from_dict(text))
-    except (TypeError, ValueError) as e:
+        model = SigLIP(vision, None if text is None else TextConfig.from_dict(text))
+    except (ValueError, ArithmeticError) as e:
         raise CheckpointError(f"{folder / CONFIG}: {e}") from e
     tensors = {}
     for name, tensor in read_tensors(folder).items():
         if not name.endswith("position_ids"):
             tensors.update(lay_out(name, tensor))
-    check_tensors(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
+    check_tensors(folder, model, tensors)
     model.load_weights(list(tensors.items()))
     model.set_dtype(dtype)
     model.eval()
     mx.eval(model.parameters())
 
     path = folder / PREPROCESSOR
-    images = read_json(path) if path.exists() else {}
+    images = read_json(path) if os.path.lexists(path) else {}
     if not images and (folder / PROCESSOR).exists():  # transformers 5 saves it there
         path = folder / PROCESSOR
-        images = read_json(path).get("image_processor") or {}
+        images = check_object(f"{path}: image_processor", read_json(path).get("image_processor") or {})
     half = [0.5] * 3
     side = model.vision_tower.config.image_size
     size = images.get("size", {"height": side, "width": side})
@@ -308,7 +320,9 @@ def load_siglip(folder: Path, dtype: mx.Dtype) -> tuple[SigLIP, Image.Resampling
         raise CheckpointError(f"{path}: image_mean and image_std are not SigLIP's 0.5")
     if size != {"height": side, "width": side}:
         raise CheckpointError(f"{path}: size {size} is not the tower's {side} pixels")
-    return model, Image.Resampling(images.get("resample", Image.Resampling.BICUBIC))
+    resample = images.get("resample", Image.Resampling.BICUBIC.value)
+    Choice(tuple(filter.value for filter in Image.Resampling)).check(f"{path}: resample", resample)
+    return model, Image.Resampling(resample)
 
 
 def published_tensors(model: SigLIP) -> dict[str, mx.array]:

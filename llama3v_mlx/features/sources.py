@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import find_path, is_junk, spellings
+from ..files import find_path, is_junk, read_file, spellings
 from ..image import EXTENSIONS, ImageError, ImageSource, expand
 from ..pdf import PDF, PdfPage, can_read_pdf
 
@@ -164,7 +164,7 @@ def _images_of(name: str) -> Iterator[Source]:
         if isinstance(image, PdfPage):
             yield Source(str(image), lambda page=image: page)
         else:
-            yield Source(name, lambda: find_path(name).read_bytes())
+            yield Source(name, lambda: read_file(find_path(name)))
 
 
 def _fail(error: Exception) -> ImageSource:

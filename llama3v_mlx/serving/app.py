@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from ..files import printable
 from ..models.llama3v import Model
 from ..prompt import Processor
 from ..sampling import Sampling
@@ -256,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_failure(RequestError(status, message or "malformed request", "invalid_http"))
 
     def log_message(self, format: str, *args) -> None:
-        log.info("%s %s", self.address_string(), format % args)
+        log.info("%s %s", self.address_string(), printable(format % args))
 
     def _answer(self, method) -> None:
         if self.command == "POST" or self.headers.get("Content-Length", "0") != "0" or self._is_chunked():

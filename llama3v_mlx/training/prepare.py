@@ -13,6 +13,7 @@ from ..features.pipeline import Pipeline
 from ..features.sources import Source
 from ..features.store import STORE, FeatureError, FeatureStore
 from ..features.writer import FeatureWriter
+from ..files import printable
 from .data import Dialogues, StoredTiler
 from .ranks import RankError, Ranks
 
@@ -105,7 +106,7 @@ def say_rejected(sets: Sequence[Dialogues]) -> None:
     for rows in sets:
         if rows.rejected:
             print(f"{rows.path}: {len(rows.rejected)} rows are skipped:", file=sys.stderr)
-            print("\n".join(f"  {reason}" for reason in rows.rejected[:10]), file=sys.stderr)
+            print("\n".join(f"  {printable(reason)}" for reason in rows.rejected[:10]), file=sys.stderr)
 
 
 def agree(ranks: Ranks, facts: dict[str, object], sets: Sequence[Dialogues]) -> None:

@@ -20,12 +20,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint import CONFIG, find_checkpoint, read_json
-from ..files import list_folder, new_folder, write_beside
+from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
+from ..fields import CheckpointError, Number, check_fields
+from ..files import beside, check_file, flush, list_folder, new_folder, write_beside, writing
+from ..generation import ADAPTER_CONFIG, ADAPTERS
 
-ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
 NEWEST = 2  # checkpoints kept, besides the best
+COUNT = Number(0, 2**53, whole=True)
+PROGRESS = {"step": COUNT, "best_step": COUNT, "skipped": COUNT, "best_loss": Number(-math.inf, math.inf)}
 
 
 class RunFolder:
@@ -54,7 +57,7 @@ class RunFolder:
             if differing := [key for key in options if old.get(key) != options[key]]:
                 was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
                 raise ValueError(f"{folder}: --resume needs the same data and options; {was}")
-        elif self.folder.is_file() or (self.folder.is_dir() and list_folder(self.folder)):
+        elif self.folder.is_file() or any(not path.name.startswith(RUN) for path in list_folder(self.folder)):
             raise ValueError(f"{folder}: is not empty and contains no run; use another --out")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +75,10 @@ class RunFolder:
         weights = dict(tree_flatten(model.trainable_parameters()))
         moments = dict(tree_flatten(optimizer.state))
         path = self.folder / "checkpoints" / f"step-{step:07}"
-        with new_folder(path, sum(x.nbytes for x in (*weights.values(), *moments.values()))) as partial:
+        if self.metrics.exists():
+            flush(self.metrics)  # a run that is resumed keeps the lines of the steps before
+        num_bytes = sum(x.nbytes for x in (*weights.values(), *moments.values()))
+        with new_folder(path, num_bytes) as partial, writing(path):
             mx.save_safetensors(str(partial / ADAPTERS), weights, metadata={"format": "mlx"})
             mx.save_safetensors(str(partial / OPTIMIZER), moments)
             (partial / ADAPTER_CONFIG).write_text(json.dumps(adapter, indent=2) + "\n")
@@ -107,9 +113,11 @@ class RunFolder:
         """
         state = {}
         if steps := self._steps():
-            model.load_weights(str(steps[-1] / ADAPTERS), strict=False)
-            optimizer.state = tree_unflatten(list(mx.load(str(steps[-1] / OPTIMIZER)).items()))
-            state = read_json(steps[-1] / STATE)
+            state = check_fields(str(steps[-1] / STATE), read_json(steps[-1] / STATE), PROGRESS, ("step",))
+            if state["step"] != self.newest_step():
+                raise CheckpointError(f"{steps[-1] / STATE}: is of step {state['step']}; remove {steps[-1]} to go back")
+            model.load_weights(_read_whole(steps[-1] / ADAPTERS, model.trainable_parameters()), strict=False)
+            optimizer.state = tree_unflatten(_read_whole(steps[-1] / OPTIMIZER, optimizer.state))
             self._point_to_best(state)
         self._forget_after(state.get("step", 0))
         return state
@@ -118,8 +126,8 @@ class RunFolder:
         """Copy the newest checkpoint's adapters to the run's folder."""
         if self.writes:
             for name in (ADAPTERS, ADAPTER_CONFIG):
-                shutil.copyfile(self._steps()[-1] / name, self.folder / f"{name}.partial")
-                os.replace(self.folder / f"{name}.partial", self.folder / name)
+                with beside(self.folder / name) as partial:
+                    shutil.copyfile(self._steps()[-1] / name, partial)
 
     def log(self, figures: dict) -> None:
         """Append a line to the metrics, all of it or nothing."""
@@ -136,9 +144,16 @@ class RunFolder:
                 raise OSError(f"{self.metrics}: {e.strerror}; make room, then continue with --resume") from e
 
     def _forget_after(self, step: int) -> None:
-        if self.metrics.exists():
+        if os.path.lexists(self.metrics):
+            self._check_metrics()
             lines = self.metrics.read_bytes().splitlines(keepends=True)
             write_beside(self.metrics, b"".join(line for line in lines if _step_of(line) <= step))
+
+    def _check_metrics(self) -> None:
+        try:
+            check_file(self.metrics)
+        except OSError as e:
+            raise OSError(f"{self.metrics}: {e.strerror or e}") from e
 
     @property
     def metrics(self) -> Path:
@@ -146,6 +161,13 @@ class RunFolder:
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def _read_whole(path: Path, expected: dict) -> list[tuple[str, mx.array]]:
+    """Read the tensors of a file of a checkpoint, which must be those of the tree `expected` in names and shapes."""
+    tensors = read_shard(path)
+    check_tensors(path, expected, tensors)
+    return list(tensors.items())
 
 
 def _is_same(link: Path, best: Path) -> bool:
@@ -172,5 +194,6 @@ def weights_digest(path_or_hf_repo: str | Path) -> str:
 
 
 def _sha256(path: Path) -> bytes:
+    check_file(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return hashlib.sha256(data).digest()

@@ -1,0 +1,204 @@
+"""Run a command in a forked child with bounded time and memory, and judge how it ended.
+
+The parent imports what the commands import but computes nothing, so that a fork of it is safe and takes milliseconds.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import io
+import os
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
+ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
+RESIDENT = 1 << 30  # bytes above what the parent holds
+ALLOWED = "\n\r\t\xa0\u202f\u200b\u200c\u200d"  # characters that a terminal does not obey; tqdm writes \r
+CRASHED = 99  # exit status of a child in which `main` raised something
+PREFIX = "llama3v_mlx."
+IMPORTED = ("generate", "chat", "embed", "search", "train", "convert", "synthesize", "evaluate", "generation")
+IMPORTED += ("conversation", "features.encoder", "features.pipeline", "conversion.shard_writer", "conversion.assemble")
+IMPORTED += ("training.loop", "training.prepare", "serving.prefix_cache", "evaluation.report")
+
+
+def warm_up() -> None:
+    """Import what the commands need, without computing anything with MLX."""
+    for name in IMPORTED:
+        importlib.import_module(PREFIX + name)
+    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer  # noqa: F401
+    from mlx_lm.tuner import utils  # noqa: F401
+    from PIL import Image
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    Image.init()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended."""
+
+    code: int  # exit status, or minus a signal
+    out: str
+    errors: str
+    cpu_seconds: float
+    timed_out: bool
+    resident: int  # peak, bytes
+    reads: tuple[str, ...] = ()  # files opened in the folder that must not be read
+
+
+def run_child(
+    action: Callable[[], None],
+    folder: Path,
+    stdin: bytes = b"",
+    seconds: float = WALL_SECONDS,
+    secret: Path | None = None,
+) -> Ended:
+    """Run `action` in a forked child, in `folder`; it may exit like a command.
+
+    Args:
+        action: called in the child.
+        folder: working directory, in which the child's output and temporary files are kept.
+        stdin: given to the child.
+        seconds: wall time after which the child and what it started are killed.
+        secret: a folder of which the child must open no file.
+    """
+    with tempfile.TemporaryDirectory(prefix="io-", dir=folder.parent) as place, watching(secret) as opened:
+        streams = [Path(place) / name for name in ("in", "out", "errors")]
+        for path, data in zip(streams, (stdin, b"", b""), strict=True):
+            path.write_bytes(data)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if not pid:
+            _be_child(action, folder, streams)
+        code, usage, timed_out = _wait(pid, seconds)
+        out, errors = (path.read_bytes().decode(errors="replace") for path in streams[1:])
+        return Ended(code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened())
+
+
+def _be_child(action: Callable[[], None], folder: Path, streams: Sequence[Path]) -> None:
+    code = CRASHED
+    try:
+        os.setsid()
+        for descriptor, path in enumerate(streams):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+        encoding = {"encoding": "utf-8", "line_buffering": True}
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), errors="surrogateescape", **encoding)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), **encoding)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", **encoding)
+        os.chdir(folder)
+        tempfile.tempdir = str(folder)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limit_memory(ADDRESS_SPACE)
+        faulthandler.dump_traceback_later(WALL_SECONDS - 5, file=2)  # where it hangs
+        action()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def limit_memory(more: int) -> None:
+    """Limit the address space to what is mapped now and `more` bytes."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
+
+
+def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
+    deadline, timed_out = time.monotonic() + seconds, False
+    while True:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # what it may have left running
+            return os.waitstatus_to_exitcode(status), usage, timed_out
+        if time.monotonic() > deadline and not timed_out:
+            timed_out = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def watching(secret: Path | None) -> Iterator[Callable[[], tuple[str, ...]]]:
+    """Watch a folder with Linux's inotify, which sees what C++ and Rust open as well as Python."""
+    if secret is None or sys.platform != "linux":
+        yield lambda: ()
+        return
+    libc, open_and_stay = ctypes.CDLL(None, use_errno=True), 0x20
+    descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if libc.inotify_add_watch(descriptor, os.fsencode(secret), open_and_stay) < 0:
+        raise OSError(ctypes.get_errno(), f"{secret}: cannot be watched")
+
+    def opened() -> tuple[str, ...]:
+        names = []
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(descriptor, 1 << 16)
+            while data:
+                (length,) = struct.unpack_from("12xI", data)
+                names.append(data[16 : 16 + length].rstrip(b"\0").decode(errors="replace"))
+                data = data[16 + length :]
+        return tuple(name for name in names if name)
+
+    try:
+        yield opened
+    finally:
+        os.close(descriptor)
+
+
+def command(module: str, *args: object) -> Callable[[], None]:
+    """Return `python -m llama3v_mlx.MODULE ARGS…` as an action."""
+    return lambda: importlib.import_module(PREFIX + module).main([*map(str, args)])
+
+
+def complaint(ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT) -> str | None:
+    """Say what is wrong with how a command ended; None if nothing is.
+
+    It must succeed, or end with status 1 and exactly one `error:` line, which names one of `names`.
+    """
+    if ended.reads:
+        return f"read {', '.join(ended.reads)} outside the folder"
+    if ended.timed_out or ended.cpu_seconds > CPU_SECONDS:
+        where = ended.errors[-1500:] if ended.timed_out else ""
+        return f"took {ended.cpu_seconds:.1f} s of CPU time" + f" and was still running: {where}" * ended.timed_out
+    if ended.resident > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + resident:
+        return f"took {ended.resident / 1e6:.0f} MB of memory"
+    if "Traceback (most recent call last)" in ended.errors or ended.code == CRASHED:
+        return f"traceback: {(ended.errors.strip().splitlines() or ['no output'])[-1]}"
+    said = ended.errors + ended.out
+    if obeyed := next((i for i, c in enumerate(said) if not c.isprintable() and c not in ALLOWED), None):
+        return f"printed {said[max(0, obeyed - 40) : obeyed + 40]!r}"
+    lines = [line for line in ended.errors.split("\n") if line.startswith("error: ")]
+    if ended.code == 0:
+        return f"succeeded with {lines[0]!r}" if lines else None
+    if ended.code != 1 or len(lines) != 1:
+        return f"exit status {ended.code}, {len(lines)} error lines: {ended.errors[-300:]!r}"
+    if "(--debug shows where)" in lines[0]:
+        return f"internal error: {lines[0]}"
+    if names and not any(name in lines[0] for name in names):
+        return f"does not name the file: {lines[0]}"
+    return None
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """Copy a prepared file or folder for one case."""
+    if source.is_dir():
+        return Path(shutil.copytree(source, target, symlinks=True))
+    return Path(shutil.copyfile(source, target))

@@ -1,0 +1,153 @@
+/* Make the n-th system call that changes files under a folder fail, be cut short, or be hit by a signal.
+
+   Loaded by LD_PRELOAD, so that it sees the calls of Python, MLX, SQLite and safetensors alike. The counter and the log
+   are in shared memory: the parent of a forked child reads them after its end. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum { OFF, COUNT, FAIL, FAIL_ALL, SHORT, SIGNAL };
+
+static struct { int mode, error; long at, seen; char folder[4096], log[1 << 20]; size_t used; } *shared;
+
+static pid_t owner; /* is never disturbed itself, only the children that it forks */
+
+__attribute__((constructor)) static void start(void) {
+  owner = getpid();
+  shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+}
+
+void faults_arm(const char *folder, int mode, long at, int error) {
+  snprintf(shared->folder, sizeof shared->folder, "%s", folder);
+  shared->seen = shared->used = 0;
+  shared->at = at, shared->error = error, shared->mode = mode;
+}
+
+long faults_seen(void) { shared->mode = OFF; return shared->seen; }
+const char *faults_log(void) { return shared->log; }
+
+static int ours(const char *path) {
+  if (path[0] != '/') return 1; /* children run in the folder */
+  return !strncmp(path, shared->folder, strlen(shared->folder));
+}
+
+static int path_of(int fd, char *path) {
+  char link[64];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t length = readlink(link, path, 4095);
+  path[length > 0 ? length : 0] = 0;
+  return length > 0 && path[0] == '/' && ours(path);
+}
+
+static void note(const char *call, const char *one, const char *other) {
+  size_t room = sizeof shared->log - shared->used - 1;
+  int n = snprintf(shared->log + shared->used, room, "%s\t%s\t%s\n", call, one, other);
+  if (n > 0 && (size_t)n < room) shared->used += n;
+}
+
+/* Whether this call is to fail; for SIGNAL the signal arrives before the call. */
+static int hit(const char *call, const char *one, const char *other) {
+  long n = __atomic_add_fetch(&shared->seen, 1, __ATOMIC_SEQ_CST);
+  int now = shared->mode == FAIL_ALL ? n >= shared->at : n == shared->at;
+  if (now && shared->mode == SIGNAL) { note("signal", one, ""); kill(getpid(), shared->error); now = 0; }
+  if (now && (shared->mode == FAIL || shared->mode == FAIL_ALL)) { note("failed", one, call); errno = shared->error; return 1; }
+  if (!now || shared->mode != SHORT) note(call, one, other);
+  return now && shared->mode == SHORT ? 2 : 0;
+}
+
+static const char *size_of(int fd) {
+  static __thread char text[32];
+  struct stat found;
+  snprintf(text, sizeof text, "%lld", fstat(fd, &found) ? 0LL : (long long)found.st_size);
+  return text;
+}
+
+#define NEXT(name) static __typeof__(&name) next; if (!next) next = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+#define ACTIVE (shared && shared->mode != OFF && getpid() != owner)
+
+#define WRITE(name, offset_type, declare, pass)                                                   \
+  ssize_t name(int fd, const void *data, size_t size declare) {                                   \
+    NEXT(name);                                                                                   \
+    char path[4096];                                                                              \
+    if (ACTIVE && path_of(fd, path)) {                                                            \
+      int verdict = hit("write", path, "");                                                       \
+      if (verdict == 1) return -1;                                                                \
+      if (verdict == 2) size = size > 1 ? size / 2 : size;                                        \
+    }                                                                                             \
+    return next(fd, data, size pass);                                                             \
+  }
+#define COMMA ,
+WRITE(write, , , )
+WRITE(pwrite, off_t, COMMA off_t offset, COMMA offset)
+WRITE(pwrite64, off64_t, COMMA off64_t offset, COMMA offset)
+
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+  NEXT(writev);
+  char path[4096];
+  if (ACTIVE && path_of(fd, path) && hit("write", path, "") == 1) return -1;
+  return next(fd, parts, count);
+}
+
+#define ON_FD(name, call, declare, pass)                                                          \
+  int name(int fd declare) {                                                                      \
+    NEXT(name);                                                                                   \
+    char path[4096];                                                                              \
+    if (ACTIVE && path_of(fd, path) && hit(call, path, size_of(fd)) == 1) return -1;              \
+    return next(fd pass);                                                                         \
+  }
+ON_FD(fsync, "sync", , )
+ON_FD(fdatasync, "sync", , )
+ON_FD(ftruncate, "truncate", COMMA off_t size, COMMA size)
+ON_FD(ftruncate64, "truncate", COMMA off64_t size, COMMA size)
+
+#define ON_PATH(name, call, declare, pass)                                                        \
+  int name(const char *path declare) {                                                            \
+    NEXT(name);                                                                                   \
+    if (ACTIVE && ours(path) && hit(call, path, "") == 1) return -1;                              \
+    return next(path pass);                                                                       \
+  }
+ON_PATH(mkdir, "mkdir", COMMA mode_t mode, COMMA mode)
+ON_PATH(unlink, "unlink", , )
+ON_PATH(rmdir, "unlink", , )
+
+int unlinkat(int folder, const char *path, int flags) {
+  NEXT(unlinkat);
+  if (ACTIVE && ours(path) && hit("unlink", path, "") == 1) return -1;
+  return next(folder, path, flags);
+}
+
+#define ON_TWO(name, call)                                                                        \
+  int name(const char *from, const char *to) {                                                    \
+    NEXT(name);                                                                                   \
+    if (ACTIVE && ours(to) && hit(call, from, to) == 1) return -1;                                \
+    return next(from, to);                                                                        \
+  }
+ON_TWO(rename, "rename")
+ON_TWO(link, "link")
+ON_TWO(symlink, "symlink")
+
+#define OPEN(name)                                                                                \
+  int name(const char *path, int flags, ...) {                                                    \
+    NEXT(name);                                                                                   \
+    mode_t mode = 0;                                                                              \
+    if (flags & (O_CREAT | __O_TMPFILE)) {                                                        \
+      va_list rest;                                                                               \
+      va_start(rest, flags);                                                                      \
+      mode = va_arg(rest, mode_t);                                                                \
+      va_end(rest);                                                                               \
+    }                                                                                             \
+    if (ACTIVE && (flags & O_CREAT) && ours(path) && hit("create", path, "") == 1) return -1;     \
+    return next(path, flags, mode);                                                               \
+  }
+OPEN(open)
+OPEN(open64)

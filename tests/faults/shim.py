@@ -1,0 +1,48 @@
+"""Build and control `shim.c`, which makes the n-th system call of a command fail or be hit by a signal."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OFF, COUNT, FAIL, FAIL_ALL, SHORT, SIGNAL = range(6)
+_LOADED = "LLAMA3V_FAULTS_SHIM"
+
+
+def start_with_shim(folder: Path) -> None:
+    """Start this program again with the shim preloaded, if a C compiler is installed and that has not been done."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if _LOADED in os.environ or sys.platform != "linux" or compiler is None:
+        return
+    library = folder / "shim.so"
+    source = Path(__file__).with_name("shim.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, source, "-ldl"], check=True)
+    environment = os.environ | {_LOADED: str(library), "LD_PRELOAD": str(library)}
+    os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], environment)
+
+
+@functools.cache
+def shim() -> ctypes.CDLL | None:
+    """The preloaded shim, or None."""
+    if _LOADED not in os.environ:
+        return None
+    os.environ.pop("LD_PRELOAD", None)  # not for what the commands start
+    library = ctypes.CDLL(os.environ[_LOADED])
+    library.faults_seen.restype = ctypes.c_long
+    library.faults_log.restype = ctypes.c_char_p
+    library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
+    return library
+
+
+def arm(folder: Path, mode: int, at: int = 0, error: int = 0) -> None:
+    """Count the calls that change files under `folder`, and let the one numbered `at` fail; for a child to call."""
+    shim().faults_arm(os.fsencode(folder), mode, at, error)
+
+
+def seen() -> tuple[int, list[list[str]]]:
+    """Number of calls since `arm`, also of a child that has ended, and what they were: [call, path, other path]."""
+    count = shim().faults_seen()
+    return count, [line.split("\t") for line in os.fsdecode(shim().faults_log()).splitlines()]
