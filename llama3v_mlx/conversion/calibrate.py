@@ -1,0 +1,170 @@
+"""Quantize Llama with GPTQ, calibrated on prompts with images, one decoder layer in memory at a time.
+
+A layer is calibrated on what the layers before it, already quantized, make of the prompts, so that it sees the inputs
+that it will have. In memory are the prompts' hidden states, a layer's weights in float32 and its Hessians.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.models.base import create_attention_mask
+from tqdm import tqdm
+
+from ..checkpoint import build_model, lay_out, read_config
+from ..device import memory_limit
+from ..memory import MemoryLimitError
+from . import gptq
+from .rows import Row, embed_rows
+from .shard_writer import Plan, ShardWriter
+from .verify import Tensor, Weights
+
+MAX_TOKENS = 65_536  # of the prompts together: enough for the Hessians, and 1 GB of hidden states of an 8B
+LLAMA, HEAD, EMBEDDING = "language_model.model", "language_model.lm_head", "language_model.model.embed_tokens"
+# Matrices of a layer by the input they share: the first of each records it.
+STEPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+def fit_rows(rows: Sequence[Row], config: dict) -> list[Row]:
+    """The first rows that fit in memory and in MAX_TOKENS.
+
+    Raises:
+        MemoryLimitError: if not even one does.
+    """
+    need, limit = working_bytes(config["text_config"]), memory_limit()
+    state_bytes = 2 * mx.float32.size * config["text_config"]["hidden_size"]
+    tokens = min(MAX_TOKENS, int(limit - need) // state_bytes)
+    kept: list[Row] = []
+    for row in rows:
+        tokens -= len(row.ids)
+        if tokens < 0:
+            break
+        kept.append(row)
+    if not kept:
+        need += len(rows[0].ids) * state_bytes
+        raise MemoryLimitError(
+            f"--calibrate needs {need / 1e9:.2f} GB of memory for this model, but only {limit / 1e9:.2f} GB is usable "
+            "here; convert without it, or on another machine"
+        )
+    return kept
+
+
+def working_bytes(text: dict) -> int:
+    """Bytes of a layer in float32, of its largest Hessian with what GPTQ derives from it, and of a pending shard."""
+    hidden, mlp = text["hidden_size"], text["intermediate_size"]
+    return 4 * (4 * hidden**2 + 3 * hidden * mlp) + 4 * 5 * max(hidden, mlp) ** 2 + 10**9
+
+
+def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter, tensors: dict[str, mx.array]) -> None:
+    """Quantize the modules of a plan, write them, and remove them from `tensors`.
+
+    Args:
+        folder: the source checkpoint, not quantized.
+        plan: of the conversion, in affine mode.
+        rows: prompts with images; the first that fit in memory are used.
+        writer: destination.
+        tensors: from `read_tensors`, of the same checkpoint.
+
+    Raises:
+        MemoryLimitError: if the memory is too small for one row.
+    """
+    config = read_config(folder)
+    rows = fit_rows(rows, config)
+    num_tokens = sum(len(row.ids) for row in rows)
+    print(f"calibrating with {len(rows)} prompts, {num_tokens} tokens", file=sys.stderr)
+    with tqdm(total=Weights(folder).num_bytes, desc="Calibrating", unit="B", unit_scale=True, disable=None) as bar:
+        done = _quantize(Weights(folder, bar.update), plan, rows, writer)
+    for name in [name for name, tensor in tensors.items() if not done.isdisjoint(lay_out(name, tensor))]:
+        del tensors[name]
+
+
+def _quantize(weights: Weights, plan: Plan, rows: Sequence[Row], writer: ShardWriter) -> set[str]:
+    """Quantize and write; return our names of the tensors that were quantized."""
+    model = build_model(weights.config)  # lazy: what is not filled below takes no memory
+    llama, layers = model.language_model.model, model.layers
+    quantizer = Quantizer(plan, writer)
+
+    # A tied head would need the hidden states to be calibrated, which need the embedding.
+    table = quantizer(EMBEDDING, weights.take(f"{EMBEDDING}.weight"), None)
+    (xs,) = embed_rows(weights, model, rows, [table.rows])
+    del model, table
+    layer = layers[0]
+    for i in range(len(layers)):
+        path = f"{LLAMA}.layers.{i}"
+        weights.fill(layer, path)
+        xs = _calibrate_layer(layer, path, xs, quantizer)
+    if f"{HEAD}.weight" in weights:
+        weights.fill(llama.norm, f"{LLAMA}.norm")
+        hessian = mx.zeros(())
+        for x, row in zip(xs, rows, strict=True):
+            x = llama.norm(x[0, mx.array(row.positions)])
+            hessian = hessian + x.T @ x
+            mx.eval(hessian)
+        quantizer(HEAD, weights.take(f"{HEAD}.weight"), hessian)
+    return {f"{path}.weight" for path in quantizer.done}
+
+
+def _calibrate_layer(layer: nn.Module, path: str, xs: list[mx.array], quantizer: "Quantizer") -> list[mx.array]:
+    """Quantize a layer's matrices for inputs `xs`; return the outputs of the quantized layer. Empties `xs`."""
+    modules = dict(layer.named_modules())
+    recorders = {names[0]: Recorder(modules[names[0]]) for names in STEPS}
+    layer.update_modules(tree_unflatten(list(recorders.items())))
+    for x in xs:
+        mx.eval(layer(x, create_attention_mask(x, None)), [recorder.hessian for recorder in recorders.values()])
+    layer.update_modules(tree_unflatten([(name, modules[name]) for name in recorders]))
+    for names in STEPS:
+        hessian = recorders.pop(names[0]).hessian
+        for name in names:
+            quantized = quantizer(f"{path}.{name}", Tensor(modules[name].weight), hessian)
+            modules[name].weight = quantized.rows(slice(None))
+            mx.eval(modules[name].weight)
+    outputs = []
+    while xs:
+        outputs.append(layer(xs[0], create_attention_mask(xs[0], None)))
+        mx.eval(outputs[-1])
+        del xs[0]
+    return outputs
+
+
+class Recorder(nn.Module):
+    """Apply a module, and sum x·xᵀ over its inputs x."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.hessian = mx.zeros(())
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flat = x.flatten(0, -2)
+        self.hessian = self.hessian + flat.T @ flat
+        return self.module(x)
+
+
+class Quantizer:
+    """Quantize and write the modules of a plan."""
+
+    def __init__(self, plan: Plan, writer: ShardWriter):
+        self.done: set[str] = set()
+        self._plan = plan
+        self._writer = writer
+
+    def __call__(self, path: str, weight: Tensor, hessian: mx.array | None) -> Tensor:
+        """Quantize a module if the plan says so; return its weight as read from the result."""
+        own = self._plan.quantized.get(path)
+        if own is None:
+            return weight
+        out_bytes = self._plan.size(f"{path}.weight")
+        self._writer.make_room(out_bytes, out_bytes)
+        arrays = gptq.quantize(weight, hessian, own["group_size"], own["bits"], self._plan.dtype)
+        self._writer.add(dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=True)))
+        self.done.add(path)
+        mx.clear_cache()
+        return Tensor(arrays[0], arrays[1:], own)
