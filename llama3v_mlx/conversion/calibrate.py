@@ -17,14 +17,14 @@ from tqdm import tqdm
 from ..checkpoint import build_model, lay_out, read_config
 from ..device import memory_limit
 from ..memory import MemoryLimitError
-from . import gptq
+from .gptq import Inputs, quantize
 from .rows import Row, embed_rows
 from .shard_writer import Plan, ShardWriter
 from .verify import Tensor, Weights
 
 MAX_TOKENS = 65_536  # of the prompts together: enough for the Hessians, and 1 GB of hidden states of an 8B
 LLAMA, HEAD, EMBEDDING = "language_model.model", "language_model.lm_head", "language_model.model.embed_tokens"
-# Matrices of a layer by the input they share: the first of each records it.
+# Matrices of a layer by the input they share, in the order of their use.
 STEPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -89,62 +89,79 @@ def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter
 def _quantize(weights: Weights, plan: Plan, rows: Sequence[Row], writer: ShardWriter) -> set[str]:
     """Quantize and write; return our names of the tensors that were quantized."""
     model = build_model(weights.config)  # lazy: what is not filled below takes no memory
-    llama, layers = model.language_model.model, model.layers
+    llama, original = model.language_model.model, model.layers[0]
+    count, quantized = len(model.layers), type(original)(llama.args)
     quantizer = Quantizer(plan, writer)
 
     # A tied head would need the hidden states to be calibrated, which need the embedding.
-    table = quantizer(EMBEDDING, weights.take(f"{EMBEDDING}.weight"), None)
-    (xs,) = embed_rows(weights, model, rows, [table.rows])
+    table = weights.take(f"{EMBEDDING}.weight")
+    xs, ys = embed_rows(weights, model, rows, [quantizer(EMBEDDING, table, None).rows, table.rows])
     del model, table
-    layer = layers[0]
-    for i in range(len(layers)):
-        path = f"{LLAMA}.layers.{i}"
-        weights.fill(layer, path)
-        xs = _calibrate_layer(layer, path, xs, quantizer)
+    for i in range(count):
+        weights.fill(original, f"{LLAMA}.layers.{i}")
+        quantized.update(original.parameters())
+        _quantize_layer(quantized, original, f"{LLAMA}.layers.{i}", xs, ys, quantizer)
     if f"{HEAD}.weight" in weights:
         weights.fill(llama.norm, f"{LLAMA}.norm")
-        hessian = mx.zeros(())
-        for x, row in zip(xs, rows, strict=True):
-            x = llama.norm(x[0, mx.array(row.positions)])
-            hessian = hessian + x.T @ x
-            mx.eval(hessian)
-        quantizer(HEAD, weights.take(f"{HEAD}.weight"), hessian)
+        inputs = Inputs()
+        for x, y, row in zip(xs, ys, rows, strict=True):
+            inputs.add(*(llama.norm(states[0, mx.array(row.positions)]) for states in (x, y)))
+            mx.eval(inputs.hessian, inputs.drift)
+        quantizer(HEAD, weights.take(f"{HEAD}.weight"), inputs)
     return {f"{path}.weight" for path in quantizer.done}
 
 
-def _calibrate_layer(layer: nn.Module, path: str, xs: list[mx.array], quantizer: "Quantizer") -> list[mx.array]:
-    """Quantize a layer's matrices for inputs `xs`; return the outputs of the quantized layer. Empties `xs`."""
-    modules = dict(layer.named_modules())
-    recorders = {names[0]: Recorder(modules[names[0]]) for names in STEPS}
-    layer.update_modules(tree_unflatten(list(recorders.items())))
-    for x in xs:
-        mx.eval(layer(x, create_attention_mask(x, None)), [recorder.hessian for recorder in recorders.values()])
-    layer.update_modules(tree_unflatten([(name, modules[name]) for name in recorders]))
+def _quantize_layer(
+    quantized: nn.Module,
+    original: nn.Module,
+    path: str,
+    xs: list[mx.array],
+    ys: list[mx.array],
+    quantizer: "Quantizer",
+) -> None:
+    """Quantize the matrices of a layer in the order of their use, and replace its inputs by its outputs.
+
+    Args:
+        quantized: the layer, to be quantized.
+        original: the same layer, which is kept.
+        path: its name.
+        xs, ys: inputs in the quantized and the original model.
+        quantizer: writes the result.
+    """
+    modules = dict(quantized.named_modules())
     for names in STEPS:
-        hessian = recorders.pop(names[0]).hessian
+        inputs = Inputs()
+        for x, y in zip(xs, ys, strict=True):
+            inputs.add(_input_of(quantized, names[0], x), _input_of(original, names[0], y))
+            mx.eval(inputs.hessian, inputs.drift)
         for name in names:
-            quantized = quantizer(f"{path}.{name}", Tensor(modules[name].weight), hessian)
-            modules[name].weight = quantized.rows(slice(None))
+            weight = quantizer(f"{path}.{name}", Tensor(modules[name].weight), inputs)
+            modules[name].weight = weight.rows(slice(None))
             mx.eval(modules[name].weight)
-    outputs = []
-    while xs:
-        outputs.append(layer(xs[0], create_attention_mask(xs[0], None)))
-        mx.eval(outputs[-1])
-        del xs[0]
-    return outputs
+    for layer, states in ((quantized, xs), (original, ys)):
+        for i, x in enumerate(states):
+            states[i] = layer(x, create_attention_mask(x, None))
+            mx.eval(states[i])
+
+
+def _input_of(layer: nn.Module, name: str, x: mx.array) -> mx.array:
+    """Input of a module for the layer's input `x`, not evaluated: nothing that follows the module is computed."""
+    recorder = Recorder(dict(layer.named_modules())[name])
+    layer.update_modules(tree_unflatten([(name, recorder)]))
+    layer(x, create_attention_mask(x, None))
+    layer.update_modules(tree_unflatten([(name, recorder.module)]))
+    return recorder.input
 
 
 class Recorder(nn.Module):
-    """Apply a module, and sum x·xᵀ over its inputs x."""
+    """Apply a module, and keep its input."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
-        self.hessian = mx.zeros(())
 
     def __call__(self, x: mx.array) -> mx.array:
-        flat = x.flatten(0, -2)
-        self.hessian = self.hessian + flat.T @ flat
+        self.input = x
         return self.module(x)
 
 
@@ -156,14 +173,14 @@ class Quantizer:
         self._plan = plan
         self._writer = writer
 
-    def __call__(self, path: str, weight: Tensor, hessian: mx.array | None) -> Tensor:
+    def __call__(self, path: str, weight: Tensor, inputs: Inputs | None) -> Tensor:
         """Quantize a module if the plan says so; return its weight as read from the result."""
         own = self._plan.quantized.get(path)
         if own is None:
             return weight
         out_bytes = self._plan.size(f"{path}.weight")
         self._writer.make_room(out_bytes, out_bytes)
-        arrays = gptq.quantize(weight, hessian, own["group_size"], own["bits"], self._plan.dtype)
+        arrays = quantize(weight, inputs, own["group_size"], own["bits"], self._plan.dtype)
         self._writer.add(dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=True)))
         self.done.add(path)
         mx.clear_cache()

@@ -1,9 +1,11 @@
 """GPTQ: quantize a matrix so that its products with calibration inputs change least (arXiv 2210.17323).
 
 mlx-lm's own takes 2, 4 and 8 bits, and the Hessians of all layers at once, which is 35 GB for an 8B. This one takes
-one matrix at a time and all of MLX's bits, sets each group's scale to the best of several, and rounds the columns that
-matter most first.
+one matrix at a time and all of MLX's bits. It sets each group's scale to the best of several, rounds the columns that
+matter most first, and corrects for what the quantization of earlier layers did to the inputs (as arXiv 2504.02692).
 """
+
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -16,15 +18,28 @@ SHRINKS = tuple(1 - i / 40 for i in range(20))  # candidate ranges of a group, r
 BLOCK = 64  # columns rounded before the others are updated
 
 
+@dataclass
+class Inputs:
+    """Statistics of a matrix's inputs: x in the quantized model, y in the original one."""
+
+    hessian: mx.array = field(default_factory=lambda: mx.zeros(()))  # float32 (in, in), the sum of x·xᵀ
+    drift: mx.array = field(default_factory=lambda: mx.zeros(()))  # float32 (in, in), the sum of (y - x)·xᵀ
+
+    def add(self, x: mx.array, y: mx.array) -> None:
+        """Add inputs (…, in) of the same tokens."""
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        self.hessian = self.hessian + x.T @ x
+        self.drift = self.drift + (y - x).T @ x
+
+
 def quantize(
-    weight: Tensor, hessian: mx.array | None, group_size: int, bits: int, dtype: mx.Dtype
+    weight: Tensor, inputs: Inputs | None, group_size: int, bits: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Quantize a matrix in MLX's affine format, some rows at a time.
 
     Args:
         weight: (out, in), read in float32.
-        hessian: float32 (in, in), the sum of x·xᵀ over the inputs x of calibration; None for an embedding, which is
-            rounded to nearest.
+        inputs: of calibration; None for an embedding, which is rounded to nearest.
         group_size: weights of a row that share a scale and a bias.
         bits: 2, 3, 4, 5, 6 or 8.
         dtype: of scales and biases.
@@ -34,8 +49,8 @@ def quantize(
     """
     width = weight.shape[1]
     blocks = order = factor = None
-    if hessian is not None:
-        hessian = hessian + DAMPING * mx.maximum(mx.diag(hessian).mean(), 1e-12) * mx.eye(width)
+    if inputs is not None:
+        hessian = inputs.hessian + DAMPING * mx.maximum(mx.diag(inputs.hessian).mean(), 1e-12) * mx.eye(width)
         starts = range(0, width, group_size)
         blocks = mx.stack([hessian[i : i + group_size, i : i + group_size] for i in starts])
         order = mx.argsort(-mx.diag(hessian))
@@ -44,6 +59,8 @@ def quantize(
     packed = []
     for rows in row_slices(weight.shape, mx.float32.size):
         w = weight.rows(rows)
+        if inputs is not None:  # the matrix whose products with x are closest to those of `weight` with y
+            w = w + ((w @ inputs.drift)[:, order] @ factor.T @ factor)[:, mx.argsort(order)]
         scales, biases = _fit_groups(w.reshape(len(w), -1, group_size), blocks, bits, dtype)
         if factor is None:
             codes = _codes(w.reshape(len(w), -1, group_size), scales[..., None], biases[..., None], bits)

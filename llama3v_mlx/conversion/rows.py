@@ -18,7 +18,6 @@ from ..prompt import Processor
 from ..training.data import DataError, messages_of
 from .verify import Weights
 
-
 HELD_OUT = 32  # rows to verify with, unless told
 
 
