@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
+SENSITIVE = "sensitive"
 # MLX's quantization modes: supported group sizes and bits, the default first.
 MODES = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
@@ -56,7 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     quantization.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight (default: 4)")
     quantization.add_argument("--q-group-size", type=int, choices=(16, 32, 64, 128), help="group size (default: 64)")
     quantization.add_argument("--q-mode", choices=MODES, default="affine", help="quantization mode (default: affine)")
-    quantization.add_argument("--quant-predicate", choices=RECIPES, help="mlx-lm's mixed-bit recipe")
+    quantization.add_argument(
+        "--quant-predicate",
+        choices=(*RECIPES, SENSITIVE),
+        help="mlx-lm's mixed-bit recipe; or sensitive: bits by what they do to the answers to --calibrate",
+    )
+    quantization.add_argument(
+        "--q-target-bpw", type=float, metavar="BITS", help="with sensitive: bits per weight of all of Llama"
+    )
     calibration = parser.add_argument_group("calibration of the quantization, affine only")
     calibration.add_argument("--calibrate", metavar="FILE", help="prompts with images to calibrate with (GPTQ)")
     calibration.add_argument("--image-folder", metavar="DIR", help="folder of their images (default: the file's)")
@@ -108,6 +116,7 @@ def convert(
     image_folder: str | Path | None = None,
     verify_data: str | Path | None = None,
     verify_prompts: int | None = None,
+    q_target_bpw: float | None = None,
 ) -> None:
     """Convert a checkpoint to MLX within a few GB of memory, and print a summary.
 
@@ -118,7 +127,8 @@ def convert(
         q_bits: bits per weight (default: 4, or the bits of `q_mode`).
         q_group_size: weights that share a scale (default: 64, or the group size of `q_mode`).
         q_mode: affine, mxfp4, nvfp4 or mxfp8.
-        quant_predicate: mlx-lm's mixed-bit recipe: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.
+        quant_predicate: mlx-lm's mixed-bit recipe: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6; or sensitive: see
+            `conversion.sensitivity`.
         dtype: float16, bfloat16 or float32, of everything not quantized (default: as in the source's config).
         upload_repo: a Hub repository to upload the result to.
         revision: a branch, tag or commit of the repository `hf_path`.
@@ -129,6 +139,7 @@ def convert(
         verify_data: a file of prompts to compare the result with its source on (default: rows of `calibrate` that were
             not used; without either, one question about one image).
         verify_prompts: number of its rows, from the end (default: 32).
+        q_target_bpw: bits per weight that `sensitive` keeps to; Llama's embedding, scales and biases are counted.
 
     Raises:
         ValueError: if options exclude each other, or a row cannot be used.
@@ -138,12 +149,13 @@ def convert(
     """
     tic = time.perf_counter()
     mlx_path = Path(mlx_path).expanduser()
-    quantization = check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
+    quantization = check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate, q_target_bpw)
     new = {"vision": vision, "llm": llm, "projector": projector, "seed": seed}
     check_sources(hf_path, new, verify)
     files = {"calibrate": calibrate, "image_folder": image_folder}
     files |= {"verify_data": verify_data, "verify_prompts": verify_prompts}
-    check_prompts({"quantize": quantize, "q_mode": q_mode, "verify": verify, **files}, new)
+    own = {"quantize": quantize, "q_mode": q_mode, "quant_predicate": quant_predicate, "verify": verify}
+    check_prompts({**own, **files}, new)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if verify and mlx_path.is_dir() and not (quantize or dtype or upload_repo):
@@ -161,7 +173,13 @@ def convert(
     with _source(hf_path, revision, new, _share(mlx_path, quantization, dtype)) as (folder, tensors, origin):
         config = _new_config(folder, dtype)
         rows, held_out = read_sets(folder, config, verify, **files)
-        plan = make_plan(folder, config, tensors, quantization, quant_predicate)
+        recipe = None if quant_predicate == SENSITIVE else quant_predicate
+        plan = make_plan(folder, config, tensors, quantization, recipe)
+        if quant_predicate == SENSITIVE:
+            from .conversion.sensitivity import choose_bits
+
+            chosen = choose_bits(folder, plan, rows, q_target_bpw)
+            plan = make_plan(folder, config, tensors, quantization, chosen)
         if quantization:
             overrides = {path: own for path, own in plan.quantized.items() if own != quantization}
             config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
@@ -180,11 +198,17 @@ def convert(
 
 
 def check_quantization(
-    quantize: bool, q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str | None
+    quantize: bool,
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_mode: str,
+    quant_predicate: str | None,
+    q_target_bpw: float | None = None,
 ) -> dict | None:
     """Quantization settings (group_size, bits, mode) of the options, or None; ValueError if they do not combine."""
     if not quantize:
         given = {"q_bits": q_bits, "q_group_size": q_group_size, "quant_predicate": quant_predicate}
+        given["q_target_bpw"] = q_target_bpw
         given["q_mode"] = q_mode if q_mode != "affine" else None
         if names := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(names)} without -q: nothing would be quantized")
@@ -194,10 +218,13 @@ def check_quantization(
     for flag, value, allowed in zip(("--q-group-size", "--q-bits"), (q_group_size, q_bits), MODES[q_mode], strict=True):
         if value is not None and value not in allowed:
             raise ValueError(f"{flag} {value} does not work with {q_mode}, which takes {_either(allowed)}")
+    if (quant_predicate == SENSITIVE) != (q_target_bpw is not None):
+        raise ValueError("--quant-predicate sensitive and --q-target-bpw go together")
     if quant_predicate is not None:
-        if quant_predicate not in RECIPES:
-            raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {', '.join(RECIPES)}")
-        low_bits = int(quant_predicate.split("_")[1])
+        if quant_predicate not in (*RECIPES, SENSITIVE):
+            names = ", ".join((*RECIPES, SENSITIVE))
+            raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {names}")
+        low_bits = 4 if quant_predicate == SENSITIVE else int(quant_predicate.split("_")[1])
         if q_mode != "affine" or q_bits not in (None, low_bits):
             raise ValueError(
                 f"--quant-predicate {quant_predicate} is affine and sets the bits itself; drop --q-mode and --q-bits"
@@ -209,6 +236,8 @@ def check_quantization(
 
 def check_prompts(options: dict, new: dict) -> None:
     """ValueError if the options of calibration and verification do not combine with the others."""
+    if options["quant_predicate"] == SENSITIVE and options["calibrate"] is None:
+        raise ValueError("--quant-predicate sensitive needs --calibrate, whose prompts it measures with")
     if options["calibrate"] is not None:
         if not options["quantize"]:
             raise ValueError("--calibrate without -q: nothing would be quantized")

@@ -14,15 +14,15 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.base import create_attention_mask
 from tqdm import tqdm
 
-from ..checkpoint import build_model, lay_out, read_config
+from ..checkpoint import CheckpointError, build_model, lay_out, read_config
 from ..device import memory_limit
 from ..memory import MemoryLimitError
 from .gptq import Inputs, quantize
 from .rows import Row, embed_rows
-from .shard_writer import Plan, ShardWriter
+from .shard_writer import SHARD_BYTES, Plan, ShardWriter
 from .verify import Tensor, Weights
 
-MAX_TOKENS = 65_536  # of the prompts together: enough for the Hessians, and 1 GB of hidden states of an 8B
+MAX_TOKENS = 65_536  # of the prompts together: 2 GB of hidden states of an 8B
 LLAMA, HEAD, EMBEDDING = "language_model.model", "language_model.lm_head", "language_model.model.embed_tokens"
 # Matrices of a layer by the input they share, in the order of their use.
 STEPS = (
@@ -33,15 +33,20 @@ STEPS = (
 )
 
 
-def fit_rows(rows: Sequence[Row], config: dict) -> list[Row]:
-    """The first rows that fit in memory and in MAX_TOKENS.
+def fit_rows(rows: Sequence[Row], working: int, token_bytes: int, max_tokens: int) -> list[Row]:
+    """The first rows, of at most `max_tokens` together, that fit in memory.
+
+    Args:
+        rows: encoded prompts.
+        working: bytes needed whatever the rows are.
+        token_bytes: bytes needed for each token.
+        max_tokens: of all rows together.
 
     Raises:
         MemoryLimitError: if not even one does.
     """
-    need, limit = working_bytes(config["text_config"]), memory_limit()
-    state_bytes = 2 * mx.float32.size * config["text_config"]["hidden_size"]
-    tokens = min(MAX_TOKENS, int(limit - need) // state_bytes)
+    limit = memory_limit()
+    tokens = min(max_tokens, (limit - working) // token_bytes)
     kept: list[Row] = []
     for row in rows:
         tokens -= len(row.ids)
@@ -49,18 +54,18 @@ def fit_rows(rows: Sequence[Row], config: dict) -> list[Row]:
             break
         kept.append(row)
     if not kept:
-        need += len(rows[0].ids) * state_bytes
+        need = (working + len(rows[0].ids) * token_bytes) / 1e9
         raise MemoryLimitError(
-            f"--calibrate needs {need / 1e9:.2f} GB of memory for this model, but only {limit / 1e9:.2f} GB is usable "
-            "here; convert without it, or on another machine"
+            f"calibrating this model needs {need:.2f} GB of memory, but only {limit / 1e9:.2f} GB is usable here; "
+            "convert without --calibrate, or on another machine"
         )
     return kept
 
 
 def working_bytes(text: dict) -> int:
-    """Bytes of a layer in float32, of its largest Hessian with what GPTQ derives from it, and of a pending shard."""
+    """Bytes of a layer in float32, twice, of its largest Hessian with what GPTQ derives from it, and of a shard."""
     hidden, mlp = text["hidden_size"], text["intermediate_size"]
-    return 4 * (4 * hidden**2 + 3 * hidden * mlp) + 4 * 5 * max(hidden, mlp) ** 2 + 10**9
+    return 8 * (4 * hidden**2 + 3 * hidden * mlp) + 4 * 6 * max(hidden, mlp) ** 2 + SHARD_BYTES
 
 
 def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter, tensors: dict[str, mx.array]) -> None:
@@ -74,10 +79,11 @@ def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter
         tensors: from `read_tensors`, of the same checkpoint.
 
     Raises:
+        CheckpointError: if the weights compute infinities.
         MemoryLimitError: if the memory is too small for one row.
     """
-    config = read_config(folder)
-    rows = fit_rows(rows, config)
+    text = read_config(folder)["text_config"]
+    rows = fit_rows(rows, working_bytes(text), 2 * mx.float32.size * text["hidden_size"], MAX_TOKENS)
     num_tokens = sum(len(row.ids) for row in rows)
     print(f"calibrating with {len(rows)} prompts, {num_tokens} tokens", file=sys.stderr)
     with tqdm(total=Weights(folder).num_bytes, desc="Calibrating", unit="B", unit_scale=True, disable=None) as bar:
@@ -180,7 +186,10 @@ class Quantizer:
             return weight
         out_bytes = self._plan.size(f"{path}.weight")
         self._writer.make_room(out_bytes, out_bytes)
-        arrays = quantize(weight, inputs, own["group_size"], own["bits"], self._plan.dtype)
+        try:
+            arrays = quantize(weight, inputs, own["group_size"], own["bits"], self._plan.dtype)
+        except ArithmeticError as e:
+            raise CheckpointError(f"{path}: cannot be calibrated: {e}; are the weights damaged?") from e
         self._writer.add(dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=True)))
         self.done.add(path)
         mx.clear_cache()

@@ -1,8 +1,8 @@
 """GPTQ: quantize a matrix so that its products with calibration inputs change least (arXiv 2210.17323).
 
 mlx-lm's own takes 2, 4 and 8 bits, and the Hessians of all layers at once, which is 35 GB for an 8B. This one takes
-one matrix at a time and all of MLX's bits. It sets each group's scale to the best of several, rounds the columns that
-matter most first, and corrects for what the quantization of earlier layers did to the inputs (as arXiv 2504.02692).
+one matrix at a time and all of MLX's bits. It rounds the columns that matter most first, and corrects for what the
+quantization of earlier layers did to the inputs (as arXiv 2504.02692). Searching for better scales did not help.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +13,7 @@ import numpy as np
 from .shard_writer import row_slices
 from .verify import Tensor
 
-DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
-SHRINKS = tuple(1 - i / 40 for i in range(20))  # candidate ranges of a group, relative to that of its weights
+DAMPINGS = (0.01, 0.1, 1)  # added to the Hessian's diagonal, as shares of its mean; the first that suffices
 BLOCK = 64  # columns rounded before the others are updated
 
 
@@ -46,29 +45,25 @@ def quantize(
 
     Returns:
         Packed weight, scales and biases, as from `mx.quantize`.
+
+    Raises:
+        ArithmeticError: if inputs are not finite.
     """
-    width = weight.shape[1]
-    blocks = order = factor = None
+    how = {"group_size": group_size, "bits": bits}
     if inputs is not None:
-        hessian = inputs.hessian + DAMPING * mx.maximum(mx.diag(inputs.hessian).mean(), 1e-12) * mx.eye(width)
-        starts = range(0, width, group_size)
-        blocks = mx.stack([hessian[i : i + group_size, i : i + group_size] for i in starts])
-        order = mx.argsort(-mx.diag(hessian))
-        factor = _inverse_factor(hessian[order][:, order])
-        del hessian
+        order = mx.argsort(-mx.diag(inputs.hessian))
+        factor = _inverse_factor(inputs.hessian[order][:, order])
     packed = []
     for rows in row_slices(weight.shape, mx.float32.size):
         w = weight.rows(rows)
-        if inputs is not None:  # the matrix whose products with x are closest to those of `weight` with y
-            w = w + ((w @ inputs.drift)[:, order] @ factor.T @ factor)[:, mx.argsort(order)]
-        scales, biases = _fit_groups(w.reshape(len(w), -1, group_size), blocks, bits, dtype)
-        if factor is None:
-            codes = _codes(w.reshape(len(w), -1, group_size), scales[..., None], biases[..., None], bits)
-            codes = codes.reshape(w.shape)
+        if inputs is None:
+            packed.append(mx.quantize(w.astype(dtype), **how))
         else:
-            codes = _round_columns(w[:, order], factor, scales, biases, order // group_size, bits)
-            codes = codes[:, mx.argsort(order)]
-        packed.append((pack(codes, bits), scales.astype(dtype), biases.astype(dtype)))
+            # the matrix whose products with x are closest to those of `weight` with y, columns in order
+            w = w[:, order] + (w @ inputs.drift)[:, order] @ factor.T @ factor
+            _, scales, biases = mx.quantize(w[:, mx.argsort(order)].astype(dtype), **how)
+            codes = _round_columns(w, factor, scales, biases, order // group_size, bits)
+            packed.append((pack(codes[:, mx.argsort(order)], bits), scales, biases))
         mx.eval(packed[-1])
     return tuple(mx.concatenate(parts) for parts in zip(*packed, strict=True))
 
@@ -80,50 +75,22 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     return mx.array(np.packbits(stream, axis=-1, bitorder="little").view(np.uint32))
 
 
-def _fit_groups(x: mx.array, blocks: mx.array | None, bits: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Scales and biases (out, groups) in float32, representable in `dtype`, of least error when rounding to nearest.
-
-    Args:
-        x: weights (out, groups, group_size).
-        blocks: the Hessian's blocks (groups, group_size, group_size), which weight the error; None for equal weights.
-        bits, dtype: see `quantize`.
-    """
-    best = mx.full(x.shape[:2], mx.inf), mx.zeros(x.shape[:2]), mx.zeros(x.shape[:2])
-    for shrink in SHRINKS:
-        scales, biases = _grid(shrink * x.min(axis=-1), shrink * x.max(axis=-1), bits, dtype)
-        s, b = scales[..., None], biases[..., None]
-        error = x - (_codes(x, s, b, bits) * s + b)
-        weighted = error if blocks is None else (error.swapaxes(0, 1) @ blocks).swapaxes(0, 1)
-        candidate = (weighted * error).sum(axis=-1), scales, biases
-        is_better = candidate[0] < best[0]
-        best = tuple(mx.where(is_better, new, old) for new, old in zip(candidate, best, strict=True))
-        mx.eval(best)
-    return best[1:]
-
-
-def _grid(low: mx.array, high: mx.array, bits: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Scales and biases of a range as `mx.quantize` sets them: the larger end and 0 are represented exactly."""
-    flipped = mx.abs(low) > mx.abs(high)
-    scales = mx.maximum((high - low) / (2**bits - 1), 1e-7)
-    scales = mx.where(flipped, scales, -scales)
-    edge = mx.where(flipped, low, high)
-    steps = mx.round(edge / scales)
-    scales = mx.where(steps == 0, scales, edge / mx.where(steps == 0, 1, steps))
-    biases = mx.where(steps == 0, 0, edge)
-    return scales.astype(dtype).astype(mx.float32), biases.astype(dtype).astype(mx.float32)
-
-
-def _codes(x: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
-    return mx.clip(mx.round((x - biases) / mx.where(scales == 0, 1, scales)), 0, 2**bits - 1)
-
-
 def _inverse_factor(hessian: mx.array) -> mx.array:
-    """Upper-triangular U with UᵀU the inverse of the Hessian: its reversed Cholesky factor, inverted and reversed."""
-    with mx.stream(mx.cpu):  # MLX has neither on a GPU
-        lower = mx.linalg.cholesky(hessian[::-1, ::-1])
-        factor = mx.linalg.tri_inv(lower)[::-1, ::-1]
-        mx.eval(factor)
-    return factor
+    """Upper-triangular U with UᵀU the inverse of the damped Hessian: its reversed Cholesky factor, inverted, reversed.
+
+    Raises:
+        ArithmeticError: if the Hessian is not finite.
+    """
+    mean = mx.maximum(mx.diag(hessian).mean(), 1e-12)
+    for damping in DAMPINGS:
+        with mx.stream(mx.cpu):  # MLX has neither on a GPU
+            lower = mx.linalg.cholesky((hessian + damping * mean * mx.eye(len(hessian)))[::-1, ::-1])
+            if not (mx.diag(lower) > 0).all().item():  # not positive definite in float32; MLX does not say so
+                continue
+            factor = mx.linalg.tri_inv(lower)[::-1, ::-1]
+            mx.eval(factor)
+            return factor
+    raise ArithmeticError("the inputs are not finite")
 
 
 def _round_columns(
@@ -142,7 +109,7 @@ def _round_columns(
     width = weight.shape[1]
     for start in range(0, width, BLOCK):
         end = min(start + BLOCK, width)
-        s, b = scales[:, groups[start:end]], biases[:, groups[start:end]]
+        s, b = (array[:, groups[start:end]].astype(mx.float32) for array in (scales, biases))
         block_codes, errors = _round_block(weight[:, start:end], factor[start:end, start:end], s, b, bits)
         codes.append(block_codes.astype(mx.uint8))
         if end < width:
@@ -158,7 +125,7 @@ def _round_block(
     codes, errors = [], []
     for k in range(x.shape[1]):
         w, s, b = x[:, k], scales[:, k], biases[:, k]
-        codes.append(_codes(w, s, b, bits))
+        codes.append(mx.clip(mx.round((w - b) / s), 0, 2**bits - 1))
         errors.append((w - (codes[-1] * s + b)) / factor[k, k])
         x = x - errors[-1][:, None] * factor[k]
     return mx.stack(codes, axis=1), mx.stack(errors, axis=1)
