@@ -225,7 +225,7 @@ def check_quantization(
             names = ", ".join((*RECIPES, SENSITIVE))
             raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {names}")
         low_bits = 4 if quant_predicate == SENSITIVE else int(quant_predicate.split("_")[1])
-        if q_mode != "affine" or q_bits not in (None, low_bits):
+        if q_mode != "affine" or q_bits not in (None, quant_predicate != SENSITIVE and low_bits):
             raise ValueError(
                 f"--quant-predicate {quant_predicate} is affine and sets the bits itself; drop --q-mode and --q-bits"
             )

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx import generate, load
-from llama3v_mlx.checkpoint import read_config, read_tensors
+from llama3v_mlx.checkpoint import CheckpointError, read_config, read_tensors
 from llama3v_mlx.conversion import calibrate as calibrating
 from llama3v_mlx.conversion.agreement import verify_rows
 from llama3v_mlx.conversion.gptq import Inputs, pack, quantize
 from llama3v_mlx.conversion.rows import read_sets
 from llama3v_mlx.conversion.sensitivity import BITS, allocate
+from llama3v_mlx.conversion.shard_writer import Plan, ShardWriter
 from llama3v_mlx.conversion.verify import Tensor
 from llama3v_mlx.convert import convert, main
 
@@ -191,6 +192,7 @@ def test_a_file_without_rows(tiny: Path, tmp_path: Path, capsys, text: str | Non
         ("-q --quant-predicate sensitive --calibrate x", "go together"),
         ("-q --q-target-bpw 4.5 --calibrate x", "go together"),
         ("-q --q-bits 3 --quant-predicate sensitive --q-target-bpw 4.5 --calibrate x", "drop"),
+        ("-q --q-bits 4 --quant-predicate sensitive --q-target-bpw 4.5 --calibrate x", "drop"),
         ("--q-target-bpw 4.5", "without -q"),
         ("--image-folder x", "needs --calibrate"),
         ("--verify --verify-prompts 3", "needs --calibrate"),
@@ -210,10 +212,10 @@ def test_a_conversion_is_not_calibrated_again(
 
 
 def test_a_target_out_of_reach(tiny: Path, prompts: Path, tmp_path: Path, capsys) -> None:
-    options = ("-q", "--calibrate", prompts, "--quant-predicate", "sensitive", "--q-target-bpw", "1.9")
-    assert "--q-target-bpw 1.9 is less than" in failure(
-        capsys, 1, "--hf-path", tiny, "--mlx-path", tmp_path / "out", *options
-    )
+    options = ("-q", "--calibrate", prompts, "--quant-predicate", "sensitive", "--q-target-bpw")
+    for target in ("1.9", "nan"):
+        line = failure(capsys, 1, "--hf-path", tiny, "--mlx-path", tmp_path / "out", *options, target)
+        assert f"--q-target-bpw {target} is less than" in line
 
 
 def test_too_little_memory(tiny: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -232,3 +234,18 @@ def test_rows_to_verify_with_are_not_calibrated_with(tiny: Path, prompts: Path, 
     assert "\n2 held-out prompts, " in capsys.readouterr().out
     main(["--hf-path", str(tiny), "--mlx-path", str(tmp_path / "out"), "--verify", "--verify-data", str(prompts)])
     assert "\n6 held-out prompts, " in capsys.readouterr().out
+
+
+def test_no_more_rows_are_read_than_are_used(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    """The whole of a training set may be given: the images of what is not used are not even looked for."""
+    rows = [{"prompt": "What?"}] * 3 + [{"image": "gone.png", "prompt": "What?"}] + [{"prompt": "What?"}] * 2
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr("llama3v_mlx.conversion.rows.MAX_TOKENS", 25)
+    used, held_out = read_sets(tiny, read_config(tiny), True, tmp_path / "rows.json", None, None, 2)
+    assert sum(len(row.ids) for row in used) <= 25 and 0 < len(used) < 3 and len(held_out) == 2
+
+
+def test_values_beyond_float16() -> None:
+    plan = Plan(mx.float16, {"layer": {"group_size": 32, "bits": 4, "mode": "affine"}}, {}, 0)
+    with pytest.raises(CheckpointError, match="layer: has values that .*float16 cannot represent"):
+        calibrating.Quantizer(plan, ShardWriter(Path()))("layer", Tensor(mx.full((4, 32), 1e6)), None)

@@ -18,11 +18,10 @@ from ..checkpoint import CheckpointError, build_model, lay_out, read_config
 from ..device import memory_limit
 from ..memory import MemoryLimitError
 from .gptq import Inputs, quantize
-from .rows import Row, embed_rows
+from .rows import MAX_TOKENS, Row, embed_rows
 from .shard_writer import SHARD_BYTES, Plan, ShardWriter
 from .verify import Tensor, Weights
 
-MAX_TOKENS = 65_536  # of the prompts together: 2 GB of hidden states of an 8B
 LLAMA, HEAD, EMBEDDING = "language_model.model", "language_model.lm_head", "language_model.model.embed_tokens"
 # Matrices of a layer by the input they share, in the order of their use.
 STEPS = (
@@ -190,6 +189,8 @@ class Quantizer:
             arrays = quantize(weight, inputs, own["group_size"], own["bits"], self._plan.dtype)
         except ArithmeticError as e:
             raise CheckpointError(f"{path}: cannot be calibrated: {e}; are the weights damaged?") from e
+        if not mx.isfinite(arrays[1]).all().item():
+            raise CheckpointError(f"{path}: has values that {self._plan.dtype} cannot represent; use another --dtype")
         self._writer.add(dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=True)))
         self.done.add(path)
         mx.clear_cache()

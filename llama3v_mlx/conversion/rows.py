@@ -4,6 +4,7 @@ A row is one of training (see `training.data`), or `{"image": "a.jpg" or a list,
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import load_tokenizer
-from ..image import ImageError, TiledImage
+from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
 from ..training.data import DataError, messages_of
 from .verify import Weights
 
 HELD_OUT = 32  # rows to verify with, unless told
+MAX_TOKENS = 65_536  # to calibrate with: 2 GB of hidden states of an 8B
 
 
 @dataclass(frozen=True)
@@ -30,40 +32,6 @@ class Row:
     positions: np.ndarray  # positions that an answer's token is predicted from; the last one if there is no answer
 
 
-def read_rows(path: str | Path, image_folder: str | Path | None, processor: Processor) -> list[Row]:
-    """Read and encode all rows of a .json or .jsonl file.
-
-    Args:
-        path: the file.
-        image_folder: folder that image paths start from (default: the file's).
-        processor: of the checkpoint to be converted.
-
-    Raises:
-        DataError: if the file is missing or has no rows, or at the first row that cannot be used.
-    """
-    path = Path(path).expanduser()
-    folder = path.parent if image_folder is None else Path(image_folder).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-        is_lines = path.suffix == ".jsonl"
-        # not splitlines(), which also splits at characters that JSON allows in strings
-        lines = enumerate(text.split("\n"), 1) if is_lines else enumerate(map(json.dumps, json.loads(text)), 1)
-        lines = [(number, line) for number, line in lines if line.strip()]
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from e
-    except (ValueError, TypeError) as e:
-        raise DataError(f"{path}: not JSON rows: {e}") from e
-    if not lines:
-        raise DataError(f"{path}: has no rows")
-    rows = []
-    for number, line in lines:
-        try:
-            rows.append(_encode(json.loads(line), folder, processor))
-        except (ValueError, ImageError, OSError) as e:
-            raise DataError(f"{path}, row {number}: {e}") from e
-    return rows
-
-
 def read_sets(
     folder: Path,
     config: dict,
@@ -73,33 +41,66 @@ def read_sets(
     verify_data: str | Path | None,
     verify_prompts: int | None,
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to calibrate with and rows to verify with, none of them in both.
+    """Read rows to calibrate with and rows to verify with, none of them in both.
 
     Args:
         folder, config: the source checkpoint, and its config in our layout.
-        verify: return rows to verify with.
-        calibrate: file to calibrate with, or None.
-        image_folder: see `read_rows`.
+        verify: read rows to verify with.
+        calibrate: .json or .jsonl file whose first rows are to be calibrated with, up to MAX_TOKENS; or None.
+        image_folder: folder that image paths start from (default: the file's).
         verify_data: file whose last rows are to be verified with (default: `calibrate`).
         verify_prompts: number of rows to verify with (default: up to HELD_OUT, and a quarter of `calibrate`).
 
     Raises:
-        DataError: if a file cannot be used, or has too few rows.
+        DataError: if a file is missing or has too few rows, or at the first row that cannot be used.
     """
+    if not calibrate and not (verify and verify_data):
+        return [], []
     processor = Processor.from_config(config, load_tokenizer(folder, config["eos_token_id"]))
-    rows = read_rows(calibrate, image_folder, processor) if calibrate else []
-    if not verify or not (calibrate or verify_data):
-        return rows, []
-    if verify_data:
-        held_out = read_rows(verify_data, image_folder, processor)
-        count = verify_prompts or min(HELD_OUT, len(held_out))
-    else:
-        held_out, count = rows, verify_prompts or min(HELD_OUT, max(1, len(rows) // 4))
-        rows = rows[:-count]
-    if len(held_out) < count or (calibrate and not rows):
-        few = f"{verify_data or calibrate}: its {len(held_out)} rows are too few to verify with {count} of them"
-        raise DataError(f"{few}; give fewer --verify-prompts, or another --verify-data")
-    return rows, held_out[-count:]
+    rows = _split(calibrate) if calibrate else []
+    held_out = []
+    if verify:
+        held_out = _split(verify_data) if verify_data else rows
+        count = verify_prompts or min(HELD_OUT, len(held_out) if verify_data else max(1, len(rows) // 4))
+        rows = rows if verify_data else rows[:-count]
+        if len(held_out) < count or (calibrate and not rows):
+            few = f"{verify_data or calibrate}: its {len(held_out)} rows are too few to verify with {count} of them"
+            raise DataError(f"{few}; give fewer --verify-prompts, or another --verify-data")
+        held_out = held_out[-count:]
+    sets = []
+    for path, lines, most in ((calibrate, rows, MAX_TOKENS), (verify_data or calibrate, held_out, math.inf)):
+        sets.append([])
+        for number, text in lines:
+            try:
+                row = _encode(json.loads(text), _folder(path, image_folder), processor)
+            except (ValueError, OSError) as e:
+                raise DataError(f"{path}, row {number}: {e}") from e
+            most -= len(row.ids)
+            if most < 0 and sets[-1]:
+                break
+            sets[-1].append(row)
+    return sets[0], sets[1]
+
+
+def _folder(path: str | Path, image_folder: str | Path | None) -> Path:
+    return Path(image_folder or Path(path).parent).expanduser()
+
+
+def _split(path: str | Path) -> list[tuple[int, str]]:
+    """Split a file into rows, which are numbered from 1 and not parsed yet."""
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        # Not splitlines(), which also splits at characters that JSON allows in strings.
+        lines = text.split("\n") if path.suffix == ".jsonl" else [json.dumps(row) for row in json.loads(text)]
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from e
+    except (ValueError, TypeError) as e:
+        raise DataError(f"{path}: is not a JSON list in UTF-8: {e}") from e
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path}: has no rows")
+    return rows
 
 
 def _encode(row: object, folder: Path, processor: Processor) -> Row:

@@ -59,7 +59,7 @@ def choose_bits(folder: Path, plan: Plan, rows: Sequence[Row], target: float) ->
             rest += 8 * plan.dtype.size * math.prod(shape)
     total = sum(map(math.prod, shapes.values()))
     least = (rest + sum(cost[BITS[0]] for cost in costs.values())) / total
-    if target < least:
+    if not target >= least:
         raise ValueError(f"--q-target-bpw {target:g} is less than the {least:.2f} that {BITS[0]} bits take")
     text = weights.config["text_config"]
     token_bytes = mx.float32.size * text["hidden_size"] * (text["num_hidden_layers"] + 2)
