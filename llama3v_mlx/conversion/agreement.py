@@ -30,8 +30,9 @@ class Agreement:
     top1: float  # share of tokens with the same most likely one
 
     def __str__(self) -> str:
+        some = f"{self.prompts} held-out prompt{'s' if self.prompts > 1 else ''}"
         return (
-            f"{table(self.tensors)}\n{self.prompts} held-out prompts, {self.tokens} tokens: KL {self.kl:.6f} nats, "
+            f"{table(self.tensors)}\n{some}, {self.tokens} tokens: KL {self.kl:.6f} nats, "
             f"top-1 {self.top1:.2%}"
         )
 
