@@ -31,10 +31,7 @@ class Agreement:
 
     def __str__(self) -> str:
         some = f"{self.prompts} held-out prompt{'s' if self.prompts > 1 else ''}"
-        return (
-            f"{table(self.tensors)}\n{some}, {self.tokens} tokens: KL {self.kl:.6f} nats, "
-            f"top-1 {self.top1:.2%}"
-        )
+        return f"{table(self.tensors)}\n{some}, {self.tokens} tokens: KL {self.kl:.6f} nats, top-1 {self.top1:.2%}"
 
 
 def verify_rows(source: Path, result: Path, rows: Sequence[Row]) -> Agreement:

@@ -25,7 +25,7 @@ from .shard_writer import Plan, row_slices
 from .verify import Tensor, Weights
 
 BITS = (2, 3, 4, 5, 6, 8)
-POSITIONS = 32  # of a prompt, at most, whose predictions are differentiated
+POSITIONS = 1024  # of all prompts, whose predictions are differentiated
 MAX_TOKENS = 8192  # of the prompts together: the inputs of all layers are kept for the pass back
 
 Scores = dict[str, dict[int, float]]  # module path → bits → KL divergence, in nats, of all prompts
@@ -62,8 +62,11 @@ def choose_bits(folder: Path, plan: Plan, rows: Sequence[Row], target: float) ->
     if not target >= least:
         raise ValueError(f"--q-target-bpw {target:g} is less than the {least:.2f} that {BITS[0]} bits take")
     text = weights.config["text_config"]
-    token_bytes = mx.float32.size * text["hidden_size"] * (text["num_hidden_layers"] + 2)
-    rows = fit_rows(rows, working_bytes(text), token_bytes, MAX_TOKENS)
+    hidden, mlp = text["hidden_size"], text["intermediate_size"]
+    # Inputs of all layers; inputs and gradients of one layer's matrices; gradients of the logits.
+    token_bytes = mx.float32.size * ((text["num_hidden_layers"] + 9) * hidden + 4 * mlp)
+    working = working_bytes(text) + mx.float32.size * POSITIONS * text["vocab_size"]
+    rows = fit_rows(rows, working, token_bytes, MAX_TOKENS)
     with tqdm(total=2 * weights.num_bytes, desc="Measuring", unit="B", unit_scale=True, disable=None) as bar:
         scores = measure(folder, plan, rows, bar.update)
     chosen = allocate(scores, costs, target * total - rest)
@@ -130,7 +133,7 @@ def measure(
 
     pairs, gradients = [], []
     for x, row in zip(states.pop(), rows, strict=True):
-        at = mx.array(row.positions[:POSITIONS])
+        at = mx.array(row.positions[: max(1, POSITIONS // len(rows))])
         h = llama.norm(x[0, at])
         g = _random_gradient(h, head, mx.random.key(len(pairs)))
         pairs.append((h, g))
