@@ -17,16 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import run
+from .cli import positive, run
 from .files import new_folder, writing
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from .conversion.rows import Row
     from .conversion.shard_writer import Plan
 
 DTYPES = ("float16", "bfloat16", "float32")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
+SENSITIVE = "sensitive"
 # MLX's quantization modes: supported group sizes and bits, the default first.
 MODES = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
@@ -55,12 +57,26 @@ def build_parser() -> argparse.ArgumentParser:
     quantization.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight (default: 4)")
     quantization.add_argument("--q-group-size", type=int, choices=(16, 32, 64, 128), help="group size (default: 64)")
     quantization.add_argument("--q-mode", choices=MODES, default="affine", help="quantization mode (default: affine)")
-    quantization.add_argument("--quant-predicate", choices=RECIPES, help="mlx-lm's mixed-bit recipe")
+    quantization.add_argument(
+        "--quant-predicate",
+        choices=(*RECIPES, SENSITIVE),
+        help="mlx-lm's mixed-bit recipe; or sensitive: bits by what they do to the answers to --calibrate",
+    )
+    quantization.add_argument(
+        "--q-target-bpw", type=float, metavar="BITS", help="with sensitive: bits per weight of all of Llama"
+    )
+    calibration = parser.add_argument_group("calibration of the quantization, affine only")
+    calibration.add_argument("--calibrate", metavar="FILE", help="prompts with images to calibrate with (GPTQ)")
+    calibration.add_argument("--image-folder", metavar="DIR", help="folder of their images (default: the file's)")
     parser.add_argument(
         "--verify",
         action="store_true",
         help="compare the result with its source; with an existing --mlx-path, do only that",
     )
+    parser.add_argument(
+        "--verify-data", metavar="FILE", help="prompts to verify with (default: the last ones of --calibrate)"
+    )
+    parser.add_argument("--verify-prompts", metavar="N", type=positive, help="number of prompts (default: up to 32)")
     parser.add_argument("--upload-repo", metavar="REPO", help="Hub repository to upload the result to")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser
@@ -74,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         check_quantization(**{key: options[key] for key in options if key.startswith("q")})
         new = {key: options[key] for key in ("vision", "llm", "projector", "seed")}
         check_sources(options["hf_path"], new, options["verify"])
+        check_prompts(options, new)
     except ValueError as e:
         parser.error(str(e))
     run(lambda: convert(**options), debug, awake=True)
@@ -95,6 +112,11 @@ def convert(
     llm: str | Path | None = None,
     projector: str | None = None,
     seed: int | None = None,
+    calibrate: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    verify_data: str | Path | None = None,
+    verify_prompts: int | None = None,
+    q_target_bpw: float | None = None,
 ) -> None:
     """Convert a checkpoint to MLX within a few GB of memory, and print a summary.
 
@@ -105,27 +127,39 @@ def convert(
         q_bits: bits per weight (default: 4, or the bits of `q_mode`).
         q_group_size: weights that share a scale (default: 64, or the group size of `q_mode`).
         q_mode: affine, mxfp4, nvfp4 or mxfp8.
-        quant_predicate: mlx-lm's mixed-bit recipe: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.
+        quant_predicate: mlx-lm's mixed-bit recipe: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6; or sensitive: see
+            `conversion.sensitivity`.
         dtype: float16, bfloat16 or float32, of everything not quantized (default: as in the source's config).
         upload_repo: a Hub repository to upload the result to.
         revision: a branch, tag or commit of the repository `hf_path`.
         verify: compare the result with its source; if `mlx_path` exists, do only that.
         vision, llm, projector, seed: see `assemble`; used instead of `hf_path`, for a new model.
+        calibrate: a file of prompts with images, see `conversion.rows`, to quantize with GPTQ.
+        image_folder: folder that its image paths start from (default: the file's).
+        verify_data: a file of prompts to compare the result with its source on (default: rows of `calibrate` that were
+            not used; without either, one question about one image).
+        verify_prompts: number of its rows, from the end (default: 32).
+        q_target_bpw: bits per weight that `sensitive` keeps to; Llama's embedding, scales and biases are counted.
 
     Raises:
-        ValueError: if options exclude each other.
+        ValueError: if options exclude each other, or a row cannot be used.
+        MemoryLimitError: if the memory is too small to calibrate in.
         CheckpointError: if the source cannot be converted.
         OSError: if `mlx_path` exists or cannot be written.
     """
     tic = time.perf_counter()
     mlx_path = Path(mlx_path).expanduser()
-    quantization = check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
+    quantization = check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate, q_target_bpw)
     new = {"vision": vision, "llm": llm, "projector": projector, "seed": seed}
     check_sources(hf_path, new, verify)
+    files = {"calibrate": calibrate, "image_folder": image_folder}
+    files |= {"verify_data": verify_data, "verify_prompts": verify_prompts}
+    own = {"quantize": quantize, "q_mode": q_mode, "quant_predicate": quant_predicate, "verify": verify}
+    check_prompts({**own, **files}, new)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if verify and mlx_path.is_dir() and not (quantize or dtype or upload_repo):
-        _verify(hf_path, revision, mlx_path)
+        _verify(hf_path, revision, mlx_path, files)
         return
     if os.path.lexists(mlx_path):
         way_out = ", or --verify alone to verify it" if verify else ""
@@ -133,34 +167,48 @@ def convert(
     if upload_repo:
         _check_upload(upload_repo)
 
+    from .conversion.rows import read_sets
     from .conversion.shard_writer import make_plan
 
     with _source(hf_path, revision, new, _share(mlx_path, quantization, dtype)) as (folder, tensors, origin):
         config = _new_config(folder, dtype)
-        plan = make_plan(folder, config, tensors, quantization, quant_predicate)
+        rows, held_out = read_sets(folder, config, verify, **files)
+        recipe = None if quant_predicate == SENSITIVE else quant_predicate
+        plan = make_plan(folder, config, tensors, quantization, recipe)
+        if quant_predicate == SENSITIVE:
+            from .conversion.sensitivity import choose_bits
+
+            chosen = choose_bits(folder, plan, rows, q_target_bpw)
+            plan = make_plan(folder, config, tensors, quantization, chosen)
         if quantization:
             overrides = {path: own for path, own in plan.quantized.items() if own != quantization}
             config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
         texts = _texts(folder, config, origin, upload_repo or mlx_path.name)
         with new_folder(mlx_path, plan.num_bytes + SPARE_BYTES) as partial:
-            num_shards = _write(folder, partial, tensors, plan, texts)
+            num_shards = _write(folder, partial, tensors, plan, texts, rows)
     print(
         f"{mlx_path}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' if num_shards > 1 else ''}, "
         f"{8 * plan.num_bytes / plan.num_parameters:.2f} bits per weight, {time.perf_counter() - tic:.1f} s, "
         f"peak memory {_peak_memory() / 1e9:.2f} GB"
     )
     if verify:
-        _verify(hf_path, revision, mlx_path)
+        _verify(hf_path, revision, mlx_path, held_out)
     if upload_repo:
         _upload(mlx_path, upload_repo)
 
 
 def check_quantization(
-    quantize: bool, q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str | None
+    quantize: bool,
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_mode: str,
+    quant_predicate: str | None,
+    q_target_bpw: float | None = None,
 ) -> dict | None:
     """Quantization settings (group_size, bits, mode) of the options, or None; ValueError if they do not combine."""
     if not quantize:
         given = {"q_bits": q_bits, "q_group_size": q_group_size, "quant_predicate": quant_predicate}
+        given["q_target_bpw"] = q_target_bpw
         given["q_mode"] = q_mode if q_mode != "affine" else None
         if names := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(names)} without -q: nothing would be quantized")
@@ -170,17 +218,40 @@ def check_quantization(
     for flag, value, allowed in zip(("--q-group-size", "--q-bits"), (q_group_size, q_bits), MODES[q_mode], strict=True):
         if value is not None and value not in allowed:
             raise ValueError(f"{flag} {value} does not work with {q_mode}, which takes {_either(allowed)}")
+    if (quant_predicate == SENSITIVE) != (q_target_bpw is not None):
+        raise ValueError("--quant-predicate sensitive and --q-target-bpw go together")
     if quant_predicate is not None:
-        if quant_predicate not in RECIPES:
-            raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {', '.join(RECIPES)}")
-        low_bits = int(quant_predicate.split("_")[1])
-        if q_mode != "affine" or q_bits not in (None, low_bits):
+        if quant_predicate not in (*RECIPES, SENSITIVE):
+            names = ", ".join((*RECIPES, SENSITIVE))
+            raise ValueError(f"--quant-predicate is {quant_predicate!r}; it must be one of {names}")
+        low_bits = 4 if quant_predicate == SENSITIVE else int(quant_predicate.split("_")[1])
+        if q_mode != "affine" or q_bits not in (None, quant_predicate != SENSITIVE and low_bits):
             raise ValueError(
                 f"--quant-predicate {quant_predicate} is affine and sets the bits itself; drop --q-mode and --q-bits"
             )
         q_bits = low_bits
     group_sizes, bits = MODES[q_mode]
     return {"group_size": q_group_size or group_sizes[0], "bits": q_bits or bits[0], "mode": q_mode}
+
+
+def check_prompts(options: dict, new: dict) -> None:
+    """ValueError if the options of calibration and verification do not combine with the others."""
+    if options["quant_predicate"] == SENSITIVE and options["calibrate"] is None:
+        raise ValueError("--quant-predicate sensitive needs --calibrate, whose prompts it measures with")
+    if options["calibrate"] is not None:
+        if not options["quantize"]:
+            raise ValueError("--calibrate without -q: nothing would be quantized")
+        if options["q_mode"] != "affine":
+            raise ValueError(f"--calibrate works with affine only, not with --q-mode {options['q_mode']}")
+        if any(value is not None for value in new.values()):
+            raise ValueError("--calibrate needs a trained model: give --hf-path")
+    if options["calibrate"] is None and options["verify_data"] is None:
+        for name in ("image_folder", "verify_prompts"):
+            if options[name] is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --calibrate or --verify-data")
+    for name in ("verify_data", "verify_prompts"):
+        if options[name] is not None and not options["verify"]:
+            raise ValueError(f"--{name.replace('_', '-')} without --verify")
 
 
 def check_sources(hf_path: str | Path | None, new: dict, verify: bool) -> None:
@@ -252,14 +323,20 @@ def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[st
     }
 
 
-def _write(folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan, texts: dict[str, str]) -> int:
-    """Write all files; return the number of shards."""
+def _write(
+    folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan, texts: dict[str, str], rows: list[Row]
+) -> int:
+    """Write all files, calibrated on `rows` if there are any; return the number of shards."""
     from tqdm import tqdm
 
     from .checkpoint import TOKENIZER
     from .conversion.shard_writer import ShardWriter, write_tensors
 
     writer = ShardWriter(partial)
+    if rows:
+        from .conversion.calibrate import calibrate
+
+        calibrate(folder, plan, rows, writer, tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
         write_tensors(tensors, plan, writer, bar.update)
@@ -314,15 +391,24 @@ The weights keep the licence of the checkpoint they were converted from.
 """
 
 
-def _verify(source: str | Path, revision: str | None, result: Path) -> None:
-    from .checkpoint import find_checkpoint
+def _verify(source: str | Path, revision: str | None, result: Path, rows: dict | list[Row]) -> None:
+    """Print a comparison of a conversion with its source on rows, or on those of the given options."""
+    from .checkpoint import find_checkpoint, read_config
     from .cli import note_slow_cpu
+    from .conversion.agreement import verify_rows
+    from .conversion.rows import read_sets
     from .conversion.verify import verify
     from .demo import IMAGES
 
     note_slow_cpu()
     tic = time.perf_counter()
-    print(verify(find_checkpoint(source, revision), find_checkpoint(result), min(IMAGES.glob("*.png"))))
+    folder = find_checkpoint(source, revision)
+    if isinstance(rows, dict):
+        _, rows = read_sets(folder, read_config(folder), True, **rows)
+    if rows:
+        print(verify_rows(folder, find_checkpoint(result), rows))
+    else:
+        print(verify(folder, find_checkpoint(result), min(IMAGES.glob("*.png"))))
     print(f"verified in {time.perf_counter() - tic:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,3 +98,24 @@ def test_commands_leave_the_number_of_threads(threads, demo, siglip: Path, tmp_p
     options |= {"--image-folder": tmp_path, "--features": tmp_path / "tokens", "--out": tmp_path / "run"}
     train.main([str(word) for pair in options.items() for word in pair])
     assert threads() == 3
+
+
+@pytest.mark.parametrize("given, expected", [("Haswell", {"Haswell"}), (None, {"Cooperlake", "SkylakeX", "Haswell"})])
+def test_kernels_of_a_cpu_newer_than_openblas(run_python, given: str | None, expected: set[str]) -> None:
+    """The CPU's features choose them, not its model; the user's own choice is kept."""
+    if not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("a CPU of other kernels")
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    environment |= {"OPENBLAS_CORETYPE": given} if given else {}
+    script = """
+import llama3v_mlx, ctypes
+blas = ctypes.CDLL("libopenblas.so.0")
+for name in ("config", "corename"):
+    function = getattr(blas, f"openblas_get_{name}")
+    function.restype = ctypes.c_char_p
+    print(function().decode())
+"""
+    config, core = run_python("-c", script, env=environment).stdout.splitlines()
+    if "DYNAMIC_ARCH" not in config:
+        pytest.skip("an OpenBLAS for one CPU")
+    assert core in expected

@@ -47,7 +47,7 @@ def make_plan(
     config: dict,
     tensors: dict[str, mx.array],
     quantization: dict | None = None,
-    recipe: str | None = None,
+    recipe: str | dict[str, dict] | None = None,
 ) -> Plan:
     """Check a checkpoint's tensors against its config and plan the output.
 
@@ -56,7 +56,8 @@ def make_plan(
         config: in our layout; `dtype` is the dtype of the floating-point tensors written.
         tensors: from `read_tensors`.
         quantization: group_size, bits and mode of quantized modules; None for no quantization.
-        recipe: one of mlx-lm's mixed-bit recipes, which overrides `quantization` for some modules.
+        recipe: one of mlx-lm's mixed-bit recipes, which overrides `quantization` for some modules; or the settings of
+            each module.
 
     Raises:
         CheckpointError: if tensors are missing, unknown, duplicated or of the wrong shape.
@@ -77,10 +78,11 @@ def make_plan(
     return Plan(dtype, quantized, sizes, sum(part.size for part in parts.values()))
 
 
-def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> dict[str, dict]:
+def _quantize_skeleton(model: Model, quantization: dict, recipe: str | dict | None) -> dict[str, dict]:
     """Quantize an unevaluated model as mlx-lm would; return the settings of each quantized module."""
     group_size = quantization["group_size"]
-    choose = mixed_quant_predicate_builder(recipe, model, group_size) if recipe else lambda path, module: quantization
+    choose = mixed_quant_predicate_builder(recipe, model, group_size) if isinstance(recipe, str) else None
+    own = recipe if isinstance(recipe, dict) else {}
     chosen = {}
 
     def predicate(path: str, module: nn.Module) -> bool | dict:
@@ -88,7 +90,7 @@ def _quantize_skeleton(model: Model, quantization: dict, recipe: str | None) -> 
             return False
         if module.weight.shape[-1] % group_size:
             return False
-        chosen[path] = choose(path, module)
+        chosen[path] = choose(path, module) if choose else own.get(path, quantization)
         return chosen[path]
 
     nn.quantize(model, class_predicate=predicate)

@@ -64,15 +64,19 @@ class Report:
     prompt: str
 
     def __str__(self) -> str:
-        lines = [f"{'tensors':<14}{'count':>6}{'relative error':>16}{'largest':>12}"]
-        for kind, loss in self.tensors.items():
-            lines.append(f"{kind:<14}{loss.count:>6}{loss.relative_error:>16.6f}{loss.largest:>12.6f}")
         verdict = "agrees:" if self.agrees else f"differs: {self.result_token!r} instead of"
-        lines.append(
-            f"first token after {self.prompt!r} about {self.image}: KL {self.kl:.6f} nats, top-1 {verdict} "
-            f"{self.source_token!r}"
+        return (
+            f"{table(self.tensors)}\nfirst token after {self.prompt!r} about {self.image}: KL {self.kl:.6f} nats, "
+            f"top-1 {verdict} {self.source_token!r}"
         )
-        return "\n".join(lines)
+
+
+def table(tensors: dict[str, Loss]) -> str:
+    """Format the errors of tensors by kind."""
+    lines = [f"{'tensors':<14}{'count':>6}{'relative error':>16}{'largest':>12}"]
+    for kind, loss in tensors.items():
+        lines.append(f"{kind:<14}{loss.count:>6}{loss.relative_error:>16.6f}{loss.largest:>12.6f}")
+    return "\n".join(lines)
 
 
 def verify(source: Path, result: Path, image: ImageSource, prompt: str = PROMPT) -> Report:

@@ -1,0 +1,132 @@
+"""Quantize the demo with and without calibration, and compare: bytes, KL, top-1, right answers, seconds.
+
+    python benchmarks/quantize.py                       # all rows of the table; needs the demo extra
+    python benchmarks/quantize.py --only "4 bits" "4 bits calibrated" --questions 0
+    python benchmarks/quantize.py --full-size 1024      # one decoder layer of Llama-3-8B's size, and so many tokens
+
+Calibration prompts are the demo's training data from another seed. KL and top-1 are of the answers' tokens of held-out
+questions, given the right answers before them; the right answers are counted by `tools.demo.evaluate`.
+Bound: a matrix in b bits and groups of 64 takes b + 0.5 bits per weight, calibrated or not.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PLAIN = {f"{bits} bits": {"q_bits": bits} for bits in (2, 3, 4, 5)}
+SENSITIVE = {
+    f"sensitive, {bits}": {"quant_predicate": "sensitive", "q_target_bpw": bits, "calibrated": True}
+    for bits in (3.5, 4.5)
+}
+RUNS = {**PLAIN, **{f"{name} calibrated": {**own, "calibrated": True} for name, own in PLAIN.items()}, **SENSITIVE}
+
+
+def write_rows(folder: Path, count: int, questions: int) -> tuple[Path, Path]:
+    """Write calibration rows, and held-out questions with their answers."""
+    from tools.demo.evaluate import held_out
+    from tools.demo.rows import draw_row
+
+    with (folder / "calibrate.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(draw_row(i, folder, seed=777) for i in range(count))
+    with (folder / "held-out.jsonl").open("w", encoding="utf-8") as file:
+        for i, (_, image, _, question, answer) in enumerate(held_out(questions)):
+            image.save(folder / f"held-out-{i}.png", compress_level=1)
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            file.write(json.dumps({"image": f"held-out-{i}.png", "conversations": turns}) + "\n")
+    return folder / "calibrate.jsonl", folder / "held-out.jsonl"
+
+
+def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Convert and compare; one dict per row of the table, printed as it comes."""
+    from llama3v_mlx.checkpoint import read_config, read_tensors
+    from llama3v_mlx.conversion.agreement import verify_rows
+    from llama3v_mlx.conversion.rows import read_sets
+    from llama3v_mlx.convert import convert
+    from llama3v_mlx.demo import CHECKPOINT
+    from tools.demo.evaluate import evaluate
+
+    calibration, held_out = write_rows(folder, args.rows, args.prompts)
+    _, prompts = read_sets(CHECKPOINT, read_config(CHECKPOINT), True, None, None, held_out, args.prompts)
+    results = []
+    print(f"{'':20}{'Llama, bytes':>14}{'KL, 1e-6 nats':>15}{'top-1':>9}{'right':>12}{'CPU s':>8}")
+    for name in args.only or RUNS:
+        options = {key: value for key, value in RUNS[name].items() if key != "calibrated"}
+        if RUNS[name].get("calibrated"):
+            options["calibrate"] = calibration
+        tic = time.process_time()
+        convert(CHECKPOINT, folder / name, quantize=True, **options)
+        seconds = time.process_time() - tic
+        tensors = read_tensors(folder / name)
+        num_bytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith("language_model."))
+        agreement = verify_rows(CHECKPOINT, folder / name, prompts)
+        right = evaluate(str(folder / name), args.questions)["all"][0] if args.questions else None
+        results.append({"name": name, "bytes": num_bytes, "kl": agreement.kl, "top1": agreement.top1})
+        results[-1] |= {"right": right, "questions": args.questions, "cpu_seconds": seconds}
+        answers = f"{right} of {args.questions}" if args.questions else ""
+        kl, top1 = f"{1e6 * agreement.kl:.1f}", f"{agreement.top1:.2%}"
+        print(f"{name:20}{num_bytes:>14,}{kl:>15}{top1:>9}{answers:>12}{seconds:>8.1f}", flush=True)
+    return results
+
+
+def measure_layer(tokens: int) -> dict:
+    """Quantize one decoder layer of Llama-3-8B's size, of random weights; CPU seconds and peak memory."""
+    import mlx.core as mx
+    from mlx_lm.models.llama import ModelArgs, TransformerBlock
+
+    from llama3v_mlx.conversion.calibrate import STEPS, Quantizer, _quantize_layer
+    from llama3v_mlx.conversion.shard_writer import Plan
+
+    class Sink:
+        """A `ShardWriter` that keeps nothing."""
+
+        def make_room(self, out_bytes: int, working_bytes: int) -> None: ...
+        def add(self, tensors: dict[str, mx.array]) -> None: ...
+
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    args = ModelArgs("llama", num_hidden_layers=1, vocab_size=128256, rms_norm_eps=1e-5, **sizes)
+    mx.random.seed(0)
+    original, quantized = TransformerBlock(args), TransformerBlock(args)
+    quantized.update(original.parameters())
+    xs = [mx.random.normal((1, min(1024, tokens), 4096)) for _ in range(max(1, tokens // 1024))]
+    ys = [x + 0.05 * mx.random.normal(x.shape) for x in xs]
+    mx.eval(original.parameters(), xs, ys)
+    how = {"group_size": 64, "bits": 4, "mode": "affine"}
+    plan = Plan(mx.float16, {f"layer.{name}": how for step in STEPS for name in step}, {}, 0)
+    tic = time.perf_counter(), time.process_time()
+    _quantize_layer(quantized, original, "layer", xs, ys, Quantizer(plan, Sink()))
+    wall, cpu = time.perf_counter() - tic[0], time.process_time() - tic[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"one layer, {tokens} tokens: {cpu:.0f} s of CPU, {wall:.0f} s, peak memory {peak / 1e9:.2f} GB")
+    return {"tokens": tokens, "cpu_seconds": cpu, "seconds": wall, "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=96, help="rows to calibrate with (default: 96)")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts for KL and top-1 (default: 200)")
+    parser.add_argument("--questions", type=int, default=500, help="held-out questions to answer (default: 500)")
+    parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME", help=f"some of: {', '.join(RUNS)}")
+    parser.add_argument("--full-size", type=int, metavar="TOKENS", help="measure one layer of an 8B's size instead")
+    args = parser.parse_args()
+    figures = {"machine": platform.platform(), "versions": {name: version(name) for name in ("mlx", "mlx-lm")}}
+    if args.full_size:
+        figures["layer"] = measure_layer(args.full_size)
+    else:
+        with tempfile.TemporaryDirectory(prefix="quantize-") as folder:
+            figures["rows"] = measure(Path(folder), args)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    import llama3v_mlx  # noqa: F401  (loads OpenBLAS, which must come before mlx.core)
+
+    main()
