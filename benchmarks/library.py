@@ -153,7 +153,8 @@ def follow(files: int, distinct: int, kills: int, seconds: float, temporary: Pat
     found = (changes.added, changes.moved, changes.changed, changes.deleted, changes.embedded, len(read))
     assert found == expected, (found, expected)
     say(
-        f"{count} deleted, moved, changed: {changes}; {len(read)} files read, {changes.embedded} embedded, {cpu:.1f} s CPU"
+        f"{count} deleted, moved, changed: {changes}; {len(read)} files read, {changes.embedded} embedded, "
+        f"{cpu:.1f} s CPU"
     )
     assert {Path(path) for _, path in library.store.names()} == present
     read.clear()

@@ -16,6 +16,10 @@ DEMO_NOTE = (
     "real one: llama3v convert --hf-path openbmb/MiniCPM-Llama3-V-2_5 --mlx-path llama3v-4bit -q, then --model "
     "llama3v-4bit"
 )
+SIGLIP_NOTE = (
+    "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
+    "your pictures: --model google/siglip-so400m-patch14-384"
+)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx"
 GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
 GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")

@@ -10,14 +10,9 @@ import time
 from itertools import chain, islice
 from pathlib import Path
 
-from .cli import CACHE, note_slow_cpu, positive, run
+from .cli import CACHE, SIGLIP_NOTE, note_slow_cpu, positive, run
 from .demo import SIGLIP
 from .files import write_beside
-
-DEMO_NOTE = (
-    "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
-    "your pictures: --model google/siglip-so400m-patch14-384"
-)
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
@@ -89,7 +84,7 @@ def embed(args: argparse.Namespace) -> None:
     if group.rank() == 0:
         note_slow_cpu()
         if args.model is None:
-            print(DEMO_NOTE, file=sys.stderr)
+            print(SIGLIP_NOTE, file=sys.stderr)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     encoder = load_encoder(args.model or SIGLIP, args.kind, dtype, args.draft)
     encoder.all_cores = True

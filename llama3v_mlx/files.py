@@ -143,6 +143,11 @@ def is_junk(name: str) -> bool:
     return name == ".DS_Store" or name.startswith("._")
 
 
+def safe(name: str) -> str:
+    """Return a file name as one line, with control characters and invisible ones as escapes."""
+    return "".join(c if c.isprintable() or c in " \u202f\u00a0" else repr(c)[1:-1] for c in name)
+
+
 def list_folder(folder: Path, pattern: str = "*") -> list[Path]:
     """List the paths in a folder that match a pattern, sorted, without macOS's junk files."""
     return sorted(path for path in folder.glob(pattern) if not is_junk(path.name))

@@ -11,8 +11,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .cli import note_slow_cpu, positive, run, share_or_more
+from .cli import SIGLIP_NOTE, note_slow_cpu, positive, run, share_or_more
 from .demo import SIGLIP
+from .files import find_path, safe
 
 POLL = 2.0  # seconds between two looks at a watched folder
 
@@ -68,7 +69,6 @@ def _terms(text: str | None, image: str | None) -> list:
 
 def _filters(args: argparse.Namespace):
     from .features.grammar import Filters
-    from .files import find_path
 
     folder = None
     if args.folder is not None:
@@ -80,10 +80,9 @@ def _filters(args: argparse.Namespace):
 
 def _probability(encoder, terms: list):
     """Return a function from cosines to probabilities, which only a single text has."""
-    if len(terms) > 1 or terms[0].text is None:
-        return lambda _: None
-    scale, bias = math.exp(encoder.model.logit_scale.item()), encoder.model.logit_bias.item()
-    return lambda cosine: 1 / (1 + math.exp(-scale * cosine - bias))
+    from .features.query import match_probability
+
+    return match_probability(encoder.model) if len(terms) == 1 and terms[0].text is not None else lambda _: None
 
 
 def update(library, args: argparse.Namespace):
@@ -116,11 +115,6 @@ def watch(library, args: argparse.Namespace) -> None:
                 print(f"{time.strftime('%H:%M:%S')}  {changes}", flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-
-
-def safe(name: str) -> str:
-    """Return a file name as one line, with what a terminal would obey or hide as escapes."""
-    return "".join(c if c.isprintable() or c in " \u202f\u00a0" else repr(c)[1:-1] for c in name)
 
 
 def show(paths: list[str], sheet: Path | None) -> None:
@@ -248,12 +242,11 @@ def _search_store(args: argparse.Namespace) -> None:
 
 
 def _search_folder(args: argparse.Namespace) -> None:
-    from .embed import DEMO_NOTE
     from .features.library import Library
 
     note_slow_cpu()
     if args.model is None:
-        print(DEMO_NOTE, file=sys.stderr)
+        print(SIGLIP_NOTE, file=sys.stderr)
     library = Library(args.store, str(args.model or SIGLIP), args.index)
     changes = None if args.no_update else update(library, args)
     if changes is not None and not args.json:
