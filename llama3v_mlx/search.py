@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -92,10 +91,9 @@ def _filters(args: argparse.Namespace):
 
 def _probability(encoder, terms: list):
     """Return a function from cosines to probabilities, which only a single text has."""
-    if len(terms) > 1 or terms[0].text is None:
-        return lambda _: None
-    scale, bias = math.exp(encoder.model.logit_scale.item()), encoder.model.logit_bias.item()
-    return lambda cosine: 1 / (1 + math.exp(-scale * cosine - bias))
+    from .features.query import match_probability
+
+    return match_probability(encoder.model) if len(terms) == 1 and terms[0].text is not None else lambda _: None
 
 
 def update(library, args: argparse.Namespace):

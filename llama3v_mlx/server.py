@@ -9,7 +9,17 @@ import sys
 import threading
 from pathlib import Path
 
-from .cli import DEMO_NOTE, add_memory_options, loading_options, note_slow_cpu, positive, run, share_or_more, size
+from .cli import (
+    DEMO_NOTE,
+    DEMO_SIGLIP_NOTE,
+    add_memory_options,
+    loading_options,
+    note_slow_cpu,
+    positive,
+    run,
+    share_or_more,
+    size,
+)
 from .demo import CHECKPOINT, SIGLIP
 
 GRACE_SECONDS = 5.0  # for running answers when the server is stopped
@@ -55,6 +65,9 @@ def _serve(args: argparse.Namespace) -> None:
             concurrency=args.decode_concurrency,
             step_size=args.prefill_step_size,
             embedding_model=args.embedding_model or SIGLIP,
+            library=args.library,
+            library_index=args.library_index,
+            library_model=args.library_model or args.embedding_model or SIGLIP,
         )
     )
     name = args.model or CHECKPOINT
@@ -66,6 +79,8 @@ def _serve(args: argparse.Namespace) -> None:
     prefixes = PrefixCache(args.prompt_cache_bytes, folder, own, args.prompt_cache_dir_bytes)
     app.listen(model, processor, prefixes, dataclasses.replace(processor.sampling, **given))
 
+    if app.library is not None:
+        app.library.indexer.start()
     told = threading.Event()
     for number in STOP:
         signal.signal(number, lambda *_: told.set())
@@ -87,6 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
     parser.add_argument("--adapter-path", metavar="DIR", help="adapters of the model, from llama3v train")
     parser.add_argument("--embedding-model", help="SigLIP for /v1/embeddings (default: the bundled demo's)")
+    parser.add_argument("--library", metavar="FOLDER", help="pictures to search and ask about on the page")
+    parser.add_argument("--library-index", metavar="DIR", help="folder of their index (default: in the cache)")
+    parser.add_argument("--library-model", metavar="SIGLIP", help="its SigLIP (default: that of --embedding-model)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8080, help="port; 0: any free port (default: 8080)")
     parser.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -150,6 +168,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--api-key-env: the environment has no {args.api_key_env}")
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
+    if args.library is None and (args.library_index or args.library_model):
+        parser.error("--library-index and --library-model need --library FOLDER")
+    if args.library is not None and not (args.library_model or args.embedding_model):
+        print(DEMO_SIGLIP_NOTE.replace("--model", "--library-model"), file=sys.stderr)
     run(lambda: serve(args), args.debug)
 
 

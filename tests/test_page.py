@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
-from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
+from llama3v_mlx.features.library import Library
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -29,6 +31,8 @@ CHAT = "**/v1/chat/completions"
 STARS, CROSS, CIRCLES = (
     IMAGES / name for name in ("two-red-stars.jpg", "one-purple-cross.jpg", "three-blue-circles.png")
 )
+
+BAD_NAME = "<img src=x onerror=alert(1)>\u202egnp.png"
 
 # Dispatch a drop or paste of files, given as [name, type, base64].
 TRANSFER = """([kind, files]) => {
@@ -56,8 +60,21 @@ STREAMS = """() => {
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with served("llama3v_mlx.server", "--temp", "0", cwd=ROOT) as (server, port, _):
+def pictures(tmp_path_factory) -> Path:
+    """A library's folder: the demo's pictures, a large one, and one with a bad name."""
+    folder = tmp_path_factory.mktemp("pictures") / "pictures"
+    shutil.copytree(IMAGES, folder)
+    Image.new("RGB", (2400, 1200), "navy").save(folder / "wide.png")
+    Image.new("RGB", (60, 60), "red").save(folder / BAD_NAME)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(pictures: Path, tmp_path_factory) -> Iterator[str]:
+    index = tmp_path_factory.mktemp("index") / "index"
+    Library(pictures, str(SIGLIP), index).update()
+    library = ("--library", pictures, "--library-index", index)
+    with served("llama3v_mlx.server", "--temp", "0", *library, cwd=ROOT) as (server, port, _):
         assert server.poll() is None
         yield f"http://127.0.0.1:{port}/"
 
@@ -761,6 +778,223 @@ def test_no_storage(browser, address: str) -> None:
     context.close()
 
 
+# The library.
+
+
+@pytest.fixture
+def library(page):
+    """The Library tab."""
+    page.get_by_role("link", name="Library").click()
+    expect(page.locator("#state")).to_contain_text(f"{len(list(IMAGES.iterdir())) + 2} pictures in pictures")
+    return page
+
+
+def find(page, text: str) -> None:
+    page.get_by_role("searchbox").fill(text)
+    page.locator("#found img[src]").first.wait_for()
+
+
+def option(page, name: str):
+    return page.get_by_role("option", name=name)
+
+
+def names_waiting(page) -> list[str]:
+    return page.locator("#waiting img").evaluate_all("images => images.map((image) => image.alt)")
+
+
+def test_library_finds_and_shows(library) -> None:
+    expect(library.get_by_role("heading", name="Search your pictures")).to_be_visible()
+    expect(library.get_by_role("searchbox")).to_be_focused()
+    find(library, "two red stars")
+    first = library.get_by_role("option").first
+    expect(first).to_have_attribute("title", STARS.name)
+    expect(library.locator("#found img[src]")).to_have_count(library.get_by_role("option").count())
+    first.click()
+    dialog = library.get_by_role("dialog")
+    expect(dialog.locator("bdi")).to_contain_text(re.compile(rf"{STARS.name} · .+ · [\d.]+ % match"))
+    natural = "async (e) => { await e.decode(); return e.naturalWidth; }"
+    library.wait_for_function("() => document.querySelector('#zoom img').naturalWidth === 505")
+    library.keyboard.press("ArrowRight")
+    expect(dialog.locator("bdi")).not_to_contain_text(STARS.name)
+    library.keyboard.press("ArrowLeft")
+    library.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(first).to_be_focused()
+    option(library, "wide.png").click()
+    library.wait_for_function("() => document.querySelector('#zoom img').naturalWidth === 2048")
+    assert library.locator("#zoom img").evaluate(natural) == 2048
+    button(library, "More like this").click()
+    expect(library.get_by_role("option").first).to_have_attribute("title", "wide.png")
+    expect(library.locator("#found small").first).to_have_text("1.000")
+
+
+def test_library_hostile_name(library) -> None:
+    find(library, "red")
+    name = BAD_NAME.replace("\u202e", "\\u202e")
+    expect(option(library, name)).to_have_count(1)
+    assert library.locator("#found img").count() == library.get_by_role("option").count()
+    option(library, name).click()
+    expect(library.get_by_role("dialog").locator("bdi")).to_contain_text(name)
+    assert library.locator("#zoom bdi *").count() == 0
+
+
+def test_library_ask(library) -> None:
+    find(library, "two red stars")
+    library.get_by_role("option").first.click()
+    button(library, "Ask about it").click()
+    expect(library.get_by_role("dialog")).to_be_hidden()
+    expect(library.locator("#waiting img")).to_have_count(1)
+    expect(question(library)).to_be_focused()
+    with library.expect_request(CHAT) as request:
+        assert answer(library, "What is this image?") == "Two red stars on a yellow background."
+    url = sent(request.value)["messages"][0]["content"][0]["image_url"]["url"]
+    assert url.startswith("data:image/jpeg;base64,/9j/")
+    expect(library.locator("#library")).to_be_hidden()
+    expect(library.locator("#talk")).to_be_visible()
+    library.go_back()
+    expect(library.get_by_role("option").first).to_be_visible()
+    expect(library.locator("#title")).to_have_text("Library")
+
+
+def test_library_drag_into_the_chat(library) -> None:
+    find(library, "stars")
+    option(library, STARS.name).drag_to(library.locator("#form"))
+    expect(library.locator("#waiting img")).to_have_count(1)
+    for name in (CROSS.name, CIRCLES.name):
+        option(library, name).locator(".check").click()
+    option(library, CROSS.name).drag_to(library.locator("#form"))  # and with it whatever else is chosen
+    expect(library.locator("#waiting img")).to_have_count(3)
+    assert set(names_waiting(library)) == {STARS.name, CROSS.name, CIRCLES.name}
+    assert library.get_by_role("option", selected=True).count() == 0
+    transfer(library, "drop", CIRCLES)
+    expect(library.locator("#waiting img")).to_have_count(4)
+    assert library.locator("body.over").count() == 0
+
+
+def test_library_selection_is_bounded(library) -> None:
+    find(library, "circles")
+    library.evaluate("model.max_images = 2")
+    for name in (STARS.name, CROSS.name, CIRCLES.name):
+        option(library, name).locator(".check").click()
+    button(library, "Ask about 3 pictures").click()
+    expect(library.get_by_role("alert")).to_contain_text("A question can have 2 images at most.")
+    assert names_waiting(library) == []
+    option(library, STARS.name).locator(".check").click()
+    button(library, "Ask about 2 pictures").click()
+    expect(library.locator("#waiting img")).to_have_count(2)
+    expect(library.locator("#chosen")).to_be_hidden()
+    expect(question(library)).to_have_attribute("placeholder", "What are these images?")
+
+
+def test_library_by_keyboard(page) -> None:
+    idle = {"name": "pictures", "pictures": 9, "updating": False}
+    page.route("**/v1/library", lambda route: route.fulfill(json=idle))
+    page.get_by_role("link", name="Library").click()
+    expect(page.locator("#state")).to_have_text("9 pictures in pictures")
+    find(page, "circles")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    all_items = page.get_by_role("option")
+    expect(all_items.first).to_be_focused()
+    outline = "e => getComputedStyle(e).outlineStyle + getComputedStyle(e).outlineWidth"
+    assert all_items.first.evaluate(outline) == "solid2px"
+    page.keyboard.press("ArrowRight")
+    expect(all_items.nth(1)).to_be_focused()
+    page.keyboard.press("Space")
+    expect(all_items.nth(1)).to_have_attribute("aria-selected", "true")
+    columns = page.evaluate("getComputedStyle(document.querySelector('#found')).gridTemplateColumns.split(' ').length")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    expect(all_items.nth(columns)).to_be_focused()
+    page.keyboard.press("End")
+    expect(all_items.last).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(all_items.last).to_be_focused()
+    assert page.locator("#found [tabindex='0']").count() == 1
+    page.keyboard.press("Tab")
+    expect(button(page, "Ask about 1 picture")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#waiting img")).to_have_count(1)
+
+
+def test_library_states(page) -> None:
+    """While it is updated, when nothing is found, and when something is wrong."""
+    said = {"object": "library", "name": "pictures", "pictures": 3, "broken": 1, "changes": None, "error": None}
+    said |= {"updating": True, "progress": {"read": 40, "total": 320}}
+    page.route("**/v1/library", lambda route: route.fulfill(json=said))
+    page.get_by_role("link", name="Library").click()
+    state = page.locator("#state")
+    expect(state).to_have_text("3 pictures in pictures, and 1 that cannot be read; reading 40 of 320")
+    expect(state.get_by_role("progressbar")).to_have_js_property("value", 0.125)
+    expect(button(page, "Look for new pictures")).to_be_disabled()
+    page.route("**/v1/library/search", lambda route: route.fulfill(json={"data": []}))
+    page.get_by_role("searchbox").fill("nothing like it")
+    expect(page.get_by_role("heading", name="No pictures found")).to_be_visible()
+    said |= {"updating": False, "progress": None, "error": "the folder does not exist at the moment"}
+    expect(state).to_have_text("the folder does not exist at the moment")
+    expect(state).to_have_attribute("data-wrong", "")
+    said |= {"updating": True, "error": None}
+    page.route("**/v1/library/update", lambda route: route.fulfill(json=said))
+    button(page, "Look for new pictures").click()
+    expect(state).to_have_text("3 pictures in pictures, and 1 that cannot be read; looking for new ones")
+    expect(button(page, "Look for new pictures")).to_be_disabled()
+    said["updating"] = False
+    expect(button(page, "Look for new pictures")).to_be_enabled()
+    page.unroute("**/v1/library/search")
+    page.unroute("**/v1/library")
+    page.get_by_role("searchbox").fill('"dog" + cat')
+    expect(state).to_contain_text("in a sum, put a text in double quotes")
+    page.route("**/v1/library/thumbnail/**", lambda route: route.fulfill(status=404, json={}))
+    page.get_by_role("searchbox").fill("dog")
+    expect(state).to_have_text(re.compile(r"^\d+ pictures in pictures"))
+    expect(option(page, STARS.name)).to_be_visible()
+
+
+def test_library_key(page) -> None:
+    """Thumbnails are fetched with the key, as <img> could not."""
+
+    def check(route) -> None:
+        allowed = route.request.headers.get("authorization") == "Bearer secret"
+        route.continue_() if allowed else route.fulfill(status=401, json={"error": {"message": "missing API key"}})
+
+    page.route("**/v1/**", check)
+    page.evaluate("sessionStorage.setItem('key', JSON.stringify('secret'))")
+    page.goto(page.url.partition("#")[0] + "#library")
+    page.reload()
+    find(page, "two red stars")
+    assert page.locator("#found img[src]").first.get_attribute("src").startswith("blob:")
+
+
+def test_no_library(page) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "m", "library": None}]}))
+    page.goto(page.url + "#library")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("m")
+    expect(page.get_by_role("link", name="Library")).to_be_hidden()
+    expect(page.locator("#talk")).to_be_visible()
+    expect(page.locator("#library")).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [390, 320])
+def test_library_on_a_phone(page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 700})
+    button(page, "Show the conversations").click()
+    page.get_by_role("link", name="Library").click()
+    expect(page.locator("#side")).to_be_hidden()
+    find(page, "stars")
+    option(page, STARS.name).locator(".check").click()
+    for element in ("#library", "html"):
+        assert page.locator(element).evaluate("e => e.scrollWidth <= e.clientWidth"), element
+    box = option(page, STARS.name).locator(".check").bounding_box()
+    assert min(box["width"], box["height"]) >= 24
+    option(page, BAD_NAME.replace("\u202e", "\\u202e")).click()
+    for name in ("Ask about it", "More like this", "Close"):
+        box = button(page, name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= 700, name
+
+
 # Everyone can use it.
 
 
@@ -769,7 +1003,7 @@ def test_by_keyboard(page) -> None:
     expect(question(page)).to_be_focused()
     page.evaluate("Object.assign(document.body, {tabIndex: -1}).focus()")
     reached = []
-    for _ in range(6):
+    for _ in range(7):
         page.keyboard.press("Tab")
         name, outline = page.evaluate("""() => {
             const e = document.activeElement, style = getComputedStyle(e.id === "question" ? e.form : e);
@@ -780,6 +1014,7 @@ def test_by_keyboard(page) -> None:
     assert reached == [
         "New conversation",
         "Hide the conversations",
+        "Library",
         "Settings",
         "Conversation",
         "Add images",
@@ -891,6 +1126,12 @@ def test_contrast(page, scheme: str) -> None:
         return [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor];
     }"""
     for selector in selectors:
+        front, back = sorted(map(luminance, page.locator(selector).first.evaluate(read)), reverse=True)
+        assert (front + 0.05) / (back + 0.05) >= 4.5, selector
+    page.get_by_role("link", name="Library").click()
+    find(page, "stars")
+    option(page, STARS.name).locator(".check").click()
+    for selector in ("#state", "#to-library", "#query", "#found small", "#chosen button", "#chosen :last-child"):
         front, back = sorted(map(luminance, page.locator(selector).first.evaluate(read)), reverse=True)
         assert (front + 0.05) / (back + 0.05) >= 4.5, selector
     paper = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")

@@ -742,7 +742,7 @@ class TestWork:
     def test_an_exception_in_an_embedding(self, demo, monkeypatch, caplog) -> None:
         with serving(*demo, embedding_model=SIGLIP) as app:
             with monkeypatch.context() as patch:
-                patch.setattr(app.embedder._encoder, "encode", lambda things: 1 / 0)
+                patch.setattr(app.embedder.encoder, "encode", lambda things: 1 / 0)
                 assert request(app.server_port, EMBEDDINGS, {"input": uri(STARS)})[0] == 500
             assert request(app.server_port, EMBEDDINGS, {"input": uri(STARS)})[0] == 200
 

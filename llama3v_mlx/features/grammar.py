@@ -1,6 +1,7 @@
 """Queries of a picture search: a text, an image, or sums and differences of both."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,8 +36,21 @@ class Term:
     weight: float = 1.0
 
 
-def parse_query(query: str) -> list[Term]:
+def find_image(text: str) -> Path | None:
+    """Return the path of an existing image, or None for any other text."""
+    try:
+        path = find_path(Path(text).expanduser())
+        return path if path.suffix.lower() in EXTENSIONS and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown user
+        return None
+
+
+def parse_query(query: str, find: Callable[[str], Path | None] = find_image) -> list[Term]:
     """Parse a query by `GRAMMAR`.
+
+    Args:
+        query: the query.
+        find: returns the image that a text names, if any.
 
     Raises:
         QueryError: if some terms of a sum are marked as terms, but another is not.
@@ -45,7 +59,7 @@ def parse_query(query: str) -> list[Term]:
     terms, bare, plain, rest, sign = [], [], 0, query, 1.0
     while True:
         weighted = bool(_WEIGHT.match(rest))
-        term, marked, rest = _first_term(rest)
+        term, marked, rest = _first_term(rest, find)
         terms.append(Term(term.text, term.image, sign * term.weight))
         plain += not marked
         if not marked and not weighted:
@@ -64,7 +78,7 @@ def parse_query(query: str) -> list[Term]:
     return terms
 
 
-def _first_term(rest: str) -> tuple[Term, bool, str]:
+def _first_term(rest: str, find: Callable[[str], Path | None]) -> tuple[Term, bool, str]:
     """Return the first term of a sum, whether it is quoted or an image, and the rest, which begins with an operator."""
     weight, start = 1.0, 0
     if match := _WEIGHT.match(rest):
@@ -73,17 +87,9 @@ def _first_term(rest: str) -> tuple[Term, bool, str]:
         return Term(match[1], None, weight), True, rest[match.end() :]
     ends = [*(match.start() for match in _OPERATOR.finditer(rest, start)), len(rest)]
     for end in reversed(ends):  # a file name may contain " - "
-        if (image := _image(rest[start:end])) is not None:
+        if (image := find(rest[start:end])) is not None:
             return Term(None, image, weight), True, rest[end:]
     return Term(rest[start : ends[0]], None, weight), False, rest[ends[0] :]
-
-
-def _image(text: str) -> Path | None:
-    try:
-        path = find_path(Path(text).expanduser())
-        return path if path.suffix.lower() in EXTENSIONS and path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown user
-        return None
 
 
 @dataclass(frozen=True)

@@ -85,18 +85,23 @@ class Library:
         folder: the folder.
         model: folder or Hub repository of a SigLIP.
         index: folder of the index; by default one in the cache, by folder and model.
+        encoder: the model's encoder, if it is loaded already.
 
     Raises:
         ValueError: if the folder does not exist.
         FeatureError: if the index is that of another model, or damaged.
     """
 
-    def __init__(self, folder: str | Path, model: str, index: str | Path | None = None):
+    def __init__(
+        self, folder: str | Path, model: str, index: str | Path | None = None, encoder: ImageEncoder | None = None
+    ):
         self.folder = os.path.realpath(find_path(folder))
         if not os.path.isdir(self.folder):
             raise ValueError(f"{folder}: no such folder")
-        self.encoder: ImageEncoder = load_encoder(model, "pooled")
-        self.encoder.all_cores = True
+        if encoder is None:
+            encoder = load_encoder(model, "pooled")
+            encoder.all_cores = True
+        self.encoder = encoder
         self.index = Path(index) if index else default_index(self.folder, model)
         self.store = FeatureStore.create(self.index, self.encoder.store_info("float32"))
         self.ranking = Ranking(self.store)

@@ -30,12 +30,15 @@ from ..sampling import Sampling
 from .embeddings import Embedder
 from .engine import Engine, Job, Logprob, NeedImages, Settings, Token, internal_error
 from .json_schema import ResponseFormats
+from .library import SIDE, ServedLibrary
 from .prefix_cache import PrefixCache
 from .prompts import chat_prompt, completion_prompt, num_tokens, plan_image
 from .validate import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    LibrarySearchRequest,
+    LibraryUpdateRequest,
     Limits,
     RequestError,
     TilesRequest,
@@ -71,6 +74,9 @@ class Options:
     concurrency: int = 16  # answers at once
     step_size: int = 512  # tokens that are prefilled at once
     embedding_model: str | Path | None = None  # None: no /v1/embeddings
+    library: str | Path | None = None  # folder of pictures
+    library_index: str | Path | None = None  # None: in the cache
+    library_model: str | Path | None = None  # a SigLIP; None: the embedding model
 
 
 class App(ThreadingHTTPServer):
@@ -94,6 +100,7 @@ class App(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self.stopping = False
         self.page = PAGE.read_bytes()
+        self.library: ServedLibrary | None = None
         super().__init__((options.host, options.port), Handler, bind_and_activate=False)
         try:
             self.server_bind()
@@ -125,14 +132,23 @@ class App(ThreadingHTTPServer):
         self.engine = Engine(model, processor, prefixes, options.concurrency, options.step_size)
         try:
             self.embedder = options.embedding_model and Embedder(options.embedding_model, self.engine.run)
+            self.library = options.library and self._open_library()
             self.server_activate()
         except BaseException:
             self.engine.stop()
             raise
 
+    def _open_library(self) -> ServedLibrary:
+        options, embedder = self.options, self.embedder
+        if options.library_model not in (None, options.embedding_model):
+            embedder = Embedder(options.library_model, self.engine.run)
+        return ServedLibrary(options.library, options.library_index, embedder)
+
     def close(self, seconds: float = 0.0) -> None:
         """Stop accepting connections, wait for running answers up to `seconds`, then fail the rest."""
         self.stopping = True
+        if self.library is not None:
+            self.library.indexer.stop()
         self.shutdown()
         self.server_close()
         self._wait_until_done(seconds)
@@ -310,6 +326,9 @@ class Handler(BaseHTTPRequestHandler):
             self._models()
         elif self.path_only in self.POSTS:
             raise RequestError(405, f"{self.path_only} takes POST", "method_not_allowed")
+        elif self.path_only == "/v1/library" or self.path_only.startswith("/v1/library/"):
+            self._check_key()
+            self._get_library()
         else:
             raise self._no_endpoint()
 
@@ -322,6 +341,8 @@ class Handler(BaseHTTPRequestHandler):
         model = {"id": options.name, "object": "model", "created": server.created, "owned_by": "llama3v_mlx"}
         model["context_length"] = server.limits.context
         model["max_image_tiles"] = 1 + server.processor.image_config.max_slice_nums
+        model["max_images"] = options.max_images
+        model["library"] = server.library and server.library.name
         model["defaults"] = {**sampling, "max_tokens": options.max_tokens}
         if self.path_only == "/v1/models":
             self._send(200, {"object": "list", "data": [model]})
@@ -390,7 +411,7 @@ class Handler(BaseHTTPRequestHandler):
         embedder = self.server.embedder
         if embedder is None:
             raise RequestError(404, "this server has no embedding model", "not_found")
-        results, count = embedder.embed(request, self.server.limits)
+        results, count = embedder.embed(request.input, self.server.limits)
         if concurrent.futures.wait(results, self.server.options.timeout).not_done:
             raise self._too_late()
         data = []
@@ -410,12 +431,43 @@ class Handler(BaseHTTPRequestHandler):
         seen = {"width": width, "height": height, "overview": tiling.overview, "grid": tiling.grid}
         self._send(200, seen | {"slice": tiling.cell, "tokens": num_tokens(image, processor)})
 
+    def _library(self) -> ServedLibrary:
+        if self.server.library is None:
+            raise RequestError(404, "this server has no library; start it with --library FOLDER", "no_library")
+        return self.server.library
+
+    def _get_library(self) -> None:
+        """Answer with the state of the library, or with one of its pictures."""
+        library = self._library()
+        # Other sites can show images without asking first, and would learn whether a picture is there.
+        if self._origin is None and self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise RequestError(403, "pictures are not for other sites; see --allow-origin", "origin_not_allowed")
+        kind, slash, id = self.path_only.removeprefix("/v1/library").removeprefix("/").partition("/")
+        if kind in SIDE and slash:
+            headers = {"Cache-Control": "private, max-age=3600", "Cross-Origin-Resource-Policy": "same-origin"}
+            self._send(200, library.jpeg(kind, id), "image/jpeg", headers)
+        elif kind or slash:
+            raise self._no_endpoint()
+        else:
+            self._send(200, library.status())
+
+    def _search_library(self, request: LibrarySearchRequest) -> None:
+        found = self._library().search(request, self.server.limits, self.server.options.timeout)
+        self._send(200, {"object": "list", "data": found})
+
+    def _update_library(self, request: LibraryUpdateRequest) -> None:
+        """Start an update of the index, unless one is running."""
+        self._library().indexer.start()
+        self._send(200, self._library().status())
+
     POSTS = {
         "/v1/chat/completions": (ChatRequest, _chat),
         "/chat/completions": (ChatRequest, _chat),
         "/v1/completions": (CompletionRequest, _complete),
         "/v1/embeddings": (EmbeddingRequest, _embed),
         "/v1/tiles": (TilesRequest, _tiles),
+        "/v1/library/search": (LibrarySearchRequest, _search_library),
+        "/v1/library/update": (LibraryUpdateRequest, _update_library),
     }
 
     def _generate(self, request: ChatRequest | CompletionRequest, prompt, form: "Form", matcher=None) -> None:

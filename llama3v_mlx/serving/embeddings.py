@@ -13,7 +13,7 @@ from ..checkpoint import find_checkpoint
 from ..features.encoder import TextEncoder, load_encoder
 from ..image import ImageError, TiledImage
 from .prompts import DECODING
-from .validate import EmbeddingRequest, Limits, RequestImage, bad, read_image
+from .validate import Limits, RequestImage, bad, read_image
 
 BATCH_SIZE = 8
 MAX_CHARACTERS = 1 << 15  # of a text, of which SigLIP sees some 64 tokens
@@ -39,39 +39,45 @@ class Embedder:
     """
 
     def __init__(self, path_or_hf_repo: str | Path, run: Callable[[Iterator[None]], None]):
-        self.name = Path(path_or_hf_repo).name
+        self.name, self.model = Path(path_or_hf_repo).name, str(path_or_hf_repo)
         self.batches: list[int] = []  # sizes of the last ones, for tests and figures
         self._run = run
         self._queue: queue.SimpleQueue[_Wanted] = queue.SimpleQueue()
-        self._encoder = load_encoder(path_or_hf_repo, "pooled")
+        self.encoder = load_encoder(path_or_hf_repo, "pooled")
         try:
-            self._texts = TextEncoder(find_checkpoint(path_or_hf_repo), self._encoder.model)
+            self.texts = TextEncoder(find_checkpoint(path_or_hf_repo), self.encoder.model)
         except ValueError as e:
-            self._texts = e
+            self.texts = e
 
-    def embed(self, request: EmbeddingRequest, limits: Limits) -> tuple[list[Future], int]:
+    def embed(self, inputs: Sequence[str], limits: Limits, where: str = "input[{}]") -> tuple[list[Future], int]:
         """Queue inputs; return futures of unit embeddings, float32 (width,), and the number of text tokens.
+
+        Args:
+            inputs: texts, and images as data: URIs.
+            limits: of all images together.
+            where: name of an input in errors, by its number.
 
         Raises:
             RequestError: if an image cannot be used, or the checkpoint has no text tower for texts.
         """
         images, num_tokens, pixels, wanted = {}, 0, 0, []
-        for i, given in enumerate(request.input):
+        for i, given in enumerate(inputs):
+            place = where.format(i)
             if given[:5].lower() == "data:":
-                images[i] = image = read_image(given, f"input[{i}]")
+                images[i] = image = read_image(given, place)
                 pixels += image.size[0] * image.size[1]
                 if pixels > limits.max_pixels:
                     message = f"images of over {limits.max_pixels:,} pixels together; send fewer at once"
-                    raise bad(f"input[{i}]", message, "too_many_pixels")
-            elif isinstance(self._texts, Exception):
-                raise bad(f"input[{i}]", str(self._texts))
+                    raise bad(place, message, "too_many_pixels")
+            elif isinstance(self.texts, Exception):
+                raise bad(place, str(self.texts))
             elif len(given) > MAX_CHARACTERS:
-                raise bad(f"input[{i}]", f"has over {MAX_CHARACTERS:,} characters")
-        for i, given in enumerate(request.input):
+                raise bad(place, f"has over {MAX_CHARACTERS:,} characters")
+        for i, given in enumerate(inputs):
             if i in images:
                 thing = self._prepare(images[i])
             else:
-                thing = self._texts.tokenize([given])[0]
+                thing = self.texts.tokenize([given])[0]
                 num_tokens += int((thing != TextEncoder.EOS).sum()) + 1
             wanted.append(_Wanted(thing, Future()))
         for each in wanted:
@@ -82,7 +88,7 @@ class Embedder:
     def _prepare(self, image: RequestImage) -> TiledImage:
         try:
             with DECODING:
-                return self._encoder.prepare(image.data)
+                return self.encoder.prepare(image.data)
         except ImageError as e:
             raise bad(image.where, str(e), "invalid_image") from e
 
@@ -108,9 +114,9 @@ class Embedder:
         try:
             things = [each.thing for each in chosen]
             if isinstance(things[0], TiledImage):
-                rows = mx.concatenate([features.rows for features in self._encoder.encode(things)])
+                rows = mx.concatenate([features.rows for features in self.encoder.encode(things)])
             else:
-                rows = self._texts.model.text_tower(mx.array(np.stack(things)))
+                rows = self.texts.model.text_tower(mx.array(np.stack(things)))
             rows = np.array(rows.astype(mx.float32))
             for each, row in zip(chosen, rows / np.linalg.norm(rows, axis=1, keepdims=True), strict=True):
                 each.result.set_result(row)

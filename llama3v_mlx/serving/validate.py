@@ -11,8 +11,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeVar
 
+from ..features.grammar import parse_date
 from ..image import ImageError, read_size
 
 T = TypeVar("T")
@@ -462,6 +464,30 @@ class TilesRequest:
 
     image: str = required(text(1 << 31, least=1))
     max_image_tiles: int | None = optional(integer(1, 10))
+
+
+def date(value: Any, where: str) -> datetime:
+    try:
+        return parse_date(text(40)(value, where))
+    except RequestError:
+        raise
+    except ValueError:
+        raise bad(where, "is not a date like 2024, 2024-05 or 2024-05-17") from None
+
+
+@dataclass(frozen=True)
+class LibrarySearchRequest:
+    query: str | None = optional(text(1000))  # by the grammar of `llama3v search`, but naming no files
+    image: str | None = optional(text(1 << 31, least=1))  # a data: URI, added to the query
+    after: datetime | None = optional(date)
+    before: datetime | None = optional(date)
+    folder: str | None = optional(text(4096))  # relative to the library
+    top: int = optional(integer(1, 200), 60)
+
+
+@dataclass(frozen=True)
+class LibraryUpdateRequest:
+    """Request to bring the library up to date."""
 
 
 # Bodies.
