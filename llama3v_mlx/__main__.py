@@ -1,4 +1,4 @@
-"""The `llama3v` command: `llama3v generate …` is `llama3v generate …`, and so on."""
+"""The `llama3v` command: `llama3v generate …` runs `generate.py`, and so on."""
 
 import argparse
 import importlib
@@ -7,11 +7,11 @@ import sys
 from . import __version__
 
 COMMANDS = {
-    "generate": "ask about images",
+    "generate": "ask about images, or about each image of a folder",
     "chat": "chat about images in the terminal",
     "server": "serve an OpenAI-compatible API and a web page",
     "embed": "embed folders of images with SigLIP",
-    "search": "search embedded images by text or by image",
+    "search": "search a folder of pictures, and ask about what is found",
     "train": "train the projector or finetune Llama",
     "convert": "convert and quantize Hugging Face checkpoints",
     "synthesize": "have a teacher model write training conversations",
