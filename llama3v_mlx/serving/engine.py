@@ -168,6 +168,7 @@ class Engine:
             self._decoding = self._new_decoding()
             while not self._stopping:
                 try:
+                    self._start_waiting()  # where an answer has ended
                     self._receive()
                     self._drop_cancelled()
                     self._start_waiting()
