@@ -21,10 +21,16 @@ from llama3v_mlx.serving.validate import ChatRequest, RequestError, parse
 
 QUESTION = "Who are you?"
 ANSWER = "I am a small demo of Llama3-V. I know shapes, colors and handwritten numbers."
-SAMPLED = {"sampling": Sampling(temperature=2.0, top_p=1.0, top_k=0), "seed": 5, "max_tokens": 24}
+SAMPLED = {"sampling": Sampling(temperature=2.0, top_p=1.0, top_k=0), "seed": 4, "max_tokens": 24}
 SETTINGS = {
     "greedy": {},
-    "penalties": {"sampling": Sampling(0, repetition_penalty=1.1), "presence_penalty": 0.4, "frequency_penalty": 0.2},
+    "penalties": {
+        "sampling": Sampling(0, repetition_penalty=1.3),
+        "presence_penalty": 1.0,
+        "frequency_penalty": 0.5,
+        "logit_bias": NEVER_ENDS,
+        "max_tokens": 40,
+    },
     "seed": SAMPLED,
     "seed and bias": {**SAMPLED, "logit_bias": NEVER_ENDS, "presence_penalty": 0.3},
 }

@@ -1,7 +1,8 @@
 """The worker that owns the model: it prefills prompts in chunks, and runs a decoding step of all answers in between.
 
 A `Job` goes through three stages: it waits for a place, it is read (its images encoded, its tokens prefilled into
-caches of its own, all but the last), and its answers are generated in mlx-lm's batch. Only this thread touches MLX.
+caches of its own, all but the last), and its answers are generated: in mlx-lm's batch, or one alone with drafts. Only
+this thread touches MLX.
 """
 
 import logging
