@@ -150,7 +150,7 @@ class TestEngine:
         engine._piece = engines.LEAST_TOKENS
         running = submit(engine, processor, job_of(processor, "Hello", max_tokens=1500, logit_bias=NEVER_ENDS))
         running.events.get(timeout=30)
-        read, step = Engine._read, engine._batch.next
+        read, step = Engine._read, engine._decoding.next
 
         def logged_read(self, job):
             for _ in read(self, job):
@@ -158,7 +158,7 @@ class TestEngine:
                 yield
 
         monkeypatch.setattr(Engine, "_read", logged_read)
-        monkeypatch.setattr(engine._batch, "next", lambda: log.append("step") or step())
+        monkeypatch.setattr(engine._decoding, "next", lambda alone: log.append("step") or step(alone))
         job = submit(engine, processor, job_of(processor, image(STARS), "What is this image?"))
         assert said(rest(job)) == STARS_ANSWER
         engine.cancel(running)

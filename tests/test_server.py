@@ -727,10 +727,10 @@ class TestWork:
 
     def test_a_batch_that_fails_is_replaced(self, demo, monkeypatch, caplog) -> None:
         with serving(*demo) as app:
-            batch = app.engine._batch
-            monkeypatch.setattr(batch, "next", lambda: 1 / 0)
+            batch = app.engine._decoding
+            monkeypatch.setattr(batch, "next", lambda alone: 1 / 0)
             assert ask(app.server_port, "Hello")[0] == 500
-            assert app.engine._batch is not batch
+            assert app.engine._decoding is not batch
             assert text(ask(app.server_port, image(STARS), "What is this image?")) == STARS_ANSWER
 
     def test_an_exception_in_a_handler(self, demo, monkeypatch, caplog) -> None:

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -185,7 +185,13 @@ def draw_after(drafted: mx.array, drafted_from: mx.array, probs: mx.array) -> mx
     return mx.where(mx.random.uniform(shape=p.shape) * q < p, drafted, other)
 
 
-def drafted_steps(
+def drafted_steps(*args, **kwargs) -> Iterator[Step]:
+    """Yield the tokens of `drafted_passes` one by one."""
+    for steps in drafted_passes(*args, **kwargs):
+        yield from steps
+
+
+def drafted_passes(
     prompt: mx.array,
     model: nn.Module,
     drafters: Sequence[Drafter],
@@ -204,7 +210,7 @@ def drafted_steps(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     input_embeddings: mx.array | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[Step]:
+) -> Generator[list[Step], bool | None, None]:
     """Generate tokens like mlx-lm's `generate_step`, whose arguments these are, with drafts.
 
     Args:
@@ -217,7 +223,8 @@ def drafted_steps(
         clock: seconds, to find out whether drafts pay.
 
     Yields:
-        The tokens, after EOS as well.
+        The tokens of each pass, after EOS as well. Sending True ends the answer after the pass in flight, whose token
+        is yielded too if there is one; the cache then holds everything but the last of the tokens.
     """
     cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     quantization = (kv_bits, kv_group_size, quantized_kv_start)
@@ -245,8 +252,10 @@ def drafted_steps(
             progress(len(prompt), len(prompt))
         written += 1
         _see(drafters, [token])
-        yield Step(token, pending[1][0], False, decoder.passes - (following is not None))
-        if written >= most_tokens:
+        ended = yield [Step(token, pending[1][0], False, decoder.passes - (following is not None))]
+        if ended and following is not None:
+            yield [Step(following[0].item(), following[1][0], False, decoder.passes)]
+        if ended or written >= most_tokens:
             return
         start = clock()
         if written - cleared >= CLEAR_EVERY:
@@ -268,10 +277,10 @@ def drafted_steps(
             drafter.budget.verified(size, len(steps), min(seconds / single, size + 1) if single else 1)
             _see(drafters, [step.token for step in steps])
             hopeful = []
-            for step in steps:
-                written, token = written + 1, step.token
-                yield step
-                if written >= most_tokens:
+            if steps:
+                written, token = written + len(steps), steps[-1].token
+                ended = yield steps
+                if ended or written >= most_tokens:
                     return
             start = clock()
         if following is None:

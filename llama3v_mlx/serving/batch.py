@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_pre
 
 from ..sampling import Sampling, on_generated
 from ..schema import keep_to
+from .prompts import RequestPrompt
 
 __all__ = ["BatchGenerator", "KVCache", "generation_stream", "greedy_sampler"]
 
@@ -38,12 +39,37 @@ class Settings:
 
 
 class BatchAnswer:
-    """An answer while the batch generates it."""
+    """An answer while it is generated.
 
-    def __init__(self, detokenizer):
-        self._detokenizer = detokenizer
+    Args:
+        prompt: what it answers.
+        settings: of the prompt's answers.
+        choice: which of them it is.
+        detokenizer: of its own.
+    """
+
+    def __init__(self, prompt: RequestPrompt, settings: Settings, choice: int, detokenizer):
+        self.prompt, self.settings, self.choice, self._detokenizer = prompt, settings, choice, detokenizer
         self.tokens: list[int] = []
         self.failure: Exception | None = None  # of a logits processor
+        # These have a state, so they are the same wherever the answer is generated.
+        self.sampler = sampler(settings.sampling, settings.seed, choice)
+        own = logits_processors(
+            settings.sampling, settings.presence_penalty, settings.frequency_penalty, settings.logit_bias
+        )
+        if settings.matcher is not None:
+            own.append(on_generated(keep_to(settings.matcher), 1))
+        self.processors = [self.guarded(process) for process in own]
+
+    @property
+    def context(self) -> list[int]:
+        """What logits processors see: the prompt's last token, and the answer."""
+        return [self.prompt.ids[-1], *self.tokens]
+
+    @property
+    def room(self) -> int:
+        """Number of tokens that the answer may still get."""
+        return self.settings.max_tokens - len(self.tokens)
 
     def guarded(self, process):
         """Wrap a logits processor so that its failure fails this answer, not the batch."""
@@ -59,7 +85,7 @@ class BatchAnswer:
         return guarded
 
     def add(self, response) -> str:
-        """Add the token of the batch's response; return the text that it completes."""
+        """Add the token of a response; return the text that it completes."""
         self.tokens.append(response.token)
         if response.finish_reason != "stop":
             self._detokenizer.add_token(response.token)
@@ -93,24 +119,21 @@ def prefill(model, embeddings: mx.array, caches: Sequence[KVCache]) -> None:
     mx.eval([cache.state for cache in caches])
 
 
-def begin(
-    batch: BatchGenerator, token: int, caches: Sequence[KVCache], answers: Sequence[BatchAnswer], settings: Settings
-) -> list[int]:
-    """Start answers of a prompt, which is in `caches` except for its last `token`; return their uids in the batch."""
-    processors = []
-    for answer in answers:
-        own = logits_processors(
-            settings.sampling, settings.presence_penalty, settings.frequency_penalty, settings.logit_bias
-        )
-        if settings.matcher is not None:
-            own.append(on_generated(keep_to(settings.matcher), 1))
-        processors.append([answer.guarded(process) for process in own])
+def insert(batch: BatchGenerator, answers: Sequence[BatchAnswer], caches: Sequence[KVCache]) -> list[int]:
+    """Generate answers in the batch; return their uids.
+
+    Args:
+        batch: mlx-lm's.
+        answers: of one prompt, new ones or a single one that has been begun.
+        caches: they hold prompt and answer, all but the last token.
+    """
     return batch.insert(
-        [[token]] * len(answers),
-        max_tokens=[settings.max_tokens] * len(answers),
+        [answer.context[-1:] for answer in answers],
+        max_tokens=[answer.room for answer in answers],
         caches=[caches] * len(answers),
-        samplers=[sampler(settings.sampling, settings.seed, i) for i in range(len(answers))],
-        logits_processors=processors,
+        all_tokens=[answer.context[:-1] for answer in answers],
+        samplers=[answer.sampler for answer in answers],
+        logits_processors=[answer.processors for answer in answers],
     )
 
 
@@ -127,7 +150,7 @@ def logits_processors(
 ) -> list[Callable[[mx.array, mx.array], mx.array]]:
     """Logits processors of an answer, on (1, vocab_size); penalties apply to generated tokens only.
 
-    A batch's answer begins with the prompt's last token, which is not generated.
+    They see the prompt's last token first, which is not generated.
     """
     processors = sampling.logits_processors(1)
     if presence_penalty:

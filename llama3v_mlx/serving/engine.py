@@ -1,7 +1,8 @@
 """The worker that owns the model: it prefills prompts in chunks, and runs a decoding step of all answers in between.
 
 A `Job` goes through three stages: it waits for a place, it is read (its images encoded, its tokens prefilled into
-caches of its own, all but the last), and its answers are generated in mlx-lm's batch. Only this thread touches MLX.
+caches of its own, all but the last), and its answers are generated: in mlx-lm's batch, or one alone with drafts. Only
+this thread touches MLX.
 """
 
 import logging
@@ -11,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from ..models.llama3v import Model
 from ..prompt import Processor
 from . import batch as mlx_lm
 from .batch import BatchAnswer, Settings
+from .decoding import Decoding
 from .prefix_cache import PrefixCache
 from .prompts import Block, RequestPrompt, token_text
 from .validate import RequestError
@@ -103,8 +105,8 @@ class _Answer(BatchAnswer):
     """One answer of a job while it is generated."""
 
     def __init__(self, job: Job, choice: int, detokenizer):
-        super().__init__(detokenizer)
-        self.job, self.choice = job, choice
+        super().__init__(job.prompt, job.settings, choice, detokenizer)
+        self.job = job
         self.stops = StopText(job.settings.stops)
 
 
@@ -117,18 +119,25 @@ class Engine:
         prefixes: where prompts that were read are kept.
         concurrency: answers at once; further jobs wait.
         step_size: tokens that are prefilled at once while nobody else is answered.
+        clock: seconds, to find out whether drafts pay.
     """
 
     def __init__(
-        self, model: Model, processor: Processor, prefixes: PrefixCache, concurrency: int = 16, step_size: int = 512
+        self,
+        model: Model,
+        processor: Processor,
+        prefixes: PrefixCache,
+        concurrency: int = 16,
+        step_size: int = 512,
+        clock: Callable[[], float] = time.perf_counter,
     ):
-        self._model, self._processor, self._prefixes = model, processor, prefixes
+        self._model, self._processor, self._prefixes, self._clock = model, processor, prefixes, clock
         self._concurrency, self._step_size = concurrency, step_size
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._parked: set[Job] = set()  # whose images are being decoded
         self._reading: deque[tuple[Job | None, Iterator[None]]] = deque()
-        self._answers: dict[int, _Answer] = {}
+        self._answers: list[_Answer] = []
         # Their median says how long reading may take: one slow step makes no room for a long piece.
         self._step_times: deque[float] = deque(maxlen=RECENT)  # seconds of a step of all answers
         self._piece = 16  # tokens that are prefilled between two steps
@@ -157,9 +166,10 @@ class Engine:
 
     def _work(self) -> None:
         with mx.stream(mlx_lm.generation_stream):
-            self._batch = self._new_batch()
+            self._decoding = self._new_decoding()
             while not self._stopping:
                 try:
+                    self._start_waiting()  # where an answer has ended
                     self._receive()
                     self._drop_cancelled()
                     self._start_waiting()
@@ -171,13 +181,13 @@ class Engine:
                 job.events.put(RequestError(503, "the server is shutting down", "shutting_down"))
             while self._save_prefix():
                 pass
-            self._batch.close()
+            self._decoding.close()
             mx.synchronize()
         # MLX cannot end a process that has a thread's streams left.
         mx.clear_streams()
 
-    def _new_batch(self):
-        return mlx_lm.new_batch(self._model, self._processor.tokenizer.eos_token_ids, self._concurrency)
+    def _new_decoding(self):
+        return Decoding(self._model, self._processor, self._concurrency, self._clock)
 
     def _receive(self) -> None:
         """Receive jobs; when idle, write the prefix cache, then block."""
@@ -208,7 +218,7 @@ class Engine:
     def _jobs(self) -> list[Job]:
         """All unfinished jobs, each once."""
         reading = [job for job, _ in self._reading if job is not None]
-        answered = [answer.job for answer in self._answers.values()]
+        answered = [answer.job for answer in self._answers]
         return list(dict.fromkeys([*answered, *reading, *self._parked, *self._waiting]))
 
     def _drop_cancelled(self) -> None:
@@ -217,11 +227,8 @@ class Engine:
                 self._drop(job)
 
     def _drop(self, job: Job) -> None:
-        uids = [uid for uid, answer in self._answers.items() if answer.job is job]
-        if uids:
-            self._batch.remove(uids)
-        for uid in uids:
-            del self._answers[uid]
+        self._decoding.remove([answer for answer in self._answers if answer.job is job])
+        self._answers = [answer for answer in self._answers if answer.job is not job]
         self._reading = deque(each for each in self._reading if each[0] is not job)
         self._parked.discard(job)
         if job in self._waiting:
@@ -233,11 +240,11 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         """Fail all running answers: after a failed step, the state of the batch's caches is unknown."""
-        for job in {answer.job for answer in self._answers.values()}:
-            self._answers = {uid: answer for uid, answer in self._answers.items() if answer.job is not job}
+        for job in {answer.job for answer in self._answers}:
+            self._answers = [answer for answer in self._answers if answer.job is not job]
             job.events.put(internal_error(error))
-        self._batch.close()
-        self._batch = self._new_batch()
+        self._decoding.close()
+        self._decoding = self._new_decoding()
 
     def _start_waiting(self) -> None:
         """Look up waiting prompts in the prefix cache, as far as the batch has room."""
@@ -359,42 +366,39 @@ class Engine:
             log.exception("the prefix cache failed")
 
     def _begin(self, job: Job) -> None:
-        """Insert a prefilled job into the batch."""
+        """Begin the answers of a prefilled job."""
         detokenizers = (self._processor.tokenizer.detokenizer for _ in range(job.settings.choices))
         answers = [_Answer(job, i, detokenizer) for i, detokenizer in enumerate(detokenizers)]
-        uids = mlx_lm.begin(self._batch, job.prompt.ids[-1], job.caches, answers, job.settings)
+        self._decoding.begin(answers, job.caches)
         job.caches = None
-        self._answers.update(zip(uids, answers, strict=True))
+        self._answers += answers
 
     def _step(self) -> None:
-        """Decode one token of every answer."""
+        """Decode a token of every answer, or several of one that is alone."""
         if not self._answers:
             return
         start = time.perf_counter()
-        _, responses = self._batch.next()
+        responses = self._decoding.next(alone=all(job is None for job, _ in self._reading))
         seconds = time.perf_counter() - start
         if responses:
             self._step_times.append(seconds)
-        for response in responses:
-            answer = self._answers.get(response.uid)
-            if answer is None:  # its job failed a moment ago
+        for answer, response in responses:
+            # Its job may have failed, ended or been cancelled a token ago.
+            if answer not in self._answers or answer.job.cancelled:
                 continue
             try:
                 if answer.failure is not None:
                     raise answer.failure
                 self._take(answer, response)
             except Exception as e:
-                if response.finish_reason is not None:
-                    del self._answers[response.uid]
                 self._fail(answer.job, e)
 
     def _take(self, answer: _Answer, response) -> None:
         job, finish = answer.job, response.finish_reason
         text, stopped = answer.stops.feed(answer.add(response), finish is not None)
         if finish is not None or stopped:
-            del self._answers[response.uid]
-        if stopped and finish is None:
-            self._batch.remove([response.uid])
+            self._answers.remove(answer)
+            self._decoding.remove([answer])
         if finish is not None:
             length = len(job.prompt.ids) + len(answer.tokens)
             self._store(job.prompt.blocks(answer.tokens), response.prompt_cache, length)
