@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cli import CACHE, DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run
 from .demo import SIGLIP
-from .files import naming, printable, write_beside
+from .files import printable, write_beside
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
@@ -102,7 +102,7 @@ def embed(args: argparse.Namespace) -> None:
             bar.update(report.seen - bar.n)
             bar.set_postfix(failed=len(report.failed), refresh=False)
 
-        with naming(store.folder), FeatureWriter(store) as writer:
+        with FeatureWriter(store) as writer:
             report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
     for name, reason in report.failed:
         print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)

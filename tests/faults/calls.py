@@ -4,176 +4,18 @@ Each command is run once undisturbed, which counts its calls and gives the resul
 the n-th call is disturbed, what existed before is checked, and the same command is run again.
 """
 
-import contextlib
 import errno
-import hashlib
-import json
 import random
-import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from . import shim
-from .harness import CRASHED, WALL_SECONDS, Ended, command, complaint, limit_memory, run_child
+from .harness import CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
 from .material import Material
+from .written import WRITTEN, Written
 
-Action = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A command that writes, and what it writes."""
-
-    action: Callable[[Material, Path], Action]
-    result: Callable[[Material, Path], object]  # equal after any disturbance and another run
-    prepare: Callable[[Material, Path], object] = lambda material, place: None  # what exists before
-    kept: Callable[[Material, Path, object], str | None] = lambda material, place, wanted: None  # after a disturbance
-    stdin: Callable[[Path], str] = lambda place: ""
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files below a folder, by relative path; of tensors, whose order in a file MLX leaves open."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    from safetensors import SafetensorError, deserialize
-
-    data = path.read_bytes()
-    if path.suffix == ".safetensors":
-        with contextlib.suppress(SafetensorError):
-            tensors = sorted((name, t["dtype"], t["shape"], bytes(t["data"])) for name, t in deserialize(data))
-            data = repr(tensors).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-def _convert(material: Material, place: Path) -> Action:
-    return command("convert", "--hf-path", material / "tiny", "--mlx-path", place / "out", "-q")
-
-
-def _converted(material: Material, place: Path, wanted: object = None) -> dict[str, str]:
-    return hashes(place)
-
-
-def _whole_or_absent(material: Material, place: Path, wanted: object) -> str | None:
-    made = {f"out/{name}": digest for name, digest in hashes(place / "out").items() if name != ".writing"}
-    return f"out is not whole: {sorted(wanted.items() ^ made.items())[:3]}" if made and made != wanted else None
-
-
-def _train(stage: str) -> Callable[[Material, Path], Action]:
-    def train(material: Material, place: Path) -> Action:
-        return command("train", *material.train(stage), "--out", place / "run", "--resume")
-
-    return train
-
-
-def _trained(material: Material, place: Path) -> object:
-    """Files but for what contains times, and the steps of the metrics."""
-    found = hashes(place)
-    found.pop("run/metrics.jsonl", None)
-    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
-    return found, [[row["step"], row.get("loss")] for row in map(json.loads, lines)]
-
-
-def _fuse(material: Material, place: Path) -> Action:
-    adapters = ("--adapter-path", material / "finetune", "--out", place / "out")
-    return command("train", "--fuse", "--model", material / "mlx", *adapters)
-
-
-def _chat(material: Material, place: Path) -> Action:
-    return command("chat", "--model", material / "tiny", "--max-tokens", 3, "--temp", 0, "--force")
-
-
-def _old_or_new(material: Material, place: Path, wanted: object) -> str | None:
-    old = _sha256(material / "saved.safetensors")
-    found = hashes(place).get("saved.safetensors")
-    return None if found in (old, wanted["saved.safetensors"]) else "the saved conversation is neither old nor new"
-
-
-class Teacher:
-    """Writes conversations that depend on the images only."""
-
-    def write(self, tasks: list) -> list[tuple[str, bool]]:
-        return [(f"Question: What is {name}?\nAnswer: A disk.", True) for name, _, _ in tasks]
-
-
-def _synthesize(material: Material, place: Path) -> Action:
-    def run() -> None:
-        from llama3v_mlx import synthesize
-
-        synthesize.make_teacher = lambda args: Teacher()
-        files = ("--captions", material / "captions.jsonl", "--out", place / "rows.jsonl")
-        command("synthesize", "--teacher", "none", *files, "--batch-size", 2)()
-
-    return run
-
-
-def _embed(material: Material, place: Path) -> Action:
-    paths = (material / "images", "--model", material / "siglip", "--out", place / "store", "--batch-size", 1)
-    return command("embed", *paths, "--workers", 1)
-
-
-def _embedded(material: Material, place: Path) -> object:
-    """Rows by path, as exported."""
-    export = place / "export"
-    ended = run_child(command("embed", "--out", place / "store", "--export", export), place)
-    if ended.code:
-        return ended.errors
-    import numpy as np
-
-    rows = np.load(export / "embeddings.npy")
-    entries = [json.loads(line) for line in (export / "index.jsonl").read_text().splitlines()]
-    shutil.rmtree(export)
-    return sorted((json.dumps(entry), row.tobytes().hex()) for entry, row in zip(entries, rows, strict=True))
-
-
-def _prompt_cache(material: Material, place: Path) -> Action:
-    def store() -> None:
-        import mlx.core as mx
-
-        from llama3v_mlx.cli import run
-        from llama3v_mlx.serving.prefix_cache import PrefixCache
-        from llama3v_mlx.serving.prompts import Block
-
-        def work() -> None:
-            cache = PrefixCache(10**6, place / "cache", "model")
-            blocks = [Block(f"{i:064}", 16 * i, 16 * (i + 1)) for i in range(3)]
-            held, array = cache.fetch(blocks, 48)
-            if held and not mx.array_equal(array[0, 0, 0, 0, :, 0], mx.arange(held) // 16):
-                raise ArithmeticError("wrong values")
-            cache.store(blocks, lambda start, end: mx.full((2, 2, 1, 1, 16, 4), start // 16))
-            while cache.save_one():
-                pass
-
-        run(work)
-
-    return store
-
-
-def _old_saved(material: Material, place: Path) -> None:
-    shutil.copy(material / "saved.safetensors", place)
-
-
-WRITTEN = {
-    "convert": Written(_convert, _converted, kept=_whole_or_absent),
-    "fuse": Written(_fuse, _converted, kept=_whole_or_absent),
-    "pretrain": Written(_train("pretrain"), _trained),
-    "finetune": Written(_train("finetune"), _trained),
-    "chat": Written(
-        _chat,
-        _converted,
-        prepare=_old_saved,
-        kept=_old_or_new,
-        stdin=lambda place: f"What is a disk?\n/save {place / 'saved'}\n",
-    ),
-    "synthesize": Written(_synthesize, _converted),
-    "embed": Written(_embed, _embedded),
-    "prompt-cache": Written(_prompt_cache, lambda material, place: None),  # it checks the values itself
-}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR, errno.EACCES, errno.EROFS)
 MODES = [(shim.FAIL, code) for code in ERRORS] + [
     (shim.FAIL_ALL, errno.ENOSPC),
