@@ -154,6 +154,7 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
     names: dict[bytes, list[str]] = {}
     for sha256, name in store.names():
         names.setdefault(sha256, []).append(name)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     matrix, index = folder / "embeddings.npy", folder / "index.jsonl"
     partial = [path.with_name(f"{path.name}.partial") for path in (matrix, index)]
@@ -182,6 +183,8 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
+        if is_new and not matrix.exists():
+            folder.rmdir()
     print(f"{folder}: {row} rows of width {store.info.width}", file=sys.stderr if json_only else sys.stdout)
 
 

@@ -155,5 +155,6 @@ def unseal(folder: Path, writer: int, number: int, width: int, dtype: str, recor
 
 
 def _open_unbuffered(path: Path) -> FileIO:
-    """Open a file for reading and writing, creating it if necessary."""
-    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
+    """Open a file for reading and writing, creating it if necessary; a link to one is refused."""
+    more = os.O_CREAT | os.O_NOFOLLOW
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | more, 0o666))

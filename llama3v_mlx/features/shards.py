@@ -16,6 +16,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..files import check_file
+
 # Columns of an entry in the database, and its record in a sealed shard, from which the database can be rebuilt.
 COLUMNS = ("sha256", "shard", "start", "rows", "crc32")
 COLUMNS += ("overview_columns", "overview_rows", "grid_columns", "grid_rows", "cell_columns", "cell_rows")
@@ -28,7 +30,7 @@ RECORD = np.dtype(
     }
 )
 HEADER_BYTES = 4096
-STORE, LOCK = "store.json", "store.lock"
+STORE, DATABASE, LOCK = "store.json", "store.db", "store.lock"
 SEALED, OPEN, SCALES = ".safetensors", ".open", ".scales"
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
 REPAIR = "llama3v embed --verify {} repairs the store"
@@ -113,6 +115,7 @@ class Shard:
         # The writer may be renaming it, from one name to the other and back.
         for self.path in (sealed, sealed.with_suffix(OPEN)) * 2:
             try:
+                check_file(self.path)
                 with self.path.open("rb") as file:
                     before = os.fstat(file.fileno())
                     try:
@@ -159,7 +162,7 @@ class Shard:
         Raises:
             FeatureError: if the shard does not have them.
         """
-        if start + rows > self.num_rows:
+        if start < 0 or rows < 0 or start + rows > self.num_rows:
             raise FeatureError(f"{self.path}: cut short; {REPAIR.format(self._folder)}")
         row_bytes = self._width * self._dtype.itemsize
         first = HEADER_BYTES + start * row_bytes
@@ -168,11 +171,16 @@ class Shard:
         return data.view(self._dtype).reshape(rows, self._width), scales
 
     def check(self, records: np.ndarray, values: np.ndarray, scales: np.ndarray) -> None:
-        """Compare contiguous entries, as read, with their checksums.
+        """Compare contiguous entries, as read, with their checksums, and with the records of a sealed shard.
 
         Raises:
-            FeatureError: if a checksum differs.
+            FeatureError: if a checksum or a record differs.
         """
+        if self.records is not None:
+            own = self.records[np.isin(self.records["start"], records["start"])]
+            names = [name for name in COLUMNS if name in records.dtype.names]
+            if not all(np.array_equal(own[name], records[name]) for name in names):
+                raise FeatureError(f"{self.path}: its records differ from {DATABASE}; {REPAIR.format(self._folder)}")
         found = checksums(records["rows"].tolist(), values, scales)
         wrong = np.flatnonzero(records["crc32"] != np.array(found, np.uint32))
         if len(wrong):

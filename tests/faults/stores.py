@@ -6,6 +6,7 @@ A command on one must end with an error line that names it, or succeed with what
 import hashlib
 import json
 import random
+import shutil
 import sqlite3
 from collections.abc import Callable
 from functools import cache, partial
@@ -48,7 +49,7 @@ def mutate_store(rng: random.Random, path: Path) -> str:
             try:
                 db.execute(statement, parameters)
                 done.append(f"{statement} {parameters}")
-            except sqlite3.Error:  # a constraint
+            except (sqlite3.Error, UnicodeEncodeError):  # a constraint, or no text of SQLite
                 continue
     db.close()
     return f"{path.name}: {done}"
@@ -111,7 +112,13 @@ def _embed(material: Material, broken: Path) -> Callable[[], None]:
 
 
 def _verify(material: Material, broken: Path) -> Callable[[], None]:
-    return command("embed", "--verify", broken)
+    def repair() -> None:
+        from llama3v_mlx.cli import run
+        from llama3v_mlx.features.repair import verify
+
+        run(lambda: verify(broken))
+
+    return repair
 
 
 def _search(material: Material, broken: Path) -> Callable[[], None]:
@@ -131,6 +138,7 @@ def _exported(folder: Path, place: Path) -> dict[str, str] | str:
     import numpy as np
 
     export = place / "exported"
+    shutil.rmtree(export, ignore_errors=True)
     ended = run_child(command("embed", "--out", folder, "--export", export), place)
     if ended.code:
         return ended.errors
@@ -149,6 +157,11 @@ def _right_rows(material: Material, broken: Path, ended: Ended) -> str | None:
     wanted, found = _wanted(material / "store"), _exported(broken, broken.parent)
     wrong = [] if isinstance(found, str) else [key for key, row in found.items() if wanted.get(key) != row]
     return f"wrong rows of {wrong}" if wrong else None
+
+
+def _repaired(material: Material, broken: Path, ended: Ended) -> str | None:
+    found = _exported(broken, broken.parent)
+    return f"not repaired: {found}" if isinstance(found, str) else _right_rows(material, broken, ended)
 
 
 def _right_hits(material: Material, broken: Path, ended: Ended) -> str | None:
@@ -186,11 +199,11 @@ def _right_answers(material: Material, broken: Path, ended: Ended) -> str | None
 KINDS = {
     "stores:export": Broken("store", _export, mutate=mutate_store, right=_right_rows),
     "stores:embed": Broken("store", _embed, mutate=mutate_store, right=_right_rows),
-    "stores:verify": Broken("store", _verify, mutate=mutate_store, right=_right_rows),
+    "stores:verify": Broken("store", _verify, mutate=mutate_store, right=_repaired),
     "stores:search": Broken("store", _search_store, mutate=mutate_store, right=_right_hits),
     "stores:index": Broken("index", _search, mutate=mutate_store, right=_right_folder),
     "stores:features": Broken("visual", ask_with_features, mutate=mutate_store),
-    "stores:answers": Broken("answers", _ask, mutate=mutate_answers, right=_right_answers),
+    "stores:answers": Broken("answers", _ask, mutate=mutate_answers, names=("answers.jsonl",), right=_right_answers),
     "stores:prompt-cache": Broken("prompts", use_prompt_cache, mutate=mutate_prompt),
 }
 case = partial(break_and_run, kinds=KINDS)
