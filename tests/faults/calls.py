@@ -14,6 +14,7 @@ from pathlib import Path
 from . import shim
 from .harness import CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
 from .material import Material
+from .power import Power
 from .written import WRITTEN, Written
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR, errno.EACCES, errno.EROFS)
@@ -44,11 +45,12 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
         return f"with {room / 1e6:.1f} MB more", _judge(written, material, here, ended, wanted)
     modes = {"calls": MODES, "signals": SIGNALS, "power": [(shim.SIGNAL, signal.SIGKILL)]}[what]
     at, (mode, code) = number % count + 1, modes[number // count % len(modes)]
-    ended = _run(written, material, here, mode, at, code)
+    power = Power(here, place / "kept") if what == "power" else None
+    ended = _run(written, material, here, mode, at, code, kept=power and power.kept)
     _, log = shim.seen()
-    if what == "power":
-        lose_power(here, log)
-    hit = next((" ".join(line) for line in log if line[0] in ("failed", "signal")), "")
+    if power:
+        power.lose(random.Random(f"{kind} {number}"), log)
+    hit = next((" ".join(line) for line in log if line[1] in ("failed", "signal")), "")
     described = f"call {at} of {count}, {errno.errorcode.get(code, code) if what == 'calls' else code}: {hit}"
     return described, _judge(written, material, here, ended, wanted)
 
@@ -130,45 +132,15 @@ def _run(
     code: int = 0,
     seconds: float = WALL_SECONDS,
     memory: int | None = None,
+    kept: Path | None = None,
 ) -> Ended:
     """Run a command in a child; see `shim.arm`. It is killed after `seconds`, and may map `memory` bytes more."""
     action = written.action(material, place)
 
     def disturbed() -> None:
-        shim.arm(place, mode, at, code)
+        shim.arm(place, mode, at, code, kept)
         if memory is not None:
             limit_memory(memory)
         action()
 
     return run_child(disturbed, place, written.stdin(place).encode(), seconds)
-
-
-def lose_power(folder: Path, log: list[list[str]]) -> None:
-    """Truncate files to what was flushed, under their present names, as if the power had been lost.
-
-    Renames and new names are kept: journaling file systems order them, but not before the data.
-    """
-    flushed: dict[str, int] = {}
-    dirty: set[str] = set()
-    for call, path, other in log:
-        match call:
-            case "write" | "create" | "truncate":
-                dirty.add(path)
-            case "sync":
-                dirty.discard(path)
-                flushed[path] = int(other)
-            case "unlink":
-                dirty.discard(path)
-                flushed.pop(path, None)
-            case "rename":
-                dirty = {_renamed(name, path, other) for name in dirty}
-                flushed = {_renamed(name, path, other): size for name, size in flushed.items()}
-    for name in dirty:
-        path = folder / name
-        if path.is_file():
-            with path.open("r+b") as file:
-                file.truncate(min(flushed.get(name, 0), path.stat().st_size))
-
-
-def _renamed(name: str, path: str, other: str) -> str:
-    return other + name.removeprefix(path) if name == path or name.startswith(path + "/") else name
