@@ -68,9 +68,8 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
         if not written.stdin(place):  # a chat goes on after Ctrl-C
             return f"succeeded, but the result differs: {_difference(found, wanted)}"
     again = _run(written, material, place)
-    if ended.code != 1 and "exists already" in again.errors:  # stopped after the last step, the new name
-        (place / "out" / ".writing").unlink(missing_ok=True)
-    elif again.code:
+    is_done = ended.code != 1 and "exists already" in again.errors  # stopped after the last step, the new name
+    if again.code and not is_done:
         return f"the second run failed: {again.errors[-400:]!r}"
     found = written.result(material, place)
     return None if found == wanted else f"the second run's result differs: {_difference(found, wanted)}"

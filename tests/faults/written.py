@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama3v_mlx.files import MARKER
+
 from .harness import command, run_child
 from .material import QUESTION, Material
 
@@ -26,8 +28,12 @@ class Written:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files below a folder, by relative path; of tensors, whose order in a file MLX leaves open."""
+    """SHA-256 of the files below a folder, by relative path; of tensors, whose order in a file MLX leaves open.
+
+    A marker that is left in a finished folder, by a kill just after the folder got its name, is harmless.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    files = [path for path in files if path.name != MARKER]
     return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 
@@ -51,7 +57,7 @@ def _converted(material: Material, place: Path, wanted: object = None) -> dict[s
 
 
 def _whole_or_absent(material: Material, place: Path, wanted: object) -> str | None:
-    made = {f"out/{name}": digest for name, digest in hashes(place / "out").items() if name != ".writing"}
+    made = {f"out/{name}": digest for name, digest in hashes(place / "out").items()}
     return f"out is not whole: {sorted(wanted.items() ^ made.items())[:3]}" if made and made != wanted else None
 
 
@@ -181,7 +187,7 @@ def _indexed(material: Material, place: Path) -> object:
     if ended.code:
         return ended.errors
     photos = str(_photos(place))
-    hits = [(hit["path"].removeprefix(photos), hit["cosine"]) for hit in json.loads(ended.out)["hits"]]
+    hits = [(hit["path"].removeprefix(photos), round(hit["cosine"], 5)) for hit in json.loads(ended.out)["hits"]]
     files = _rows(place / "index", "SELECT path, sha256 FROM files")
     files = sorted((path.decode().removeprefix(photos), sha256.hex()) for path, sha256 in files)
     return hits, files, sorted(_rows(place / "index", "SELECT hex(sha256), rows, crc32 FROM entries"))
