@@ -22,7 +22,7 @@ from .shards import DATABASE, REPAIR, STORE, FeatureError
 
 FORMAT = 2  # of the store; version 1 had manifests
 WAIT = 60.0  # seconds to wait for another process's transaction
-SYNCHRONOUS = "FULL"  # a committed transaction survives a loss of power
+SYNCHRONOUS = "EXTRA"  # a committed transaction survives a loss of power, which may bring back its journal
 _SCHEMA = f"""
 CREATE TABLE entries (
     writer INTEGER NOT NULL, shard INTEGER NOT NULL, start INTEGER NOT NULL,  -- of its first row
