@@ -91,7 +91,7 @@ class AnswerFile:
             with path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
-                        self._note(json.loads(line), len(line))
+                        self._note(_checked(json.loads(line)), len(line))
                     except (ValueError, TypeError, KeyError, RecursionError):
                         raise AnswersError(f"{path}:{number}: is not a line of answers; remove it") from None
         except BaseException:
@@ -157,6 +157,16 @@ class AnswerFile:
         self._lines[path] = _Line(start, self._end, sha256, tuple(seen) if seen else None)
         if sha256:
             self._images[sha256] = self._lines[path]
+
+
+def _checked(row: dict) -> dict:
+    """Return a row of the file; raise ValueError, TypeError or KeyError if it has no answer and no error."""
+    path, sha256 = row["path"], row.get("sha256")
+    if not isinstance(path, str) or not ("error" in row if sha256 is None else "answer" in row):
+        raise ValueError
+    if sha256 is not None:
+        bytes.fromhex(sha256)
+    return row
 
 
 def to_line(row: dict) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cli import CACHE, DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run
 from .demo import SIGLIP
-from .files import naming, printable, write_beside
+from .files import printable, write_beside
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
@@ -102,7 +102,7 @@ def embed(args: argparse.Namespace) -> None:
             bar.update(report.seen - bar.n)
             bar.set_postfix(failed=len(report.failed), refresh=False)
 
-        with naming(store.folder), FeatureWriter(store) as writer:
+        with FeatureWriter(store) as writer:
             report = Pipeline(encoder, writer, batch_size, args.workers, progress).run(sources)
     for name, reason in report.failed:
         print(f"failed: {printable(name)}: {printable(reason)}", file=sys.stderr)
@@ -154,6 +154,7 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
     names: dict[bytes, list[str]] = {}
     for sha256, name in store.names():
         names.setdefault(sha256, []).append(name)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     matrix, index = folder / "embeddings.npy", folder / "index.jsonl"
     partial = [path.with_name(f"{path.name}.partial") for path in (matrix, index)]
@@ -182,6 +183,8 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
+        if is_new and not matrix.exists():
+            folder.rmdir()
     print(f"{folder}: {row} rows of width {store.info.width}", file=sys.stderr if json_only else sys.stdout)
 
 

@@ -96,7 +96,8 @@ def flush(path: Path) -> None:
     """Flush a file or folder to the disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        sync(descriptor)
+        with naming(path):
+            sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -200,7 +201,8 @@ def append(file: FileIO, data: bytes) -> None:
         write_at(file, data, end)
     except BaseException:
         if os.fstat(file.fileno()).st_size < end + len(data):
-            os.ftruncate(file.fileno(), end)
+            with naming(Path(file.name)):
+                os.ftruncate(file.fileno(), end)
         raise
 
 
@@ -215,7 +217,8 @@ def cut_half_line(file: FileIO) -> None:
             break
         end = start
     if end < size:
-        os.ftruncate(file.fileno(), end)
+        with naming(Path(file.name)):
+            os.ftruncate(file.fileno(), end)
 
 
 def check_file(path: Path) -> None:

@@ -147,7 +147,15 @@ def test_a_file_of_something_else_is_not_touched(out: Path, content: bytes) -> N
     assert out.read_bytes() == content and os.listdir(out.parent) == ["answers.jsonl"]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", "\0\0", '{"path": []}', "[" * 100_000])
+ODD = ("{", "[]", "{}", "\0\0", '{"path": []}', '{"path": "a"}', '{"path": "a", "sha256": "00"}', "[" * 100_000)
+ODD += (
+    '{"path": 1, "error": ""}',
+    '{"path": "a", "answer": "", "sha256": 7}',
+    '{"path": "a", "answer": "", "stat": [1]}',
+)
+
+
+@pytest.mark.parametrize("line", ODD)
 def test_a_damaged_line_is_named(out: Path, line: str) -> None:
     write(out, ROWS)
     lines = out.read_bytes().splitlines(True)

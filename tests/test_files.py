@@ -101,6 +101,25 @@ def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         files.flush(tmp_path)
 
 
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "ftruncate"])
+def test_a_store_on_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    store = FeatureStore.create(tmp_path / "store", StoreInfo("model", "pooled", "0" * 64, 4, "int8"))
+    monkeypatch.setattr(os, call, refuse(errno.EIO))
+    with pytest.raises(OSError, match=str(tmp_path / "store")), FeatureWriter(store) as writer:
+        writer.add([(bytes(32), Features(mx.ones((3, 4)), (3, 1)))])
+
+
+def test_a_file_that_can_be_neither_written_nor_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "ftruncate", refuse(errno.EIO))
+    (tmp_path / "lines").write_bytes(b"half a line")
+    with (tmp_path / "lines").open("a+b", buffering=0) as file:
+        with pytest.raises(OSError, match=str(tmp_path / "lines")):
+            files.cut_half_line(file)
+        monkeypatch.setattr(os, "pwrite", refuse(errno.EIO))
+        with pytest.raises(OSError, match=str(tmp_path / "lines")):
+            files.append(file, b"another")
+
+
 def test_macos_flushes_the_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file of a new folder, and the folder itself, is flushed with F_FULLFSYNC."""
     flushed = []

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ..files import flush
-from .shards import REPAIR, STORE, FeatureError
+from ..files import check_file, flush
+from .shards import DATABASE, REPAIR, STORE, FeatureError
 
-DATABASE = "store.db"
 FORMAT = 2  # of the store; version 1 had manifests
 WAIT = 60.0  # seconds to wait for another process's transaction
-SYNCHRONOUS = "FULL"  # a committed transaction survives a loss of power
+SYNCHRONOUS = "EXTRA"  # a committed transaction survives a loss of power, which may bring back its journal
 _SCHEMA = f"""
 CREATE TABLE entries (
     writer INTEGER NOT NULL, shard INTEGER NOT NULL, start INTEGER NOT NULL,  -- of its first row
@@ -67,6 +66,10 @@ class Database:
         if connection is None:
             if not self.path.exists():
                 raise FeatureError(f"{self.path}: is missing; {REPAIR.format(folder)}")
+            try:
+                check_file(self.path)
+            except OSError as e:
+                raise FeatureError(f"{self.path}: {e}") from e
             self._lock_folder = None if _has_locks(folder / STORE) else self.path.with_suffix(".db.lock")
             connection = _connect(self.path, "unix" if self._lock_folder is None else "unix-none")
         self._connection = connection
@@ -83,6 +86,16 @@ class Database:
         """
         with self._turn():
             return self._connection.execute(query, parameters).fetchall()
+
+    @contextlib.contextmanager
+    def converting(self) -> Iterator[None]:
+        """Raise a FeatureError for values of a wrong type or size, which a damaged database may have."""
+        try:
+            yield
+        except FeatureError:
+            raise
+        except (ValueError, TypeError, AttributeError, OverflowError) as e:
+            raise FeatureError(f"{self.path}: damaged ({e}); {REPAIR.format(self.path.parent)}") from e
 
     @contextlib.contextmanager
     def transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import flush, sync, write_at
+from ..files import flush, naming, sync, write_at
 from .shards import DTYPES, HEADER_BYTES, OPEN, RECORD, SCALES, SEALED, FeatureError, Shard, shard_path
 
 _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
@@ -89,11 +89,12 @@ class OpenShard:
 
     def write(self, start: int, values: Sequence[np.ndarray], scales: Sequence[np.ndarray]) -> None:
         """Write rows from row `start` on, and flush them to the disk."""
-        write_at(self._file, b"".join(v.tobytes() for v in values), self.num_bytes(start))
-        sync(self._file.fileno())
-        if self._scales:
-            write_at(self._scales, b"".join(s.tobytes() for s in scales), 4 * start)
-            sync(self._scales.fileno())
+        with naming(self._path):
+            write_at(self._file, b"".join(v.tobytes() for v in values), self.num_bytes(start))
+            sync(self._file.fileno())
+            if self._scales:
+                write_at(self._scales, b"".join(s.tobytes() for s in scales), 4 * start)
+                sync(self._scales.fileno())
 
     def seal(self, records: np.ndarray) -> None:
         """Turn the shard into a safetensors file with the rows of `records`, and close it.
@@ -121,8 +122,9 @@ class OpenShard:
         write_at(self._file, tail, self.num_bytes(num_rows))
         # A safetensors header may be padded with spaces, so the rows need not move.
         write_at(self._file, struct.pack("<Q", HEADER_BYTES - 8) + header.ljust(HEADER_BYTES - 8), 0)
-        os.ftruncate(self._file.fileno(), HEADER_BYTES + end)
-        sync(self._file.fileno())
+        with naming(self._path):
+            os.ftruncate(self._file.fileno(), HEADER_BYTES + end)
+            sync(self._file.fileno())
         os.rename(self._path, self._path.with_suffix(SEALED))
         flush(self._path.parent)
         self._path.with_suffix(SCALES).unlink(missing_ok=True)
@@ -153,5 +155,6 @@ def unseal(folder: Path, writer: int, number: int, width: int, dtype: str, recor
 
 
 def _open_unbuffered(path: Path) -> FileIO:
-    """Open a file for reading and writing, creating it if necessary."""
-    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
+    """Open a file for reading and writing, creating it if necessary; a link to one is refused."""
+    more = os.O_CREAT | os.O_NOFOLLOW
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | more, 0o666))

@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from ..files import list_folder, lock
-from .database import DATABASE, Database, connect_readonly, create_database
+from .database import Database, connect_readonly, create_database
 from .growing import number_of
-from .shards import COLUMNS, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
+from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
 from .store import FeatureStore, StoreInfo, read_info
 from .version1 import VERSION
 
+_NUMBERS = {column: 1 << (32 if column in ("shard", "start", "rows", "crc32") else 16) for column in COLUMNS[1:]}
+_ENTRY = " AND ".join(
+    ["typeof(sha256) = 'blob' AND length(sha256) = 32 AND typeof(writer) = 'integer' AND writer >= 0"]
+    + [f"typeof({column}) = 'integer' AND {column} BETWEEN 0 AND {end - 1}" for column, end in _NUMBERS.items()]
+)
+_FILE = "typeof(path) = 'blob' AND typeof(sha256) = 'blob' AND length(sha256) IN (0, 32)"
 _FILES = "sha256, path, size, mtime_ns, ctime_ns, inode, taken"
 
 
@@ -58,6 +64,7 @@ def _open_or_rebuild(folder: Path, verdict: Verdict) -> Database:
     try:
         database = Database(folder)
         if (problem := database.rows("PRAGMA integrity_check(1)")[0][0]) == "ok":
+            _remove_odd(database, verdict)
             return database
         raise FeatureError(problem)
     except FeatureError:
@@ -73,6 +80,15 @@ def _open_or_rebuild(folder: Path, verdict: Verdict) -> Database:
         growing = "".join(f"; the entries of {path}" for path in list_folder(folder, f"shard-*{OPEN}"))
         verdict.lost.append(f"{path}: damaged or missing; rebuilt from the shards, with {len(names)} names{growing}")
         return Database(folder)
+
+
+def _remove_odd(database: Database, verdict: Verdict) -> None:
+    """Remove rows with values of a wrong type or size; those of entries are restored from their shards."""
+    with database.transaction() as db:
+        for table, is_right in (("entries", _ENTRY), ("files", _FILE)):
+            count = db.execute(f"DELETE FROM {table} WHERE NOT ({is_right})").rowcount
+            if count:
+                verdict.lost.append(f"{database.path}: {count} damaged rows of the table of {table}")
 
 
 def _check_shard(folder: Path, writer: int, number: int, info: StoreInfo, database: Database, verdict: Verdict) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..files import check_file
+
 # Columns of an entry in the database, and its record in a sealed shard, from which the database can be rebuilt.
 COLUMNS = ("sha256", "shard", "start", "rows", "crc32")
 COLUMNS += ("overview_columns", "overview_rows", "grid_columns", "grid_rows", "cell_columns", "cell_rows")
@@ -28,7 +30,7 @@ RECORD = np.dtype(
     }
 )
 HEADER_BYTES = 4096
-STORE, LOCK = "store.json", "store.lock"
+STORE, DATABASE, LOCK = "store.json", "store.db", "store.lock"
 SEALED, OPEN, SCALES = ".safetensors", ".open", ".scales"
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
 REPAIR = "llama3v embed --verify {} repairs the store"
@@ -113,6 +115,7 @@ class Shard:
         # The writer may be renaming it, from one name to the other and back.
         for self.path in (sealed, sealed.with_suffix(OPEN)) * 2:
             try:
+                check_file(self.path)
                 with self.path.open("rb") as file:
                     before = os.fstat(file.fileno())
                     try:
@@ -140,6 +143,7 @@ class Shard:
             self.num_rows = min(self.num_rows, tensors["features"]["shape"][0])
             # Copied: the bytes after the rows are overwritten when the shard grows again.
             self.records = self._tensor(tensors, "records").view(RECORD).copy()
+            self._starts = self.records["start"].copy()
             if self._dtype == np.int8:
                 self._scales = self._tensor(tensors, "scales").view("<f4").copy()
         elif self._dtype == np.int8:
@@ -159,7 +163,7 @@ class Shard:
         Raises:
             FeatureError: if the shard does not have them.
         """
-        if start + rows > self.num_rows:
+        if start < 0 or rows < 0 or start + rows > self.num_rows:
             raise FeatureError(f"{self.path}: cut short; {REPAIR.format(self._folder)}")
         row_bytes = self._width * self._dtype.itemsize
         first = HEADER_BYTES + start * row_bytes
@@ -168,11 +172,20 @@ class Shard:
         return data.view(self._dtype).reshape(rows, self._width), scales
 
     def check(self, records: np.ndarray, values: np.ndarray, scales: np.ndarray) -> None:
-        """Compare contiguous entries, as read, with their checksums.
+        """Compare contiguous entries, as read, with their checksums, and with the records of a sealed shard.
 
         Raises:
-            FeatureError: if a checksum differs.
+            FeatureError: if a checksum or a record differs.
         """
+        if self.records is not None:
+            places = np.searchsorted(self._starts, records["start"])
+            own = self.records[places[places < len(self._starts)]]
+            if records.dtype == RECORD:
+                equal = own.tolist() == records.tolist()
+            else:  # many entries, with fewer columns
+                equal = all(np.array_equal(own[name], records[name]) for name in ("sha256", "start", "rows", "crc32"))
+            if not equal:
+                raise FeatureError(f"{self.path}: its records differ from {DATABASE}; {REPAIR.format(self._folder)}")
         found = checksums(records["rows"].tolist(), values, scales)
         wrong = np.flatnonzero(records["crc32"] != np.array(found, np.uint32))
         if len(wrong):

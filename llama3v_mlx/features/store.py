@@ -16,12 +16,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import read_json
+from ..fields import Choice, Flag, Number, Text, check_fields
 from ..files import list_folder, lock, write_beside
 from .database import FORMAT, Database, create_database
-from .shards import COLUMNS, LOCK, STORE, FeatureError, Shard, from_stored, to_records
+from .shards import COLUMNS, DTYPES, LOCK, STORE, FeatureError, Shard, from_stored, to_records
 from .sources import FileStat
 from .version1 import VERSION, migrate
 
+_INFO = {"model": Text(), "kind": Choice(("pooled", "patch", "visual-tokens")), "fingerprint": Text()}
+_INFO |= {"width": Number(1, 2**31 - 1, whole=True), "dtype": Choice(tuple(DTYPES))}
+_INFO |= {"compute_dtype": Choice(("float32", "float16", "bfloat16")), "draft": Flag()}
 _OPEN_SHARDS = 32  # shards mapped at once: macOS allows 256 open files per process
 _BLOCK = 1 << 24  # values in a block of `matrix`
 _CHUNK = 10_000  # rows read from the database at once: a reader must not keep a writer waiting
@@ -64,10 +68,11 @@ def read_info(folder: Path) -> StoreInfo:
         if values.get("version") == VERSION:
             values["format"] = values.pop("version")
         info = StoreInfo(**values)
-    except (TypeError, AttributeError):
+    except TypeError:
         info = None
     if info is None or info.format not in (VERSION, FORMAT):
         raise FeatureError(f"{folder / STORE}: written by another version of this package")
+    check_fields(str(folder / STORE), asdict(info), _INFO, tuple(_INFO))
     return info
 
 
@@ -166,7 +171,8 @@ class FeatureStore:
         if not found:
             return None
         (writer, *entry) = found[0]
-        rows = from_stored(*self._stored(writer, to_records([entry])), self.info.dtype, exact=True)
+        with self.database.converting():
+            rows = from_stored(*self._stored(writer, to_records([entry])), self.info.dtype, exact=True)
         *_, overview_columns, overview_rows, grid_columns, grid_rows, cell_columns, cell_rows = entry
         sliced = ((grid_columns, grid_rows), (cell_columns, cell_rows)) if grid_columns else ()
         return Features(rows, (overview_columns, overview_rows), *sliced)
@@ -205,13 +211,13 @@ class FeatureStore:
         last = 0
         while found := self.database.rows(query, (last,)):
             for row in found:
-                yield row[1], row[2].decode("utf-8", "surrogatepass"), row[3:]
+                yield row[1], self._path(row[2]), row[3:]
             last = found[-1][0]
 
     def name_of(self, sha256: bytes) -> str | None:
         """First name of an image, or None."""
         found = self.database.rows("SELECT path FROM files WHERE sha256 = ? ORDER BY id LIMIT 1", (sha256,))
-        return found[0][0].decode("utf-8", "surrogatepass") if found else None
+        return self._path(found[0][0]) if found else None
 
     def files_at(self, paths: Collection[str]) -> Iterator[tuple[bytes, str, FileStat]]:
         """Yield (SHA-256, path, stat) of images in the store that were read at these paths, if the stat is recorded."""
@@ -224,7 +230,11 @@ class FeatureStore:
             query = f"""SELECT sha256, path, size, mtime_ns, ctime_ns, inode FROM files JOIN entries USING (sha256)
                 WHERE path IN ({", ".join("?" * len(chunk))}) AND size IS NOT NULL ORDER BY id"""
             for row in self.database.rows(query, chunk):
-                yield row[0], row[1].decode("utf-8", "surrogatepass"), row[2:]
+                yield row[0], self._path(row[1]), row[2:]
+
+    def _path(self, stored: bytes) -> str:
+        with self.database.converting():
+            return stored.decode("utf-8", "surrogatepass")
 
     def _entries(self) -> np.ndarray:
         """Entries in the order of the shards, as of the last refresh."""
@@ -235,7 +245,8 @@ class FeatureStore:
             while found := self.database.rows(
                 f"{query} WHERE (writer, shard, start) > (?, ?, ?) ORDER BY writer, shard, start LIMIT {_CHUNK}", after
             ):
-                chunks.append(np.array(found, kinds))
+                with self.database.converting():
+                    chunks.append(np.array(found, kinds))
                 after = found[-1][:3]
             self._table = np.concatenate(chunks)
         return self._table

@@ -175,7 +175,8 @@ class FeatureWriter:
 
     def _records(self, db: Connection, number: int) -> np.ndarray:
         query = f"SELECT {', '.join(COLUMNS)} FROM entries WHERE writer = ? AND shard = ? ORDER BY start"
-        return to_records(db.execute(query, (self.number, number)).fetchall())
+        with self._database.converting():
+            return to_records(db.execute(query, (self.number, number)).fetchall())
 
     def _seal(self, db: Connection) -> None:
         shard, self._shard = self._shard, None  # first, because it may be interrupted after it has been renamed

@@ -18,12 +18,12 @@ if __name__ == "__main__":  # before MLX is imported, and not where the suite im
     os.environ |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"RAYON_NUM_THREADS": "1", "LLAMA3V_DEVICE": "cpu"}
 
-from . import calls, checkpoints, images  # noqa: E402
+from . import calls, checkpoints, images, stores  # noqa: E402
 from .harness import warm_up  # noqa: E402
 from .material import Material  # noqa: E402
 from .shim import shim, start_with_shim  # noqa: E402
 
-KINDS = {name: module.case for module in (checkpoints, images, calls) for name in module.KINDS}
+KINDS = {name: module.case for module in (checkpoints, stores, images, calls) for name in module.KINDS}
 
 
 def main(argv: list[str] | None = None) -> int:

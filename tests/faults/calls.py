@@ -4,176 +4,19 @@ Each command is run once undisturbed, which counts its calls and gives the resul
 the n-th call is disturbed, what existed before is checked, and the same command is run again.
 """
 
-import contextlib
 import errno
-import hashlib
-import json
 import random
-import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from . import shim
-from .harness import CRASHED, WALL_SECONDS, Ended, command, complaint, limit_memory, run_child
+from .harness import CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
 from .material import Material
+from .power import Power
+from .written import WRITTEN, Written
 
-Action = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A command that writes, and what it writes."""
-
-    action: Callable[[Material, Path], Action]
-    result: Callable[[Material, Path], object]  # equal after any disturbance and another run
-    prepare: Callable[[Material, Path], object] = lambda material, place: None  # what exists before
-    kept: Callable[[Material, Path, object], str | None] = lambda material, place, wanted: None  # after a disturbance
-    stdin: Callable[[Path], str] = lambda place: ""
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files below a folder, by relative path; of tensors, whose order in a file MLX leaves open."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    from safetensors import SafetensorError, deserialize
-
-    data = path.read_bytes()
-    if path.suffix == ".safetensors":
-        with contextlib.suppress(SafetensorError):
-            tensors = sorted((name, t["dtype"], t["shape"], bytes(t["data"])) for name, t in deserialize(data))
-            data = repr(tensors).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-def _convert(material: Material, place: Path) -> Action:
-    return command("convert", "--hf-path", material / "tiny", "--mlx-path", place / "out", "-q")
-
-
-def _converted(material: Material, place: Path, wanted: object = None) -> dict[str, str]:
-    return hashes(place)
-
-
-def _whole_or_absent(material: Material, place: Path, wanted: object) -> str | None:
-    made = {f"out/{name}": digest for name, digest in hashes(place / "out").items() if name != ".writing"}
-    return f"out is not whole: {sorted(wanted.items() ^ made.items())[:3]}" if made and made != wanted else None
-
-
-def _train(stage: str) -> Callable[[Material, Path], Action]:
-    def train(material: Material, place: Path) -> Action:
-        return command("train", *material.train(stage), "--out", place / "run", "--resume")
-
-    return train
-
-
-def _trained(material: Material, place: Path) -> object:
-    """Files but for what contains times, and the steps of the metrics."""
-    found = hashes(place)
-    found.pop("run/metrics.jsonl", None)
-    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
-    return found, [[row["step"], row.get("loss")] for row in map(json.loads, lines)]
-
-
-def _fuse(material: Material, place: Path) -> Action:
-    adapters = ("--adapter-path", material / "finetune", "--out", place / "out")
-    return command("train", "--fuse", "--model", material / "mlx", *adapters)
-
-
-def _chat(material: Material, place: Path) -> Action:
-    return command("chat", "--model", material / "tiny", "--max-tokens", 3, "--temp", 0, "--force")
-
-
-def _old_or_new(material: Material, place: Path, wanted: object) -> str | None:
-    old = _sha256(material / "saved.safetensors")
-    found = hashes(place).get("saved.safetensors")
-    return None if found in (old, wanted["saved.safetensors"]) else "the saved conversation is neither old nor new"
-
-
-class Teacher:
-    """Writes conversations that depend on the images only."""
-
-    def write(self, tasks: list) -> list[tuple[str, bool]]:
-        return [(f"Question: What is {name}?\nAnswer: A disk.", True) for name, _, _ in tasks]
-
-
-def _synthesize(material: Material, place: Path) -> Action:
-    def run() -> None:
-        from llama3v_mlx import synthesize
-
-        synthesize.make_teacher = lambda args: Teacher()
-        files = ("--captions", material / "captions.jsonl", "--out", place / "rows.jsonl")
-        command("synthesize", "--teacher", "none", *files, "--batch-size", 2)()
-
-    return run
-
-
-def _embed(material: Material, place: Path) -> Action:
-    paths = (material / "images", "--model", material / "siglip", "--out", place / "store", "--batch-size", 1)
-    return command("embed", *paths, "--workers", 1)
-
-
-def _embedded(material: Material, place: Path) -> object:
-    """Rows by path, as exported."""
-    export = place / "export"
-    ended = run_child(command("embed", "--out", place / "store", "--export", export), place)
-    if ended.code:
-        return ended.errors
-    import numpy as np
-
-    rows = np.load(export / "embeddings.npy")
-    entries = [json.loads(line) for line in (export / "index.jsonl").read_text().splitlines()]
-    shutil.rmtree(export)
-    return sorted((json.dumps(entry), row.tobytes().hex()) for entry, row in zip(entries, rows, strict=True))
-
-
-def _prompt_cache(material: Material, place: Path) -> Action:
-    def store() -> None:
-        import mlx.core as mx
-
-        from llama3v_mlx.cli import run
-        from llama3v_mlx.serving.prefix_cache import PrefixCache
-        from llama3v_mlx.serving.prompts import Block
-
-        def work() -> None:
-            cache = PrefixCache(10**6, place / "cache", "model")
-            blocks = [Block(f"{i:064}", 16 * i, 16 * (i + 1)) for i in range(3)]
-            held, array = cache.fetch(blocks, 48)
-            if held and not mx.array_equal(array[0, 0, 0, 0, :, 0], mx.arange(held) // 16):
-                raise ArithmeticError("wrong values")
-            cache.store(blocks, lambda start, end: mx.full((2, 2, 1, 1, 16, 4), start // 16))
-            while cache.save_one():
-                pass
-
-        run(work)
-
-    return store
-
-
-def _old_saved(material: Material, place: Path) -> None:
-    shutil.copy(material / "saved.safetensors", place)
-
-
-WRITTEN = {
-    "convert": Written(_convert, _converted, kept=_whole_or_absent),
-    "fuse": Written(_fuse, _converted, kept=_whole_or_absent),
-    "pretrain": Written(_train("pretrain"), _trained),
-    "finetune": Written(_train("finetune"), _trained),
-    "chat": Written(
-        _chat,
-        _converted,
-        prepare=_old_saved,
-        kept=_old_or_new,
-        stdin=lambda place: f"What is a disk?\n/save {place / 'saved'}\n",
-    ),
-    "synthesize": Written(_synthesize, _converted),
-    "embed": Written(_embed, _embedded),
-    "prompt-cache": Written(_prompt_cache, lambda material, place: None),  # it checks the values itself
-}
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR, errno.EACCES, errno.EROFS)
 MODES = [(shim.FAIL, code) for code in ERRORS] + [
     (shim.FAIL_ALL, errno.ENOSPC),
@@ -202,11 +45,12 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
         return f"with {room / 1e6:.1f} MB more", _judge(written, material, here, ended, wanted)
     modes = {"calls": MODES, "signals": SIGNALS, "power": [(shim.SIGNAL, signal.SIGKILL)]}[what]
     at, (mode, code) = number % count + 1, modes[number // count % len(modes)]
-    ended = _run(written, material, here, mode, at, code)
+    power = Power(here, place / "kept") if what == "power" else None
+    ended = _run(written, material, here, mode, at, code, kept=power and power.kept)
     _, log = shim.seen()
-    if what == "power":
-        lose_power(here, log)
-    hit = next((" ".join(line) for line in log if line[0] in ("failed", "signal")), "")
+    if power:
+        power.lose(random.Random(f"{kind} {number}"), log)
+    hit = next((" ".join(line) for line in log if line[1] in ("failed", "signal")), "")
     described = f"call {at} of {count}, {errno.errorcode.get(code, code) if what == 'calls' else code}: {hit}"
     return described, _judge(written, material, here, ended, wanted)
 
@@ -224,9 +68,8 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
         if not written.stdin(place):  # a chat goes on after Ctrl-C
             return f"succeeded, but the result differs: {_difference(found, wanted)}"
     again = _run(written, material, place)
-    if ended.code != 1 and "exists already" in again.errors:  # stopped after the last step, the new name
-        (place / "out" / ".writing").unlink(missing_ok=True)
-    elif again.code:
+    is_done = ended.code != 1 and "exists already" in again.errors  # stopped after the last step, the new name
+    if again.code and not is_done:
         return f"the second run failed: {again.errors[-400:]!r}"
     found = written.result(material, place)
     return None if found == wanted else f"the second run's result differs: {_difference(found, wanted)}"
@@ -288,45 +131,15 @@ def _run(
     code: int = 0,
     seconds: float = WALL_SECONDS,
     memory: int | None = None,
+    kept: Path | None = None,
 ) -> Ended:
     """Run a command in a child; see `shim.arm`. It is killed after `seconds`, and may map `memory` bytes more."""
     action = written.action(material, place)
 
     def disturbed() -> None:
-        shim.arm(place, mode, at, code)
+        shim.arm(place, mode, at, code, kept)
         if memory is not None:
             limit_memory(memory)
         action()
 
     return run_child(disturbed, place, written.stdin(place).encode(), seconds)
-
-
-def lose_power(folder: Path, log: list[list[str]]) -> None:
-    """Truncate files to what was flushed, under their present names, as if the power had been lost.
-
-    Renames and new names are kept: journaling file systems order them, but not before the data.
-    """
-    flushed: dict[str, int] = {}
-    dirty: set[str] = set()
-    for call, path, other in log:
-        match call:
-            case "write" | "create" | "truncate":
-                dirty.add(path)
-            case "sync":
-                dirty.discard(path)
-                flushed[path] = int(other)
-            case "unlink":
-                dirty.discard(path)
-                flushed.pop(path, None)
-            case "rename":
-                dirty = {_renamed(name, path, other) for name in dirty}
-                flushed = {_renamed(name, path, other): size for name, size in flushed.items()}
-    for name in dirty:
-        path = folder / name
-        if path.is_file():
-            with path.open("r+b") as file:
-                file.truncate(min(flushed.get(name, 0), path.stat().st_size))
-
-
-def _renamed(name: str, path: str, other: str) -> str:
-    return other + name.removeprefix(path) if name == path or name.startswith(path + "/") else name

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .harness import command, complaint, copy_tree, run_child
+from .harness import Ended, command, complaint, copy_tree, run_child
 from .material import QUESTION, Material
 from .mutate import mutate_file, replace_file
 
@@ -22,6 +22,8 @@ class Broken:
     stdin: Callable[[Path], str] = lambda broken: ""
     names: tuple[str, ...] = ()  # names besides the copy's, one of which the error must contain
     skipped: tuple[str, ...] = ()  # files that the command does not read
+    mutate: Callable[[random.Random, Path], str] = mutate_file
+    right: Callable[[Material, Path, Ended], str | None] = lambda material, broken, ended: None  # if it succeeded
 
 
 def _generate(material: Material, broken: Path) -> Callable[[], None]:
@@ -99,13 +101,15 @@ KINDS = {
 }
 
 
-def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
+def case(
+    kind: str, number: int, material: Material, place: Path, kinds: dict[str, Broken] = KINDS
+) -> tuple[str, str | None]:
     """Break one file and run the command on it.
 
     Returns:
         What was broken, and what is wrong with how the command ended.
     """
-    what, rng = KINDS[kind], random.Random(f"{kind} {number}")
+    what, rng = kinds[kind], random.Random(f"{kind} {number}")
     outside = place / "outside"
     outside.mkdir()
     broken = copy_tree(material / what.source, place / Path(what.source).name)
@@ -113,11 +117,13 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
     done = []
     for path in files:
         replace = rng.random() < 0.06 and broken.is_dir()
-        done.append(replace_file(rng, path, outside) if replace else mutate_file(rng, path))
+        done.append(replace_file(rng, path, outside) if replace else what.mutate(rng, path))
     before = {path.name for path in place.iterdir()}
     stdin = what.stdin(broken).encode()
     ended = run_child(what.action(material, broken), broken if broken.is_dir() else place, stdin, secret=outside)
     problem = complaint(ended, (str(broken), *what.names))
+    if problem is None and ended.code == 0:
+        problem = what.right(material, broken, ended)
     left = {path.name for path in place.iterdir()} - before
     if problem is None and ended.code and any(not _is_kept(name) for name in left):
         problem = f"failed, but left {', '.join(left)}"

@@ -29,7 +29,8 @@ CRASHED = 99  # exit status of a child in which `main` raised something
 PREFIX = "llama3v_mlx."
 IMPORTED = ("generate", "chat", "embed", "search", "train", "convert", "synthesize", "evaluate", "generation")
 IMPORTED += ("conversation", "features.encoder", "features.pipeline", "conversion.shard_writer", "conversion.assemble")
-IMPORTED += ("training.loop", "training.prepare", "serving.prefix_cache", "evaluation.report")
+IMPORTED += ("ask_folder", "features.library", "features.query", "training.loop", "training.prepare")
+IMPORTED += ("serving.prefix_cache", "evaluation.report")
 
 
 def warm_up() -> None:

@@ -26,6 +26,7 @@ class Material:
         Raises:
             RuntimeError: if a command fails although nothing is broken.
         """
+        from . import written
         from .images import make_images
 
         self._do(lambda: _save_models(self.folder))
@@ -37,6 +38,15 @@ class Material:
         self._do(chat, f"{self / 'images' / 'a.png'} What is it?\n/save {self / 'saved'}\n".encode())
         self._do(lambda: make_images(self / "formats"))
         self._do(command("embed", self / "images", "--model", self / "siglip", "--out", self / "store"))
+        (self / "answers").mkdir()
+        (self / "prompts").mkdir()
+        for action in (
+            written.ask_folder(self, self / "answers" / "answers.jsonl"),
+            written.ask_with_features(self, self / "visual"),
+            written.search_folder(self, self / "images", self / "index"),
+            written.use_prompt_cache(self, self / "prompts"),
+        ):
+            self._do(action)
 
     def train(self, stage: str) -> list[object]:
         """Arguments of a short run, but for --out."""
@@ -60,8 +70,9 @@ def _save_models(folder: Path) -> None:
     from PIL import Image, ImageDraw
 
     from llama3v_mlx.demo import SIGLIP
-    from tests.conftest import save_siglip, save_tiny
+    from tests.conftest import SIGLIP_TEXT, save_siglip, save_tiny
 
+    SIGLIP_TEXT["vocab_size"] = 121  # of the demo's tokenizer; this is a child, where it changes nothing else
     for name, save in (("tiny", save_tiny), ("siglip", save_siglip)):
         (folder / name).mkdir()
         save(folder / name)

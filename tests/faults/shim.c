@@ -18,7 +18,7 @@
 
 enum { OFF, COUNT, FAIL, FAIL_ALL, SHORT, SIGNAL };
 
-static struct { int mode, error; long at, seen; char folder[4096], log[1 << 20]; size_t used; } *shared;
+static struct { int mode, error; long at, seen; char folder[4096], kept[4096], log[1 << 20]; size_t used; } *shared;
 
 static pid_t owner; /* is never disturbed itself, only the children that it forks */
 
@@ -27,8 +27,9 @@ __attribute__((constructor)) static void start(void) {
   shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 }
 
-void faults_arm(const char *folder, int mode, long at, int error) {
+void faults_arm(const char *folder, const char *kept, int mode, long at, int error) {
   snprintf(shared->folder, sizeof shared->folder, "%s", folder);
+  snprintf(shared->kept, sizeof shared->kept, "%s", kept);
   shared->seen = shared->used = 0;
   shared->at = at, shared->error = error, shared->mode = mode;
 }
@@ -49,15 +50,17 @@ static int path_of(int fd, char *path) {
   return length > 0 && path[0] == '/' && ours(path);
 }
 
+static __thread long number; /* of the thread's last call */
+
 static void note(const char *call, const char *one, const char *other) {
   size_t room = sizeof shared->log - shared->used - 1;
-  int n = snprintf(shared->log + shared->used, room, "%s\t%s\t%s\n", call, one, other);
+  int n = snprintf(shared->log + shared->used, room, "%ld\t%s\t%s\t%s\n", number, call, one, other);
   if (n > 0 && (size_t)n < room) shared->used += n;
 }
 
 /* Whether this call is to fail; for SIGNAL the signal arrives before the call. */
 static int hit(const char *call, const char *one, const char *other) {
-  long n = __atomic_add_fetch(&shared->seen, 1, __ATOMIC_SEQ_CST);
+  long n = number = __atomic_add_fetch(&shared->seen, 1, __ATOMIC_SEQ_CST);
   int now = shared->mode == FAIL_ALL ? n >= shared->at : n == shared->at;
   if (now && shared->mode == SIGNAL) { note("signal", one, ""); kill(getpid(), shared->error); now = 0; }
   if (now && (shared->mode == FAIL || shared->mode == FAIL_ALL)) { note("failed", one, call); errno = shared->error; return 1; }
@@ -65,11 +68,16 @@ static int hit(const char *call, const char *one, const char *other) {
   return now && shared->mode == SHORT ? 2 : 0;
 }
 
-static const char *size_of(int fd) {
-  static __thread char text[32];
+/* Keep what a file is like at this call, under its number: a copy, or a link before it is replaced or removed. */
+static void keep(const char *path, int copies) {
   struct stat found;
-  snprintf(text, sizeof text, "%lld", fstat(fd, &found) ? 0LL : (long long)found.st_size);
-  return text;
+  char kept[5000], data[1 << 16];
+  if (!shared->kept[0] || lstat(path, &found) || !S_ISREG(found.st_mode)) return;
+  snprintf(kept, sizeof kept, "%s/%ld", shared->kept, number);
+  if (!copies) { link(path, kept); return; }
+  int from = open(path, O_RDONLY), to = open(kept, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+  for (ssize_t n; (n = read(from, data, sizeof data)) > 0;) write(to, data, n);
+  close(from), close(to);
 }
 
 #define NEXT(name) static __typeof__(&name) next; if (!next) next = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
@@ -98,22 +106,27 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
   return next(fd, parts, count);
 }
 
-#define ON_FD(name, call, declare, pass)                                                          \
+#define ON_FD(name, call, syncs, declare, pass)                                                   \
   int name(int fd declare) {                                                                      \
     NEXT(name);                                                                                   \
     char path[4096];                                                                              \
-    if (ACTIVE && path_of(fd, path) && hit(call, path, size_of(fd)) == 1) return -1;              \
-    return next(fd pass);                                                                         \
+    if (!ACTIVE || !path_of(fd, path)) return next(fd pass);                                      \
+    if (hit(call, path, "") == 1) return -1;                                                      \
+    int result = next(fd pass);                                                                   \
+    if (syncs && !result) keep(path, 1);                                                          \
+    return result;                                                                                \
   }
-ON_FD(fsync, "sync", , )
-ON_FD(fdatasync, "sync", , )
-ON_FD(ftruncate, "truncate", COMMA off_t size, COMMA size)
-ON_FD(ftruncate64, "truncate", COMMA off64_t size, COMMA size)
+ON_FD(fsync, "sync", 1, , )
+ON_FD(fdatasync, "sync", 1, , )
+ON_FD(ftruncate, "truncate", 0, COMMA off_t size, COMMA size)
+ON_FD(ftruncate64, "truncate", 0, COMMA off64_t size, COMMA size)
 
 #define ON_PATH(name, call, declare, pass)                                                        \
   int name(const char *path declare) {                                                            \
     NEXT(name);                                                                                   \
-    if (ACTIVE && ours(path) && hit(call, path, "") == 1) return -1;                              \
+    if (!ACTIVE || !ours(path)) return next(path pass);                                           \
+    if (hit(call, path, "") == 1) return -1;                                                      \
+    if (call[0] == 'u') keep(path, 0);                                                            \
     return next(path pass);                                                                       \
   }
 ON_PATH(mkdir, "mkdir", COMMA mode_t mode, COMMA mode)
@@ -122,14 +135,21 @@ ON_PATH(rmdir, "unlink", , )
 
 int unlinkat(int folder, const char *path, int flags) {
   NEXT(unlinkat);
-  if (ACTIVE && ours(path) && hit("unlink", path, "") == 1) return -1;
+  char whole[8300] = "";
+  if (folder != AT_FDCWD && path[0] != '/' && path_of(folder, whole)) strcat(whole, "/");
+  strcat(whole, path);
+  if (!ACTIVE || !ours(whole)) return next(folder, path, flags);
+  if (hit("unlink", whole, "") == 1) return -1;
+  keep(whole, 0);
   return next(folder, path, flags);
 }
 
 #define ON_TWO(name, call)                                                                        \
   int name(const char *from, const char *to) {                                                    \
     NEXT(name);                                                                                   \
-    if (ACTIVE && ours(to) && hit(call, from, to) == 1) return -1;                                \
+    if (!ACTIVE || !ours(to)) return next(from, to);                                              \
+    if (hit(call, from, to) == 1) return -1;                                                      \
+    if (call[0] == 'r') keep(to, 0);                                                              \
     return next(from, to);                                                                        \
   }
 ON_TWO(rename, "rename")

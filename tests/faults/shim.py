@@ -33,16 +33,19 @@ def shim() -> ctypes.CDLL | None:
     library = ctypes.CDLL(os.environ[_LOADED])
     library.faults_seen.restype = ctypes.c_long
     library.faults_log.restype = ctypes.c_char_p
-    library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
+    library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
     return library
 
 
-def arm(folder: Path, mode: int, at: int = 0, error: int = 0) -> None:
-    """Count the calls that change files under `folder`, and let the one numbered `at` fail; for a child to call."""
-    shim().faults_arm(os.fsencode(folder), mode, at, error)
+def arm(folder: Path, mode: int, at: int = 0, error: int = 0, kept: Path | None = None) -> None:
+    """Count the calls that change files under `folder`, and let the one numbered `at` fail; for a child to call.
+
+    Files are kept in the folder `kept`, by the number of the call, as they were flushed, replaced or removed.
+    """
+    shim().faults_arm(os.fsencode(folder), os.fsencode(kept or ""), mode, at, error)
 
 
 def seen() -> tuple[int, list[list[str]]]:
-    """Number of calls since `arm`, also of a child that has ended, and what they were: [call, path, other path]."""
+    """Number of calls since `arm`, also of a child that has ended, and each: [number, call, path, other path]."""
     count = shim().faults_seen()
     return count, [line.split("\t") for line in os.fsdecode(shim().faults_log()).splitlines()]
