@@ -177,6 +177,14 @@ class Shard:
         Raises:
             FeatureError: if a checksum or a record differs.
         """
+        found = checksums(records["rows"].tolist(), values, scales)
+        wrong = np.flatnonzero(records["crc32"] != np.array(found, np.uint32))
+        if len(wrong):
+            first = records[wrong[0]]
+            raise FeatureError(
+                f"{self.path}: rows {first['start']} to {first['start'] + first['rows'] - 1} do not match their "
+                f"checksum; {REPAIR.format(self._folder)}"
+            )
         if self.records is not None:
             places = np.searchsorted(self._starts, records["start"])
             own = self.records[places[places < len(self._starts)]]
@@ -186,11 +194,3 @@ class Shard:
                 equal = all(np.array_equal(own[name], records[name]) for name in ("sha256", "start", "rows", "crc32"))
             if not equal:
                 raise FeatureError(f"{self.path}: its records differ from {DATABASE}; {REPAIR.format(self._folder)}")
-        found = checksums(records["rows"].tolist(), values, scales)
-        wrong = np.flatnonzero(records["crc32"] != np.array(found, np.uint32))
-        if len(wrong):
-            first = records[wrong[0]]
-            raise FeatureError(
-                f"{self.path}: rows {first['start']} to {first['start'] + first['rows'] - 1} do not match their "
-                f"checksum; {REPAIR.format(self._folder)}"
-            )

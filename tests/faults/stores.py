@@ -203,7 +203,9 @@ KINDS = {
     "stores:search": Broken("store", _search_store, mutate=mutate_store, right=_right_hits),
     "stores:index": Broken("index", _search, mutate=mutate_store, right=_right_folder),
     "stores:features": Broken("visual", ask_with_features, mutate=mutate_store),
-    "stores:answers": Broken("answers", _ask, mutate=mutate_answers, names=("answers.jsonl",), right=_right_answers),
+    "stores:answers": Broken(
+        "answers", _ask, mutate=mutate_answers, names=("answers.jsonl", "/dev/zero"), right=_right_answers
+    ),
     "stores:prompt-cache": Broken("prompts", use_prompt_cache, mutate=mutate_prompt),
 }
 case = partial(break_and_run, kinds=KINDS)
