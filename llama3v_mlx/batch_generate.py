@@ -135,8 +135,8 @@ class ImageBatch:
         if self._context:
             most = min(most, self._context - len(prompt.ids))
         settings = replace(self._settings, max_tokens=most, seed=_seed(self._settings.seed, image.sha256))
-        answer = BatchAnswer(self._processor.tokenizer.detokenizer)
-        [uid] = mlx_lm.begin(self._batch, prompt.ids[-1], caches, [answer], settings)
+        answer = BatchAnswer(prompt, settings, 0, self._processor.tokenizer.detokenizer)
+        [uid] = mlx_lm.insert(self._batch, [answer], caches)
         self._answers[uid] = key, answer, []
         mx.clear_cache()
 

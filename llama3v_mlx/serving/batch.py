@@ -13,6 +13,7 @@ from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_presence_penalty
 
+from ..prompt import Prompt
 from ..sampling import Sampling, on_generated
 from ..schema import keep_to
 from .prompts import RequestPrompt
@@ -42,13 +43,13 @@ class BatchAnswer:
     """An answer while it is generated.
 
     Args:
-        prompt: what it answers.
+        prompt: what it answers, with its `ids`.
         settings: of the prompt's answers.
         choice: which of them it is.
         detokenizer: of its own.
     """
 
-    def __init__(self, prompt: RequestPrompt, settings: Settings, choice: int, detokenizer):
+    def __init__(self, prompt: RequestPrompt | Prompt, settings: Settings, choice: int, detokenizer):
         self.prompt, self.settings, self.choice, self._detokenizer = prompt, settings, choice, detokenizer
         self.tokens: list[int] = []
         self.failure: Exception | None = None  # of a logits processor
