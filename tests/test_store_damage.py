@@ -80,6 +80,13 @@ def test_a_link_out_of_the_store_is_not_followed(folder: Path, tmp_path: Path, n
         list(FeatureStore(folder))
 
 
+def test_verify_copies_no_device(folder: Path) -> None:
+    (folder / "store.db").unlink()
+    (folder / "store.db").symlink_to("/dev/null")
+    with pytest.raises(FeatureError, match="not a regular file"):
+        verify(folder)
+
+
 def test_no_writer_follows_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"mine")
     (folder / "shard-000-00001.open").symlink_to(tmp_path / "other")

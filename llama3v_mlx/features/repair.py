@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import list_folder, lock
+from ..files import check_file, list_folder, lock
 from .database import Database, connect_readonly, create_database
 from .growing import number_of
 from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
@@ -70,6 +70,10 @@ def _open_or_rebuild(folder: Path, verdict: Verdict) -> Database:
     except FeatureError:
         names = []
         if path.exists():
+            try:
+                check_file(path)  # of a link to a device, a copy would fill the disk
+            except OSError as e:
+                raise FeatureError(f"{path}: {e}") from e
             with contextlib.suppress(sqlite3.Error, FeatureError), contextlib.closing(connect_readonly(path)) as old:
                 for row in old.execute(f"SELECT {_FILES} FROM files ORDER BY id"):
                     names.append(row)
