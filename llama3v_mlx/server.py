@@ -76,7 +76,13 @@ def _serve(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     folder = Path(args.prompt_cache_dir).expanduser() if args.prompt_cache_dir else None
     own = fingerprint(model, (model.args, processor.prompt_tokens)) if folder else ""
-    prefixes = PrefixCache(args.prompt_cache_bytes, folder, own, args.prompt_cache_dir_bytes)
+    llama = model.language_model.args
+    shape = (
+        llama.num_hidden_layers,
+        llama.num_key_value_heads,
+        llama.head_dim or llama.hidden_size // llama.num_attention_heads,
+    )
+    prefixes = PrefixCache(args.prompt_cache_bytes, folder, own, args.prompt_cache_dir_bytes, shape)
     app.listen(model, processor, prefixes, dataclasses.replace(processor.sampling, **given))
 
     if app.library is not None:

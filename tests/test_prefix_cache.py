@@ -1,5 +1,7 @@
 """The prefix cache: what is found again, in memory and on disk, and how it stays within its bounds."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -103,7 +105,7 @@ def test_a_restart(tmp_path: Path) -> None:
     assert PrefixCache(10**6, tmp_path, "other model").fetch(blocks, 1000) == (0, None)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign", "header"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign", "header", "shape", "integers", "pipe"])
 def test_a_damaged_file_is_dropped(tmp_path: Path, damage: str) -> None:
     """And never believed: not its keys and values, nor what its header says."""
     blocks = with_image(b"a", 40).blocks()
@@ -119,7 +121,15 @@ def test_a_damaged_file_is_dropped(tmp_path: Path, damage: str) -> None:
     elif damage == "foreign":
         data = bytearray(next(tmp_path.glob(f"model/{blocks[2].digest}-*")).read_bytes())
     path.write_bytes(bytes(data[: {"cut": 50, "empty": 0}.get(damage, len(data))]))
-    again = PrefixCache(10**6, tmp_path, "model")
+    if damage in ("shape", "integers"):  # under the name of its new contents
+        array = mx.zeros((2, 2, 1, 1, 40, 4)) if damage == "shape" else mx.zeros((2, 2, 1, 1, 40, 3), mx.int32)
+        path.unlink()
+        mx.save_safetensors(str(path), {"held": array})
+        path = path.rename(path.with_stem(f"{blocks[1].digest}-{hashlib.sha256(path.read_bytes()).hexdigest()}"))
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    again = PrefixCache(10**6, tmp_path, "model", shape=(2, 1, 3))
     assert again.fetch(blocks, 1000)[0] == 5 and not path.exists()
     again.store(blocks, held)
     assert again.fetch(blocks, 1000)[0] == blocks[-1].end

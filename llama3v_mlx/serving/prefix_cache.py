@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..files import read_file
 from .prompts import Block
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,21 @@ class PrefixCache:
         folder: where blocks are kept as files; None: nowhere.
         fingerprint: of the model, see `fingerprint`; files of another model are not read.
         max_folder_bytes: of the files, those of other models included.
+        shape: the model's (layers, key-value heads, head_dim); files of another shape are not believed.
 
     Raises:
         OSError: if the folder cannot be made.
     """
 
     def __init__(
-        self, max_bytes: int, folder: Path | None = None, fingerprint: str = "", max_folder_bytes: int = 8 * 10**9
+        self,
+        max_bytes: int,
+        folder: Path | None = None,
+        fingerprint: str = "",
+        max_folder_bytes: int = 8 * 10**9,
+        shape: tuple[int, int, int] | None = None,
     ):
+        self._shape = shape
         self._max_bytes, self._max_folder_bytes = max_bytes, max_folder_bytes
         self._blocks: OrderedDict[str, mx.array] = OrderedDict()  # the one used last at the end
         self._unsaved: OrderedDict[str, None] = OrderedDict()
@@ -101,7 +109,7 @@ class PrefixCache:
         if block.digest not in self._files:
             return None
         path, size = self._files.pop(block.digest)
-        array = _read(path, block)
+        array = _read(path, block, self._shape)
         if array is None:
             self.folder_bytes -= size
             return None
@@ -179,13 +187,15 @@ def fingerprint(model, settings: object) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, block: Block) -> mx.array | None:
+def _read(path: Path, block: Block, shape: tuple[int, int, int] | None) -> mx.array | None:
     """Read a block from a file; a damaged file is deleted and None returned."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
             array = mx.load(io.BytesIO(data), format="safetensors")["held"]
-            if array.shape[4] == block.end - block.start:
+            layers, heads, head_dim = shape or (array.shape[0], array.shape[3], array.shape[5])
+            expected = (layers, 2, 1, heads, block.end - block.start, head_dim)
+            if array.shape == expected and mx.issubdtype(array.dtype, mx.floating):
                 mx.eval(array)
                 return array
         log.warning("%s is damaged and was deleted", path)

@@ -137,12 +137,12 @@ def use_prompt_cache(material: Material, place: Path) -> Action:
         from llama3v_mlx.serving.prompts import Block
 
         def work() -> None:
-            cache = PrefixCache(10**6, place / "cache", "model")
+            cache = PrefixCache(10**6, place / "cache", "model", shape=(2, 1, 4))
             blocks = [Block(f"{i:064}", 16 * i, 16 * (i + 1)) for i in range(3)]
             held, array = cache.fetch(blocks, 48)
             if held and not mx.array_equal(array[0, 0, 0, 0, :, 0], mx.arange(held) // 16):
                 raise ArithmeticError("wrong values")
-            cache.store(blocks, lambda start, end: mx.full((2, 2, 1, 1, 16, 4), start // 16))
+            cache.store(blocks, lambda start, end: mx.full((2, 2, 1, 1, 16, 4), float(start // 16)))
             while cache.save_one():
                 pass
 
