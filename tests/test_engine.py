@@ -171,9 +171,10 @@ class TestEngine:
         "fixed, token, piece", [(0.9, 0.01, 16), (0.5, 0.05, 10), (0.1, 0.02, 43), (0.9, 1.0, 4), (0.1, 0.001, 512)]
     )
     def test_a_piece_of_a_prompt_takes_about_a_step(
-        self, engine: Engine, fixed: float, token: float, piece: int
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, fixed: float, token: float, piece: int
     ) -> None:
         """Whatever a pass over the weights and a token cost, in steps, within the bounds of a piece."""
+        monkeypatch.setattr(engines, "SLICE", 1.0)
         engine._step_times.append(1.0)
         for _ in range(50):
             engine._fit_piece(fixed + token * engine._piece)

@@ -30,7 +30,7 @@ from .validate import RequestError
 
 log = logging.getLogger(__name__)
 
-SLICE = 1.0  # steps of all answers: the time for reading between two of them
+SLICE = 0.6  # steps of all answers: the time for reading between two of them
 LEAST_TOKENS = 4  # that are prefilled at once, however long they take
 RECENT = 15  # steps whose median time counts
 IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
