@@ -89,12 +89,13 @@ def requests(draw) -> tuple[str, bytes]:
     path = draw(st.sampled_from([CHAT, CHAT, *KINDS]))
     names = fields_of(KINDS[path])
     required = [name for name in ("messages", "prompt", "input", "image") if name in names]
-    chosen = required + draw(st.lists(st.sampled_from(names), max_size=6))
+    named = st.sampled_from(names) if names else st.nothing()
+    chosen = required + draw(st.lists(named, max_size=6 if names else 0))
     body = {name: draw(GOOD.get(name, st.none())) for name in chosen}
     if "max_tokens" in names:
         body["max_tokens"] = draw(st.integers(1, 3))
     for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
-        body[draw(st.sampled_from(names) | st.text(max_size=20))] = draw(junk)
+        body[draw(named | st.text(max_size=20))] = draw(junk)
     data = json.dumps(body).encode()
     if draw(st.sampled_from([False] * 9 + [True])):
         at = draw(st.integers(0, len(data)))
