@@ -38,7 +38,7 @@ def test_an_image_is_encoded_once(judge: Judge, monkeypatch: pytest.MonkeyPatch,
     path = shutil.copy(IMAGES / "one-purple-cross.jpg", tmp_path)
     first = judge.match(path, STARS)
     monkeypatch.setattr(ImageEncoder, "encode", lambda self, images: pytest.fail("the tower ran") if images else [])
-    assert judge.match(path, STARS) == first
+    assert judge.match(path, STARS) == pytest.approx(first, rel=0.05)  # the store's rows are float16
     assert judge.answer(path, COLOR) == generate(judge.model, judge.processor, COLOR, path, temperature=0)
 
 
