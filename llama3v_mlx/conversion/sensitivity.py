@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..checkpoint import build_model
 from ..prompt import PromptTokens
-from .calibrate import EMBEDDING, HEAD, LLAMA, STEPS, fit_rows, working_bytes
+from .calibrate import EMBEDDING, HEAD, LLAMA, STEPS, Recorder, fit_rows, working_bytes
 from .rows import Row, embed_rows
 from .shard_writer import Plan, row_slices
 from .verify import Tensor, Weights
@@ -203,16 +203,11 @@ def _backward(layer: nn.Module, x: mx.array, gradient: mx.array) -> tuple[mx.arr
     return before, {name: (probes[name].input[0], g[0]) for name, g in zip(names, own, strict=True)}
 
 
-class Probe(nn.Module):
+class Probe(Recorder):
     """Apply a module, keep its input and add an offset, whose gradient is that of the module's output."""
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
     def __call__(self, x: mx.array) -> mx.array:
-        self.input = x
-        return self.module(x) + self.offset
+        return super().__call__(x) + self.offset
 
 
 def _text_places(row: Row, tokens: PromptTokens, num_queries: int) -> tuple[mx.array, mx.array]:
