@@ -174,7 +174,7 @@ def ask(hits: list[Hit], args: argparse.Namespace) -> tuple[list[Hit], str | Non
     name = args.llm or CHECKPOINT
     options = loading_options(args, name, 1, args.max_tokens + len(text.encode()) + len((args.ask or "").encode()))
     model, processor = load(name, max_image_tiles=args.max_image_tiles, **options)
-    features = FeatureCache.of_model(CACHE / "visual-tokens", model, processor.image_config, name_of(name))
+    features = FeatureCache(CACHE / "visual-tokens", model, processor.image_config, name_of(name), by_fingerprint=True)
     # The demo describes, but was never taught to say yes or no.
     judge = Judge(model, processor, features, CAPTION if is_demo else YES_NO)
     by_name = {hit.path: hit for hit in hits if hit.path}
@@ -317,11 +317,10 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
     from .features.sources import file_of
     from .sheet import draw_sheet
 
-    answer, looked = None, len(hits)
+    answer = None
     if args.rerank or args.ask:
         hits, answer = ask(hits, args)
-        looked = len(hits)
-    hits = hits[: args.top]
+    looked, hits = len(hits), hits[: args.top]
     if args.json:
         asked = {"text": args.text, "image": args.image, "question": args.ask, "answer": answer}
         print(json.dumps({**asked, "hits": [asdict(hit) for hit in hits]}))

@@ -21,12 +21,15 @@ class FeatureCache:
         model: the model that encodes images.
         image_config: slicing of the images.
         name: the checkpoint's name, for display.
+        by_fingerprint: `folder` has stores of visual tokens of several models, named by their fingerprints.
 
     Raises:
         FeatureError: if the folder is not a store, or one of another model, kind or preprocessing.
     """
 
-    def __init__(self, folder: str | Path, model: Model, image_config: ImageConfig, name: str):
+    def __init__(
+        self, folder: str | Path, model: Model, image_config: ImageConfig, name: str, by_fingerprint: bool = False
+    ):
         kind, stored = "visual-tokens", None
         if (Path(folder) / STORE).is_file():
             info = FeatureStore(folder).info
@@ -34,14 +37,9 @@ class FeatureCache:
             if kind == "pooled":
                 raise FeatureError(f"{folder}: holds pooled embeddings; Llama3-V needs visual-tokens or patch features")
         self.encoder = ImageEncoder(name, model, kind, image_config)
-        self.store = FeatureStore.create(folder, self.encoder.store_info(stored))
+        info = self.encoder.store_info(stored)
+        self.store = FeatureStore.create(Path(folder) / info.fingerprint[:32] if by_fingerprint else folder, info)
         model.release_vision()  # the fingerprint has read all its weights
-
-    @classmethod
-    def of_model(cls, parent: Path, model: Model, image_config: ImageConfig, name: str) -> "FeatureCache":
-        """Open the store of a model's visual tokens in a folder of such stores, named by their fingerprints."""
-        fingerprint = ImageEncoder(name, model, "visual-tokens", image_config).fingerprint()
-        return cls(parent / fingerprint[:32], model, image_config, name)
 
     def tile(self, source: ImageSource) -> TiledImage:
         """Cut an image into tiles; a stored image is not decoded, and only its grid is returned."""
