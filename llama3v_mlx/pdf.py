@@ -135,6 +135,8 @@ def _opened(path: Path, name: str) -> Iterator:
     except ImportError:
         raise PdfError(f"{name}: PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)") from None
     with _PDFIUM:
+        # A document without pages is refused with PDFium's last error, which nothing resets: make it a format error.
+        pypdfium2.raw.FPDF_LoadMemDocument64(b"", 0, None)
         try:
             with pypdfium2.PdfDocument(path) as document:
                 yield document

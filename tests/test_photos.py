@@ -33,6 +33,7 @@ from llama3v_mlx.image import (
     plan_tiles,
     tile_image,
 )
+from llama3v_mlx.pdf import PdfError, find_pages
 
 CIRCLES = IMAGES / "three-blue-circles.png"
 
@@ -294,6 +295,16 @@ def test_bad_pdfs_are_one_line(tmp_path: Path, run_main, name: str) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {path}: {message}\n")
 
 
+def test_reason_of_a_bad_pdf_is_its_own(tmp_path: Path) -> None:
+    """PDFium keeps the error of an earlier document."""
+    pytest.importorskip("pypdfium2")
+    for name in ("certificate", "no pages", "password", "no pages"):
+        data, message = BAD_PDFS[name]
+        (tmp_path / f"{name}.pdf").write_bytes(data)
+        with pytest.raises(PdfError, match=message):
+            find_pages(tmp_path / f"{name}.pdf")
+
+
 def test_pdf_without_its_extra(tmp_path: Path, run_main, siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -517,8 +528,9 @@ def test_what_a_mac_leaves_in_an_archive_or_a_list(home: Path, tmp_path: Path) -
 
 def test_what_a_mac_leaves_is_no_shard_and_nobodys_file(folder: Path, tmp_path: Path, siglip: Path, run_main) -> None:
     """Finder may leave files in checkpoints, stores, runs and unfinished folders."""
-    from llama3v_mlx.checkpoint import find_checkpoint, load_model, read_config
+    from llama3v_mlx.checkpoint import find_checkpoint, read_config
     from llama3v_mlx.features.repair import verify
+    from llama3v_mlx.loading import load_model
     from llama3v_mlx.training.run import RunFolder
 
     def litter(path: Path, *names: str) -> Path:
