@@ -28,9 +28,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from llama3v_mlx.checkpoint import build_model, read_config
+from llama3v_mlx.checkpoint import read_config
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.evaluate import served
+from llama3v_mlx.loading import build_model
 
 CHAT = "/v1/chat/completions"
 MODEL = {

@@ -6,7 +6,7 @@ Two layouts are supported: Hugging Face's (the released llama3v and MiniCPM-Llam
 
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,17 +26,17 @@ from .config import (
     read_json,
     read_token_ids,
     sampling_config,
+    some,
 )
-from .fields import CheckpointError, Flag, Text, check_fields, check_object
+from .fields import CheckpointError, Flag, check_fields, check_object
 from .files import check_file, list_folder
 from .hub import HubError, download
-from .models.llama3v import Model, ModelArgs, rename
-from .prompt import BOS, EOT, HEADER_END, HEADER_START, PromptTokens, chat_template
+from .prompt_tokens import EOT, PromptTokens
+from .tokenizer import token_ids
 
 MODEL_TYPE = "llama3v"
 RELEASED_TYPES = ("llama3v", "minicpmv")
 CONFIG, INDEX, GENERATION_CONFIG = "config.json", "model.safetensors.index.json", "generation_config.json"
-TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
 DOWNLOADED += ("preprocessor_config.json", "processor_config.json", "spiece.model")  # SigLIP's
 
@@ -218,7 +218,7 @@ def shard_paths(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index}: weight_map has {shown} for {name}; it must be the name of a file")
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise CheckpointError(f"{folder}: {_some('missing shard', missing)}; copy or download the folder again")
+        raise CheckpointError(f"{folder}: {some('missing shard', missing)}; copy or download the folder again")
     return [folder / shard for shard in shards]
 
 
@@ -251,72 +251,6 @@ def check_shard(path: Path) -> list[str]:
         ) from e
 
 
-def lay_out(name: str, tensor: mx.array) -> dict[str, mx.array]:
-    """Map one tensor to our model's parameters, lazily. A misfit is kept, for `check_tensors` to report."""
-    try:
-        return Model.sanitize({name: tensor})
-    except (ValueError, IndexError):
-        return {rename(name): tensor}
-
-
-def build_model(config: dict, tensors: dict[str, mx.array] | None = None, folder: Path = Path()) -> Model:
-    """Build the model of a config in our layout, without weights, quantized as config and `tensors` say.
-
-    Raises:
-        CheckpointError: naming `folder`, if the config's sizes do not make a model.
-    """
-    try:
-        model = Model(ModelArgs.from_dict(config))
-        if tensors is not None:
-            quantize_as_saved(model, config.get("quantization"), tensors)
-    except (TypeError, ValueError, KeyError, ArithmeticError) as e:
-        raise CheckpointError(f"{folder / CONFIG}: {one_line(e)}") from e
-    return model
-
-
-def quantize_as_saved(model: nn.Module, quantization: dict | None, tensors: dict[str, mx.array]) -> None:
-    """Quantize the layers of a model without weights as a config's `quantization` and its tensors say."""
-    if not quantization:
-        return
-
-    def as_saved(path: str, module: nn.Module) -> bool | dict:
-        own = quantization.get(path)
-        return own if isinstance(own, dict) else hasattr(module, "to_quantized") and f"{path}.scales" in tensors
-
-    defaults = {key: quantization[key] for key in ("group_size", "bits")}
-    nn.quantize(model, **defaults, mode=quantization.get("mode", "affine"), class_predicate=as_saved)
-
-
-def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: bool = False) -> Model:
-    """Load the model of a folder in either layout, with strict weights.
-
-    Args:
-        folder: the checkpoint.
-        config: its config, from `read_config`.
-        dtype: dtype that floating-point tensors are cast to; by default they are not cast.
-        lazy: read the tensors when they are first used.
-
-    Raises:
-        CheckpointError: if tensors are missing, unknown or of the wrong shape.
-    """
-    tensors = model_tensors(folder, dtype)
-    model = build_model(config, tensors, folder)
-    check_tensors(folder, model, tensors)
-    model.load_weights(list(tensors.items()))
-    model.eval()
-    if not lazy:
-        mx.eval(model.parameters())
-    return model
-
-
-def model_tensors(folder: Path, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-    """Load the tensors of a folder lazily, by our model's names, floating-point ones cast to `dtype`."""
-    tensors = {}
-    for name, tensor in read_tensors(folder).items():
-        tensors.update(lay_out(name, tensor))
-    return cast(tensors, dtype)
-
-
 def cast(tensors: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
     """Cast floating-point tensors lazily; None keeps them."""
     if dtype is None:
@@ -340,92 +274,9 @@ def check_tensors(path: Path, model: nn.Module | dict, tensors: Mapping[str, mx.
         elif _kind(given) != _kind(parameter):
             wrong.append(f"{name} of {given.dtype} instead of {parameter.dtype}")
     if wrong:
-        raise CheckpointError(f"{path}: {_some('wrong tensor', wrong)}; is this the right checkpoint?")
+        raise CheckpointError(f"{path}: {some('wrong tensor', wrong)}; is this the right checkpoint?")
 
 
 def _kind(tensor: mx.array) -> object:
     """Dtypes that may replace each other: floating-point ones, or only the same."""
     return "floating" if mx.issubdtype(tensor.dtype, mx.floating) else tensor.dtype
-
-
-def load_tokenizer(folder: Path, config: dict):
-    """Load mlx-lm's wrapped tokenizer from the tokenizer.json of a folder, with our chat template.
-
-    Args:
-        folder: the checkpoint.
-        config: its config, from `read_config`.
-
-    Raises:
-        CheckpointError: if it is missing or damaged, lacks the tokens of the prompt format, or has ids beyond the
-            model's vocabulary, which MLX would not notice.
-    """
-    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
-    from transformers import PreTrainedTokenizerFast
-
-    path, settings = _tokenizer_file(folder), tokenizer_config(folder)
-    try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **settings)
-        vocabulary = tokenizer.get_vocab()
-        wrapped = TokenizerWrapper(tokenizer, BPEStreamingDetokenizer, eos_token_ids=config["eos_token_id"])
-    except Exception as e:  # the Rust parser raises bare Exceptions
-        raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
-    if missing := [token for token in (BOS, EOT, HEADER_START, HEADER_END) if token not in vocabulary]:
-        raise CheckpointError(f"{path}: lacks {', '.join(missing)}; is this the tokenizer of these weights?")
-    size = config["text_config"]["vocab_size"]
-    if beyond := [token for token, id in vocabulary.items() if id >= size]:
-        raise CheckpointError(f"{path}: {_some('token', beyond)} beyond the model's vocabulary of {size}")
-    tokenizer.chat_template = chat_template(tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()))
-    return wrapped
-
-
-def _tokenizer_file(folder: Path) -> Path:
-    path = folder / TOKENIZER
-    try:
-        check_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: has no {TOKENIZER}; copy it from the repository of the weights") from None
-    except OSError as e:
-        raise CheckpointError(f"{path}: {one_line(e)}") from e
-    return path
-
-
-def tokenizer_config(folder: Path) -> dict:
-    """Read the tokenizer settings that a plain fast tokenizer needs; class and code names are ignored."""
-    path = folder / TOKENIZER_CONFIG
-    config = read_json(path) if os.path.lexists(path) else {}
-    clean_up = config.get("clean_up_tokenization_spaces")
-    kept = {"clean_up_tokenization_spaces": True if clean_up is None else clean_up}
-    Flag().check(f"{path}: clean_up_tokenization_spaces", kept["clean_up_tokenization_spaces"])
-    for key, default in (
-        ("bos_token", "<|begin_of_text|>"),
-        ("eos_token", "<|end_of_text|>"),
-        ("unk_token", "<unk>"),
-        ("pad_token", "!"),
-    ):
-        token = config.get(key) or default
-        kept[key] = token.get("content") if isinstance(token, dict) else token
-        Text().check(f"{path}: {key}", kept[key])
-    return kept
-
-
-def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
-    """Look up the single id of each text in a folder's tokenizer."""
-    from tokenizers import Tokenizer
-
-    path = _tokenizer_file(folder)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:
-        raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
-    ids = []
-    for text in texts:
-        encoded = tokenizer.encode(text, add_special_tokens=False).ids
-        if len(encoded) != 1:
-            raise CheckpointError(f"{path}: {text!r} is not a single token; is this the tokenizer of these weights?")
-        ids += encoded
-    return ids
-
-
-def _some(noun: str, items: list[str], most: int = 10) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}: {', '.join(items[:most])}{more}"

@@ -291,6 +291,12 @@ def sampling_config(path: Path, config: dict) -> dict:
     return {**(SAMPLING if own.get("do_sample", True) else GREEDY), **own}
 
 
+def some(noun: str, items: list[str], most: int = 10) -> str:
+    """Format a list as its length and its first items."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}: {', '.join(items[:most])}{more}"
+
+
 def one_line(error: Exception) -> str:
     """Return an error's text without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

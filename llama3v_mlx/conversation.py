@@ -26,7 +26,8 @@ from .files import beside
 from .generation import GenerationResponse, stream_generate
 from .image import ImageSource
 from .models.llama3v import Model
-from .prompt import EOT, Processor, Prompt
+from .prompt import Processor, Prompt
+from .prompt_tokens import EOT
 
 # mlx-lm cache classes allowed in a saved conversation; mlx-lm's loader would accept any name.
 CACHES = {"KVCache", "QuantizedKVCache"}

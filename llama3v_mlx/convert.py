@@ -312,11 +312,12 @@ def _new_config(folder: Path, dtype: str | None) -> dict:
 def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[str, str]:
     """Text files of the conversion besides the index and tokenizer.json."""
     from . import checkpoint as ck
+    from .tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, load_tokenizer, tokenizer_config
 
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **ck.tokenizer_config(folder)}
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config(folder)}
     return {
-        ck.TOKENIZER_CONFIG: _json(tokenizer),
-        ck.CHAT_TEMPLATE: ck.load_tokenizer(folder, config).chat_template,
+        TOKENIZER_CONFIG: _json(tokenizer),
+        CHAT_TEMPLATE: load_tokenizer(folder, config).chat_template,
         ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
         "README.md": _model_card(source, name, config),
         ck.CONFIG: _json(config),
@@ -329,8 +330,8 @@ def _write(
     """Write all files, calibrated on `rows` if there are any; return the number of shards."""
     from tqdm import tqdm
 
-    from .checkpoint import TOKENIZER
     from .conversion.shard_writer import ShardWriter, write_tensors
+    from .tokenizer import TOKENIZER
 
     writer = ShardWriter(partial)
     if rows:

@@ -74,8 +74,8 @@ def fits() -> list[dict]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from .checkpoint import build_model
     from .device import memory_limit
+    from .loading import build_model
     from .memory import footprint_of
 
     config, limit = released_config(), memory_limit()

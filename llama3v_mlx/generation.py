@@ -20,17 +20,7 @@ from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint import (
-    MODEL_TYPE,
-    check_tensors,
-    find_checkpoint,
-    load_model,
-    load_tokenizer,
-    model_tensors,
-    read_config,
-    read_generation_config,
-    read_shard,
-)
+from .checkpoint import MODEL_TYPE, check_tensors, find_checkpoint, read_config, read_generation_config, read_shard
 from .config import ADAPTER, LORA, one_line, read_json
 from .device import on_gpu, select
 from .drafting.draft_model import DraftModel, load_draft_model
@@ -41,11 +31,13 @@ from .features.lookup import FeatureCache
 from .fields import CheckpointError, check_fields
 from .files import printable
 from .image import ImageSource, expand
+from .loading import load_model, model_tensors
 from .models import llama3v as model_module
 from .models.llama3v import Model
 from .prompt import Processor, Prompt
 from .sampling import Sampling, on_generated
 from .schema import keep_to, schemas_of
+from .tokenizer import load_tokenizer
 
 VISION = ("vision_tower.", "projector.")
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"

@@ -10,8 +10,9 @@ import mlx.core as mx
 from .checkpoint import find_checkpoint, read_config, read_tensors
 from .device import memory, memory_limit, on_gpu
 from .image import ImageConfig
-from .models.llama3v import ModelArgs, rename, tile_batch_size, tile_bytes
-from .prompt import PromptTokens
+from .models.llama3v import ModelArgs, tile_batch_size, tile_bytes
+from .models.released import rename
+from .prompt_tokens import PromptTokens
 
 PREFILL_STEP = 2048  # tokens per prefill step of mlx-lm
 SMALL_MEMORY = 9 * 10**9  # bytes; an 8 GB Mac has less

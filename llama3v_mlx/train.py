@@ -190,9 +190,10 @@ def fuse(args: argparse.Namespace) -> None:
     from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.utils import save_model
 
-    from .checkpoint import CONFIG, find_checkpoint, load_model, read_config, read_json
+    from .checkpoint import CONFIG, find_checkpoint, read_config, read_json
     from .files import list_folder, new_folder, writing
     from .generation import load_adapters
+    from .loading import load_model
 
     folder, out = find_checkpoint(args.model), Path(args.out)
     if "text_config" not in read_json(folder / CONFIG):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx import generate, load
-from llama3v_mlx.checkpoint import CheckpointError, load_model, read_config, read_tensors
+from llama3v_mlx.checkpoint import CheckpointError, read_config, read_tensors
 from llama3v_mlx.conversion import calibrate as calibrating
 from llama3v_mlx.conversion.agreement import verify_rows
 from llama3v_mlx.conversion.calibrate import EMBEDDING, HEAD, LLAMA
@@ -19,6 +19,7 @@ from llama3v_mlx.conversion.sensitivity import BITS, allocate, measure
 from llama3v_mlx.conversion.shard_writer import Plan, ShardWriter, make_plan
 from llama3v_mlx.conversion.verify import Tensor
 from llama3v_mlx.convert import convert, main
+from llama3v_mlx.loading import load_model
 from llama3v_mlx.models.llama3v import Model
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from llama3v_mlx.checkpoint import CheckpointError, load_model, load_tokenizer, read_config, read_tensors
+from llama3v_mlx.checkpoint import CheckpointError, read_config, read_tensors
 from llama3v_mlx.config import sampling_config
 from llama3v_mlx.convert import convert
 from llama3v_mlx.demo import SIGLIP
 from llama3v_mlx.features.encoder import TextEncoder, load_encoder
+from llama3v_mlx.loading import load_model
+from llama3v_mlx.tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 

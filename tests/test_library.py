@@ -289,6 +289,8 @@ def test_a_library_has_one_index_in_the_cache(pictures: Path, tmp_path: Path, ca
         assert len(said.out.splitlines()) == 2 and ("12 added" in said.err) == (path == pictures)
     assert len(FeatureStore(default_index(os.path.realpath(pictures), MODEL))) == 12
     assert default_index(str(pictures), "other") != default_index(str(pictures), MODEL)
+    # Another environment has the bundled model in another folder.
+    assert default_index(str(pictures), "demo:siglip") == default_index(str(pictures), MODEL)
 
 
 def test_words_and_sums_find_pictures(tmp_path: Path, capsys) -> None:

@@ -17,13 +17,14 @@ from PIL import Image
 
 from llama3v_mlx import check_memory, load, memory, stream_generate
 from llama3v_mlx import device as device_module
-from llama3v_mlx.checkpoint import build_model, load_model, read_config
+from llama3v_mlx.checkpoint import read_config
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.features.lookup import FeatureCache
+from llama3v_mlx.loading import build_model, load_model
 from llama3v_mlx.memory import MemoryLimitError, footprint, num_answers
 from llama3v_mlx.models import llama3v
 from llama3v_mlx.models.llama3v import Model
-from llama3v_mlx.prompt import PromptTokens
+from llama3v_mlx.prompt_tokens import PromptTokens
 
 ROOT = Path(__file__).parents[1]
 STORED = {mx.float16: "F16", mx.uint32: "U32"}

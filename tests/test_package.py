@@ -60,6 +60,13 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert not set(HEAVY) & set(done.stdout.split())
 
 
+def test_siglip_needs_no_mlx_lm() -> None:
+    """Importing it, and transformers with it, takes most of a second: longer than a search of an unchanged folder."""
+    code = "import sys, llama3v_mlx.features.library, llama3v_mlx.sheet; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"mlx_lm", "transformers"} & set(done.stdout.split())
+
+
 def test_every_command_has_its_scripts() -> None:
     scripts = {"llama3v": "llama3v_mlx.__main__:main"}
     assert PROJECT["scripts"] == scripts | {f"llama3v.{name}": f"llama3v_mlx.{name}:main" for name in OURS}

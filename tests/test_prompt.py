@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from llama3v_mlx.image import TiledImage
-from llama3v_mlx.prompt import Processor, PromptTokens
+from llama3v_mlx.prompt import Processor
+from llama3v_mlx.prompt_tokens import PromptTokens
 
 RED = Image.new("RGB", (50, 50), "red")  # 50² pixels are one tile for the demo
 WIDE = Image.new("RGB", (400, 100), "blue")  # four slices in a row

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_attention_mask
 from tqdm import tqdm
 
-from ..checkpoint import build_model
+from ..loading import build_model
 from .rows import Row, embed_rows
 from .shard_writer import row_slices
 from .verify import Loss, Tensor, Weights, compare_tensors, table

@@ -12,22 +12,19 @@ from mlx.utils import tree_flatten
 from ..checkpoint import (
     CONFIG,
     RELEASED_TYPES,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
     CheckpointError,
     find_checkpoint,
     make_config,
     read_config,
     read_json,
     read_tensors,
-    token_ids,
-    tokenizer_config,
 )
 from ..config import llama_config, read_dtype
 from ..features.encoder import vision_config
-from ..models.llama3v import rename
 from ..models.projector import ProjectorConfig, build_projector
-from ..prompt import BOS, PromptTokens
+from ..models.released import rename
+from ..prompt_tokens import BOS, PromptTokens
+from ..tokenizer import TOKENIZER, TOKENIZER_CONFIG, token_ids, tokenizer_config
 
 PROJECTORS = ("resampler", "self-attention")
 NUM_QUERIES = 96  # of a resampler, as in the released one

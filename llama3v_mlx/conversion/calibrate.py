@@ -14,9 +14,11 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.base import create_attention_mask
 from tqdm import tqdm
 
-from ..checkpoint import CheckpointError, build_model, lay_out, read_config
+from ..checkpoint import CheckpointError, read_config
 from ..device import memory_limit
+from ..loading import build_model
 from ..memory import MemoryLimitError
+from ..models.released import lay_out
 from .gptq import Inputs, quantize
 from .rows import MAX_TOKENS, Row, embed_rows
 from .shard_writer import SHARD_BYTES, Plan, ShardWriter

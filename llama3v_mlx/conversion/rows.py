@@ -12,10 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint import load_tokenizer
 from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
+from ..tokenizer import load_tokenizer
 from ..training.data import DataError, messages_of
 from .verify import Weights
 

@@ -17,8 +17,8 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.base import create_attention_mask
 from tqdm import tqdm
 
-from ..checkpoint import build_model
-from ..prompt import PromptTokens
+from ..loading import build_model
+from ..prompt_tokens import PromptTokens
 from .calibrate import EMBEDDING, HEAD, LLAMA, STEPS, Recorder, fit_rows, working_bytes
 from .rows import Row, embed_rows
 from .shard_writer import Plan, row_slices

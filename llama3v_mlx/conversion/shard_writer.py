@@ -12,9 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 
-from ..checkpoint import INDEX, CheckpointError, build_model, check_tensors, lay_out
+from ..checkpoint import INDEX, CheckpointError, check_tensors
 from ..files import writing
+from ..loading import build_model
 from ..models.llama3v import Model
+from ..models.released import lay_out
 
 # A shard is held in memory until it is written, and with it one tensor as read and as converted, up to WORKING_BYTES.
 SHARD_BYTES = 10**9

@@ -17,18 +17,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from tqdm import tqdm
 
-from ..checkpoint import (
-    CheckpointError,
-    build_model,
-    check_tensors,
-    lay_out,
-    load_tokenizer,
-    read_config,
-    read_tensors,
-)
+from ..checkpoint import CheckpointError, check_tensors, read_config, read_tensors
 from ..image import ImageSource, TiledImage, load_image
+from ..loading import build_model
 from ..models.llama3v import Model
+from ..models.released import lay_out
 from ..prompt import Processor
+from ..tokenizer import load_tokenizer
 from .shard_writer import row_slices
 
 PROMPT = "What is this image?"

@@ -8,20 +8,13 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from tokenizers import Tokenizer
 
-from ..checkpoint import (
-    CONFIG,
-    TOKENIZER,
-    CheckpointError,
-    cast,
-    check_tensors,
-    find_checkpoint,
-    quantize_as_saved,
-    read_tensors,
-)
+from ..checkpoint import CONFIG, CheckpointError, cast, check_tensors, find_checkpoint, read_tensors
 from ..config import llama_config, one_line, read_json
 from ..device import on_gpu
+from ..loading import quantize_as_saved
 from ..prompt import Processor
 from ..sampling import Sampling
+from ..tokenizer import TOKENIZER
 from .budget import Budget
 from .drafters import Draft
 

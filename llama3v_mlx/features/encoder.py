@@ -8,29 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from ..checkpoint import (
-    CONFIG,
-    check_tensors,
-    find_checkpoint,
-    lay_out,
-    load_model,
-    name_of,
-    read_config,
-    read_json,
-    read_tensors,
-)
+from ..checkpoint import CONFIG, check_tensors, find_checkpoint, name_of, read_config, read_json, read_tensors
 from ..config import SIGLIP_TEXT, VISION, check_heads, one_line
 from ..device import on_gpu
 from ..fields import CheckpointError, Choice, check_fields, check_object
 from ..files import check_file
 from ..image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
 from ..models import linux_cpu
-from ..models.llama3v import Model, encode_by_size
-from ..models.siglip import SigLIP, TextConfig, VisionConfig
+from ..models.released import lay_out
+from ..models.siglip import SigLIP, TextConfig, VisionConfig, encode_by_size
 from .store import FeatureError, Features, FeatureStore, StoreInfo
 
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")
@@ -55,7 +46,7 @@ class ImageEncoder:
     def __init__(
         self,
         name: str,
-        model: SigLIP | Model,
+        model: nn.Module,
         kind: str,
         image_config: ImageConfig | None,
         resample: Image.Resampling = Image.Resampling.BICUBIC,
@@ -240,6 +231,8 @@ def load_encoder(
         if kind == "pooled" and not model.vision_tower.config.vision_use_head:
             raise ValueError(f"{path_or_hf_repo}: has no pooling head; use --kind patch")
         return ImageEncoder(name, model, kind, None, resample, draft)
+    from ..loading import load_model  # brings mlx-lm, which a SigLIP does not need and takes a second to import
+
     config = read_config(folder)
     if draft:
         raise ValueError(f"{path_or_hf_repo}: slices are cut from the whole image, so --draft cannot be used")

@@ -19,7 +19,7 @@ from sqlite3 import Connection
 
 import numpy as np
 
-from ..checkpoint import find_checkpoint
+from ..checkpoint import find_checkpoint, name_of
 from ..cli import CACHE
 from ..files import find_path
 from ..image import ImageError, ImageSource, expand
@@ -278,7 +278,7 @@ class Library:
 
 def default_index(folder: str, model: str) -> Path:
     """Return the folder of the index in the cache: one per resolved folder of pictures and model."""
-    digest = hashlib.sha256(f"{folder}\0{model}".encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256(f"{folder}\0{name_of(model)}".encode("utf-8", "surrogatepass")).hexdigest()
     name = "".join(c if c.isalnum() else "-" for c in os.path.basename(folder))[:40]
     return CACHE / "libraries" / f"{name.encode('ascii', 'ignore').decode()}-{digest[:16]}"
 

@@ -1,7 +1,5 @@
-"""Llama3-V model: SigLIP tower, projector and mlx-lm's Llama, with the mapping of released weights."""
+"""Llama3-V model: SigLIP tower, projector and mlx-lm's Llama."""
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,9 +11,10 @@ from mlx_lm.models.base import BaseModelArgs
 
 from ..device import memory_limit, on_gpu
 from ..image import TiledImage
-from ..prompt import PromptTokens
+from ..prompt_tokens import PromptTokens
 from .projector import ProjectorConfig, build_projector
-from .siglip import VisionConfig, VisionTower
+from .released import relayout, rename
+from .siglip import VisionConfig, VisionTower, encode_by_size
 
 # Tiles per tower batch: enough to fill a GPU; fewer where their activations would exceed a share of the memory.
 TILE_BATCH_SIZE = 16
@@ -116,7 +115,7 @@ class Model(nn.Module):
     @staticmethod
     def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Convert tensors from any released layout, or from ours, to this model's names and layouts."""
-        return dict(pair for name, tensor in weights.items() for pair in _relayout(rename(name), tensor))
+        return dict(pair for name, tensor in weights.items() for pair in relayout(rename(name), tensor))
 
     @staticmethod
     def quant_predicate(path: str, module: nn.Module) -> bool:
@@ -146,54 +145,3 @@ def tile_batch_size(args: ModelArgs, patches: int, item_bytes: int) -> int:
     """Number of tiles with `patches` patches per tower batch."""
     room = int(TILE_MEMORY_SHARE * memory_limit())
     return max(1, min(TILE_BATCH_SIZE, room // tile_bytes(args, patches, item_bytes)))
-
-
-def encode_by_size(
-    images: Sequence[TiledImage], encode: Callable[[np.ndarray], mx.array], batch_size: int
-) -> list[mx.array]:
-    """Apply `encode` to the tiles of images in batches of equal size; return the rows of each image in tile order."""
-    tiles = [tile for image in images for tile in image.tiles]
-    by_size = defaultdict(list)
-    for i, tile in enumerate(tiles):
-        by_size[tile.shape].append(i)
-    rows: list[mx.array] = [None] * len(tiles)
-    for indices in by_size.values():
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            for i, y in zip(batch, encode(np.stack([tiles[i] for i in batch])), strict=True):
-                rows[i] = y
-    remaining = iter(rows)
-    return [mx.concatenate([next(remaining) for _ in image.tiles]) for image in images]
-
-
-# Released names → ours, in order. `vison` is the spelling of the llama3v weights.
-RENAMES = (
-    (r"^llm\.", "language_model."),
-    (r"^(?:vison|vision|vpm|vision_model)\.", "vision_tower."),
-    (r"^text_model\.", "text_tower."),
-    (r"^(?:projection|resampler)\.", "projector."),
-    (r"^projector\.attn\.", "projector."),
-    (r"\.attention\.in_proj_(weight|bias)$", r".attention.in_proj.\1"),
-)
-
-
-def rename(name: str) -> str:
-    """Map a released tensor name to this model's; our own names are unchanged."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _relayout(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
-    """Convert a renamed tensor to MLX's layout: unchanged, transposed, split, or dropped."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return []
-    if name == "vision_tower.embeddings.patch_embedding.weight" and tensor.shape[-1] != 3:
-        return [(name, tensor.transpose(0, 2, 3, 1))]  # (out, in, kh, kw) → (out, kh, kw, in)
-    if name == "projector.proj":
-        return [("projector.proj.weight", tensor.T)]  # used as x @ proj
-    if name.startswith("projector.in_proj_"):
-        kind = name.rpartition("_")[2]
-        parts = mx.split(tensor, 3)
-        return [(f"projector.{p}_proj.{kind}", part) for p, part in zip("qkv", parts, strict=True)]
-    return [(name, tensor)]

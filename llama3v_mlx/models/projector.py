@@ -6,13 +6,13 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import BaseModelArgs
 
+from .base import Config
 from .siglip import Attention
 
 
 @dataclass
-class ProjectorConfig(BaseModelArgs):
+class ProjectorConfig(Config):
     """Projector configuration; the defaults are those of the released weights."""
 
     hidden_size: int = 4096  # Llama's width

@@ -5,20 +5,22 @@
 transformer blocks are the same.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import BaseModelArgs
 
+from ..image import TiledImage
 from . import linux_cpu
+from .base import Config
 
 
 @dataclass
-class VisionConfig(BaseModelArgs):
+class VisionConfig(Config):
     """Keys and defaults of Hugging Face's `vision_config`; the defaults are so400m's."""
 
     model_type: str = "idefics2"  # or "siglip_vision_model"
@@ -224,8 +226,26 @@ class VisionTower(nn.Module):
         return self.head(features)
 
 
+def encode_by_size(
+    images: Sequence[TiledImage], encode: Callable[[np.ndarray], mx.array], batch_size: int
+) -> list[mx.array]:
+    """Apply `encode` to the tiles of images in batches of equal size; return the rows of each image in tile order."""
+    tiles = [tile for image in images for tile in image.tiles]
+    by_size = defaultdict(list)
+    for i, tile in enumerate(tiles):
+        by_size[tile.shape].append(i)
+    rows: list[mx.array] = [None] * len(tiles)
+    for indices in by_size.values():
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            for i, y in zip(batch, encode(np.stack([tiles[i] for i in batch])), strict=True):
+                rows[i] = y
+    remaining = iter(rows)
+    return [mx.concatenate([next(remaining) for _ in image.tiles]) for image in images]
+
+
 @dataclass
-class TextConfig(BaseModelArgs):
+class TextConfig(Config):
     """Keys and defaults of Hugging Face's SiglipTextConfig; the defaults are the base model's."""
 
     vocab_size: int = 32000

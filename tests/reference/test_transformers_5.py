@@ -9,9 +9,10 @@ import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 from llama3v_mlx import load
-from llama3v_mlx.checkpoint import CONFIG, INDEX, TOKENIZER, read_config, read_tensors
+from llama3v_mlx.checkpoint import CONFIG, INDEX, read_config, read_tensors
 from llama3v_mlx.convert import convert
 from llama3v_mlx.demo import CHECKPOINT, SIGLIP
+from llama3v_mlx.tokenizer import TOKENIZER
 
 from .parity import relative_error
 
