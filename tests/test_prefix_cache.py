@@ -11,7 +11,7 @@ import pytest
 from llama3v_mlx.image import Tiling
 from llama3v_mlx.serving.prefix_cache import PrefixCache, fingerprint
 from llama3v_mlx.serving.prompts import BLOCK, PlannedImage, RequestPrompt
-from llama3v_mlx.serving.validate import RequestImage
+from llama3v_mlx.serving.requests import RequestImage
 
 TOKEN_BYTES = 2 * 2 * 1 * 1 * 3 * 4  # layers, keys and values, batch, heads, head_dim, float32
 

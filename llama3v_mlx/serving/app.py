@@ -27,24 +27,22 @@ from ..files import printable
 from ..models.llama3v import Model
 from ..prompt import Processor
 from ..sampling import Sampling
+from .checks import RequestError, parse, read_json
 from .embeddings import Embedder
 from .engine import Engine, Job, Logprob, NeedImages, Settings, Token, internal_error
 from .json_schema import ResponseFormats
 from .library import SIDE, ServedLibrary
 from .prefix_cache import PrefixCache
 from .prompts import chat_prompt, completion_prompt, num_tokens, plan_image
-from .validate import (
+from .requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
     LibrarySearchRequest,
     LibraryUpdateRequest,
     Limits,
-    RequestError,
     TilesRequest,
-    parse,
     read_image,
-    read_json,
 )
 
 log = logging.getLogger(__name__)

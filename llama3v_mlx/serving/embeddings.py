@@ -12,8 +12,9 @@ import numpy as np
 from ..checkpoint import find_checkpoint
 from ..features.encoder import TextEncoder, load_encoder
 from ..image import ImageError, TiledImage
+from .checks import bad
 from .prompts import DECODING
-from .validate import Limits, RequestImage, bad, read_image
+from .requests import Limits, RequestImage, read_image
 
 BATCH_SIZE = 8
 MAX_CHARACTERS = 1 << 15  # of a text, of which SigLIP sees some 64 tokens

@@ -23,10 +23,10 @@ from ..models.llama3v import Model
 from ..prompt import Processor
 from . import batch as mlx_lm
 from .batch import BatchAnswer, Settings
+from .checks import RequestError
 from .decoding import Decoding
 from .prefix_cache import PrefixCache
 from .prompts import Block, RequestPrompt, token_text
-from .validate import RequestError
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import json
 
 from ..schema import SchemaError, Schemas
-from .validate import RequestError
+from .checks import RequestError
 
 
 class ResponseFormats:

@@ -23,10 +23,11 @@ from ..features.query import combine, match_probability
 from ..features.store import FeatureError
 from ..files import find_path, printable
 from ..image import ImageError, load_image
+from .checks import RequestError, bad
 from .embeddings import Embedder
 from .indexer import Indexer
+from .requests import LibrarySearchRequest, Limits
 from .thumbnails import Thumbnails
-from .validate import LibrarySearchRequest, Limits, RequestError, bad
 
 SIDE = {"thumbnail": 320, "image": 2048}  # most pixels
 QUALITY = {"thumbnail": 80, "image": 90}

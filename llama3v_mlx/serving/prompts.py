@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from ..image import ImageError, TiledImage, Tiling, plan_tiles, tile_image
 from ..prompt import Processor
 from ..prompt_tokens import BOS
-from .validate import ChatRequest, CompletionRequest, Limits, RequestError, RequestImage, bad, read_images
+from .checks import RequestError, bad
+from .requests import ChatRequest, CompletionRequest, Limits, RequestImage, read_images
 
 BLOCK = 16  # text tokens in a block of the prefix cache
 
