@@ -13,9 +13,11 @@ from llama3v_mlx.drafting.drafters import NGrams
 from llama3v_mlx.sampling import Sampling
 from llama3v_mlx.schema import Schemas
 from llama3v_mlx.serving.alone import Alone
+from llama3v_mlx.serving.batch import Settings
 from llama3v_mlx.serving.checks import RequestError, parse
 from llama3v_mlx.serving.decoding import Decoding
-from llama3v_mlx.serving.engine import Engine, Job, Settings, Token
+from llama3v_mlx.serving.engine import Engine
+from llama3v_mlx.serving.jobs import Job, Token
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 from llama3v_mlx.serving.prompts import BLOCK, chat_prompt
 from llama3v_mlx.serving.requests import ChatRequest

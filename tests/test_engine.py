@@ -13,8 +13,10 @@ from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.generation import Sampling
 from llama3v_mlx.serving import batch as mlx_lm
 from llama3v_mlx.serving import engine as engines
+from llama3v_mlx.serving.batch import Settings
 from llama3v_mlx.serving.checks import parse
-from llama3v_mlx.serving.engine import Engine, Job, NeedImages, Settings, StopText, Token
+from llama3v_mlx.serving.engine import Engine
+from llama3v_mlx.serving.jobs import Job, NeedImages, StopText, Token
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 from llama3v_mlx.serving.prompts import RequestPrompt, chat_prompt
 from llama3v_mlx.serving.requests import ChatRequest, Limits

@@ -27,9 +27,11 @@ from ..files import printable
 from ..models.llama3v import Model
 from ..prompt import Processor
 from ..sampling import Sampling
+from .batch import Settings
 from .checks import RequestError, parse, read_json
 from .embeddings import Embedder
-from .engine import Engine, Job, Logprob, NeedImages, Settings, Token, internal_error
+from .engine import Engine, internal_error
+from .jobs import Job, Logprob, NeedImages, Token
 from .json_schema import ResponseFormats
 from .library import SIDE, ServedLibrary
 from .prefix_cache import PrefixCache

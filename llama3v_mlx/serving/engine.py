@@ -13,7 +13,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -22,11 +21,12 @@ from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
 from . import batch as mlx_lm
-from .batch import BatchAnswer, Settings
+from .batch import BatchAnswer
 from .checks import RequestError
 from .decoding import Decoding
+from .jobs import Job, Logprob, NeedImages, StopText, Token
 from .prefix_cache import PrefixCache
-from .prompts import Block, RequestPrompt, token_text
+from .prompts import Block, token_text
 
 log = logging.getLogger(__name__)
 
@@ -34,71 +34,6 @@ SLICE = 0.6  # steps of all answers: the time for reading between two of them
 LEAST_TOKENS = 4  # that are prefilled at once, however long they take
 RECENT = 15  # steps whose median time counts
 IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
-
-
-@dataclass(frozen=True)
-class Logprob:
-    token: int
-    text: str
-    logprob: float
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer, and the text completed by it."""
-
-    choice: int
-    text: str
-    finish_reason: str | None = None  # "stop" or "length" with the last one
-    logprob: Logprob | None = None
-    top_logprobs: tuple[Logprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class NeedImages:
-    """Images that the prefix cache lacks: put their tiles into the job and submit it again."""
-
-    indices: Sequence[int]
-
-
-Event = Token | NeedImages | RequestError
-
-
-@dataclass(eq=False)
-class Job:
-    """A prompt and its progress. The worker puts events; other threads set `tiles` and `cancelled`."""
-
-    prompt: RequestPrompt
-    settings: Settings
-    events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
-    tiles: dict[int, TiledImage] = field(default_factory=dict)
-    cancelled: bool = False
-    progress: str = "waiting for a place"  # for people
-    cached: int = 0  # tokens that the prefix cache had
-    # Of the worker:
-    blocks: list[Block] = field(default_factory=list)
-    caches: list | None = None
-
-
-class StopText:
-    """Find stop strings in streamed text, holding back text that may begin one."""
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops, self._held = stops, ""
-
-    def feed(self, text: str, last: bool) -> tuple[str, bool]:
-        """Add text; return the text that can be sent, and whether a stop string was found."""
-        self._held += text
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
-        if found:
-            return self._held[: min(found)], True
-        end = len(self._held)
-        if not last:
-            most = max(map(len, self._stops), default=0)
-            starts = range(max(0, end - most + 1), end)
-            end = next((i for i in starts if any(s.startswith(self._held[i:]) for s in self._stops)), end)
-        certain, self._held = self._held[:end], self._held[end:]
-        return certain, False
 
 
 class _Answer(BatchAnswer):
