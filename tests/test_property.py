@@ -13,7 +13,7 @@ from conftest import serving
 from test_server import CHAT, STARS, STARS_ANSWER, ask, image, request, text
 
 from llama3v_mlx.demo import IMAGES, SIGLIP
-from llama3v_mlx.serving.app import Handler
+from llama3v_mlx.serving.endpoints import Endpoints
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.property
 
 BODIES = 5000
 URI = f"data:image/jpeg;base64,{base64.b64encode((IMAGES / 'two-red-stars.jpg').read_bytes()).decode()}"
-KINDS = {path: kind for path, (kind, _) in Handler.POSTS.items() if path != "/chat/completions"}
+KINDS = {path: kind for path, (kind, _) in Endpoints.POSTS.items() if path != "/chat/completions"}
 
 uris = st.sampled_from(
     [URI, URI[:-400], "data:image/png;base64,AAAA", "data:,x", "http://127.0.0.1/", "/etc/passwd", ""]

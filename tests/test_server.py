@@ -24,9 +24,8 @@ from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.server import main
-from llama3v_mlx.serving import app as http_app
+from llama3v_mlx.serving import connection, endpoints, prompts
 from llama3v_mlx.serving import engine as engines
-from llama3v_mlx.serving import prompts
 from llama3v_mlx.serving.app import App
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 
@@ -582,7 +581,7 @@ class TestBodies:
         assert b"Traceback" not in said and (not said or b'"error"' in said)
 
     def test_a_body_that_never_comes(self, demo, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(http_app, "RECEIVE_SECONDS", 0.2)
+        monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.2)
         with serving(*demo) as app:
             head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {JSON}\r\nContent-Length: 10\r\n\r\n"
             assert raw(app.server_port, head.encode() + b"{").startswith(b"HTTP/1.1 408")
@@ -611,7 +610,7 @@ class TestWhoMayAsk:
 
     def test_the_key_is_compared_in_constant_time(self, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
         compared = []
-        monkeypatch.setattr(http_app.hmac, "compare_digest", lambda *given: compared.append(given) or False)
+        monkeypatch.setattr(connection.hmac, "compare_digest", lambda *given: compared.append(given) or False)
         assert request(port, "/v1/models")[0] == 401
         assert compared == [(b"Bearer secret", b"Bearer secret")]
 
@@ -734,7 +733,7 @@ class TestWork:
             assert text(ask(app.server_port, image(STARS), "What is this image?")) == STARS_ANSWER
 
     def test_an_exception_in_a_handler(self, demo, monkeypatch, caplog) -> None:
-        monkeypatch.setattr(http_app, "plan_image", lambda *args: 1 / 0)
+        monkeypatch.setattr(endpoints, "plan_image", lambda *args: 1 / 0)
         with serving(*demo) as app:
             assert request(app.server_port, TILES, {"image": uri(STARS)})[0] == 500
             assert text(ask(app.server_port, image(STARS), "What is this image?")) == STARS_ANSWER
@@ -747,7 +746,7 @@ class TestWork:
             assert request(app.server_port, EMBEDDINGS, {"input": uri(STARS)})[0] == 200
 
     def test_progress_while_an_image_is_read(self, demo, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(http_app, "HEARTBEAT", 0.01)
+        monkeypatch.setattr(endpoints, "HEARTBEAT", 0.01)
         seen, encode = threading.Event(), engines.Engine._encode
 
         def held(self, job, index, image):
