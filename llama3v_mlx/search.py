@@ -202,7 +202,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="llama3v search",
-        description="Search the pictures of a folder, or of a feature store, by text, image, or sums of both.",
+        description="Search the pictures of a folder, or of a feature store, by text, image, or sums of both. Printed "
+        "are the match that Llama3-V sees, if it looked, the cosine, the probability that a single text matches, and "
+        "the path.",
         epilog=GRAMMAR,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -279,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search_store(args: argparse.Namespace) -> None:
+    if not os.path.lexists(args.store):
+        raise ValueError(f"{args.store}: no such folder of pictures or feature store")
     note_slow_cpu()
     _print_hits(search(args.store, args.text, args.image, _recalled(args)), args)
 
@@ -303,8 +307,10 @@ def _search_folder(args: argparse.Namespace) -> None:
             print(json.dumps({"groups": groups}))
         elif args.print0:
             _print0([path for group in groups for path in group])
-        else:
+        elif groups:
             print("\n\n".join("\n".join(map(printable, group)) for group in groups))
+        else:
+            print(f"no near duplicates (cosine {args.near_duplicates} or more)", file=sys.stderr)
     elif args.text or args.image:
         if not library.counts()[0]:
             raise ValueError(f"{args.store}: has no pictures" + (" in the index" if args.no_update else ""))
@@ -318,7 +324,7 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
     from .sheet import draw_sheet
 
     answer = None
-    if args.rerank or args.ask:
+    if hits and (args.rerank or args.ask):
         hits, answer = ask(hits, args)
     looked, hits = len(hits), hits[: args.top]
     if args.json:
@@ -329,6 +335,8 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
     else:
         if args.ask:
             _print_answers(hits, answer, looked)
+        elif not hits:
+            print("no picture is within these dates and this folder", file=sys.stderr)
         for i, hit in enumerate(hits, 1):
             print(f"[{i}]  " * bool(args.ask) + f"{_score(hit)}  {printable(hit.path or hit.sha256)}")
     if args.sheet and hits:

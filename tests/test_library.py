@@ -365,7 +365,7 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
     (tmp_path / "empty").mkdir()
     assert "empty: has no pictures" in error(tmp_path / "empty", "words")
     assert "no-dir: no such folder" in error(pictures, "words", "--in", tmp_path / "no-dir")
-    assert "nowhere: not a feature store" in error(tmp_path / "nowhere", "words")
+    assert "nowhere: no such folder" in error(tmp_path / "nowhere", "words")
     assert "is a text; in a sum, put" in error(pictures, '"dog" + cat')
     assert "cancel out" in error(pictures, '"dog" - "dog"')
     assert "these options are for folders" in error(library.index, "words", "--after", "2020", code=2)
@@ -373,6 +373,17 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
     assert "--no-update takes neither" in error(pictures, "words", "--no-update", "--watch", code=2)
     assert "give either a text or" in error(pictures, code=2)
     assert "is not a feature store and not empty" in error(pictures, "words", "--index", tmp_path)
+
+
+def test_what_is_not_found_is_said(library: Library, pictures: Path, capsys) -> None:
+    for words, said in (
+        (["a red circle", "--after", "2150"], "no picture is within"),
+        (["a red circle", "--after", "2150", "--ask", "What color is it?"], "none of the 0 images"),
+        (["--near-duplicates", "1.1"], "no near duplicates"),
+    ):
+        main([str(pictures), "--index", str(library.index), *words])
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err and "%" not in printed.out
 
 
 def test_two_searches_at_once(pictures: Path, tmp_path: Path) -> None:

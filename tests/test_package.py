@@ -15,7 +15,7 @@ from llama3v_mlx.__main__ import COMMANDS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = [name for name in COMMANDS if name != "mlx-lm"]
-NO_STORE = "not a feature store (it has no store.json); llama3v embed creates one"
+NO_STORE = "no such folder of pictures or feature store"
 HEAVY = ("mlx.core", "mlx_lm", "numpy", "transformers", "PIL.Image")
 
 

@@ -65,6 +65,8 @@ def test_sums(here: Path, text: str, terms: list) -> None:
         ('"dog" + cat', 'cat: is a text; in a sum, put a text in double quotes: "cat"'),
         ('"dog" + ./pol.jpg', "./pol.jpg: is no such image"),
         ("2:dog - pool.png", "pool.png: is no such image"),
+        ('"dog" +', "neither begins nor ends with + or -"),
+        ('- "dog"', "neither begins nor ends with + or -"),
     ],
 )
 def test_sums_that_are_not_clear(here: Path, text: str, message: str) -> None:

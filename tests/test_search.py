@@ -118,7 +118,7 @@ def test_errors(store: Path, tmp_path: Path, siglip: Path, picture: Path, capsys
             main([*map(str, args)])
         assert stop.value.code == 2
     capsys.readouterr()
-    assert "not a feature store" in error(tmp_path / "nowhere", "words")
+    assert "no such folder" in error(tmp_path / "nowhere", "words")
     assert "no such file" in error(store, "--image", tmp_path / "no.jpg")
     embed([str(picture), "--out", str(tmp_path / "patch"), "--model", str(CHECKPOINT)])
     assert "embed with --kind pooled" in error(tmp_path / "patch", "words")
@@ -138,9 +138,10 @@ def test_a_vision_tower_alone_has_no_words(siglip: Path, tmp_path: Path) -> None
         TextEncoder(tmp_path, SigLIP(model.vision_tower.config, None))
 
 
-def test_names_are_printed_harmlessly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_names_are_printed_harmlessly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "store").touch()
     hits = [search_module.Hit("a\x1b]0;title\x07\n\u202eb.png", "00", 0.5, None)]
     monkeypatch.setattr(search_module, "search", lambda *_: hits)
     with contextlib.suppress(SystemExit):
-        main(["store", "words"])
+        main([str(tmp_path / "store"), "words"])
     assert capsys.readouterr().out == " 0.500  a\\x1b]0;title\\x07\\n\\u202eb.png\n"

@@ -20,6 +20,7 @@ salt + pepper, 16:9 photo."""
 
 _OPERATOR = re.compile(r"\s+([+-])\s+")
 _QUOTED = re.compile(r'["“”]([^"“”]+)["“”]')
+_LOOSE_END = re.compile(r"[+-]\s|.*\s[+-]$", re.DOTALL)
 _WEIGHT = re.compile(r"(\d+(?:\.\d+)?):(?=\S)")
 
 
@@ -53,9 +54,11 @@ def parse_query(query: str, find: Callable[[str], Path | None] = find_image) -> 
         find: returns the image that a text names, if any.
 
     Raises:
-        QueryError: if some terms of a sum are marked as terms, but another is not.
+        QueryError: if some terms of a sum are marked as terms, but another is not or is missing.
     """
     query = query.strip()
+    if _LOOSE_END.match(query) and _QUOTED.search(query):
+        raise QueryError(f"{query}: a sum neither begins nor ends with + or -")
     terms, bare, plain, rest, sign = [], [], 0, query, 1.0
     while True:
         weighted = bool(_WEIGHT.match(rest))
