@@ -373,20 +373,21 @@ class TestState:
             status, message = refused(app.server_port, query="a")
             assert status == 503 and message.startswith("the library's index cannot be used: ")
 
-    def test_update(self, app: App, port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_update(self, demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """In a process of its own, while the server answers; then what is new is found."""
         monkeypatch.setattr(indexers, "NICE", 0)
-        Image.new("RGB", (50, 50), "yellow").save(folder / "new.png")
-        try:
+        pictures, index = tmp_path / "pictures", tmp_path / "index"
+        pictures.mkdir()
+        Image.new("RGB", (50, 50), "yellow").save(pictures / "new.png")
+        with serving(*demo, embedding_model=SIGLIP, library=pictures, library_index=index) as app:
+            port, indexer = app.server_port, app.library.indexer
             assert json.loads(request(port, UPDATE, {})[1])["updating"]
-            pid = app.library.indexer._process.pid
+            pid = indexer._process.pid
             assert json.loads(request(port, UPDATE, {})[1])["updating"]  # the same one
-            assert app.library.indexer._process.pid == pid != os.getpid()
+            assert indexer._process.pid == pid != os.getpid()
             wait_for(lambda: not state(port)["updating"])
             assert (state(port)["changes"], state(port)["error"]) == ("1 added", None)
-            assert "new.png" in {hit["name"] for hit in search(port, "yellow", top=200)}
-        finally:
-            (folder / "new.png").unlink()
+            assert [hit["name"] for hit in search(port, "yellow", top=200)] == ["new.png"]
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
