@@ -22,8 +22,7 @@ from ..config import llama_config, one_line, read_json
 from ..device import on_gpu
 from ..prompt import Processor
 from ..sampling import Sampling
-from .budget import Budget
-from .drafters import Draft
+from .budget import MOST, Budget
 
 STEP = 2048  # tokens that are read at once
 
@@ -34,7 +33,7 @@ class DraftModel:
     Args:
         model: mlx-lm's Llama.
         placeholder: id of an image's tokens, which it does not read.
-        sampling: how it draws; greedily at temperature 0.
+        sampling: how the model draws; greedily at temperature 0.
     """
 
     waits = True
@@ -55,25 +54,23 @@ class DraftModel:
         self._text += [token for token in tokens if token != self._placeholder]
 
     def hopes(self) -> bool:
-        return True
-
-    def draft(self, most: int) -> Draft:
         context = self._model.args.max_position_embeddings
-        if not self._text or context and len(self._text) + most > context:
-            return Draft([])
+        return not context or len(self._text) + MOST <= context
+
+    def draft(self, most: int) -> list[int]:
+        if not self._text or not self.hopes():
+            return []
         logits = self._catch_up()
-        tokens, probs = [], []
+        # The model will draw with the same random numbers, so it draws the same tokens where it expects the same.
+        sampler = self.sampling.sampler(mx.random.state[0])
+        tokens: list[mx.array] = []
         for i in range(most):
             if i:
                 logits = self._model(tokens[-1][None], cache=self._cache)[:, -1]
-            if self.sampling.temperature == 0:
-                tokens.append(mx.argmax(logits, axis=-1))
-            else:
-                probs.append(self.sampling.distribution(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
-                tokens.append(mx.random.categorical(mx.log(probs[-1])))
+            tokens.append(sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
         drafted = mx.concatenate(tokens).tolist()
         self._read += drafted[:-1]
-        return Draft(drafted, probs or None)
+        return drafted
 
     def _catch_up(self) -> mx.array:
         """Read what the cache lacks of the conversation; return the logits (1, vocab_size) after its last token."""
@@ -83,10 +80,11 @@ class DraftModel:
                 break
             self._same += 1
         trim_prompt_cache(self._cache, self._cache[0].offset - self._same)
-        new = self._text[self._same :]
+        *new, last = self._text[self._same :]
         for start in range(0, len(new), STEP):
-            logits = self._model(mx.array([new[start : start + STEP]]), cache=self._cache)[:, -1]
-            mx.eval(logits)
+            self._model(mx.array([new[start : start + STEP]]), cache=self._cache)
+            mx.eval([cache.state for cache in self._cache])
+        logits = self._model(mx.array([[last]]), cache=self._cache)[:, -1]
         self._read = list(self._text)
         self._same = len(self._text)
         return logits
