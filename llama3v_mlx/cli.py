@@ -166,7 +166,7 @@ def add_memory_options(parser: argparse._ActionsContainer) -> None:
 def loading_options(
     args: argparse.Namespace, model: str | Path, images: int | None = None, text_tokens: int = 0
 ) -> dict:
-    """Check that a model fits in memory, and return the arguments of `load` from the options of `add_memory_options`.
+    """Check that the models fit in memory, and return the arguments of `load` from the options of `add_memory_options`.
 
     Args:
         args: parsed options.
@@ -181,7 +181,7 @@ def loading_options(
 
     low_memory = args.low_memory or is_small()
     if not args.force:
-        options = {name: getattr(args, name, None) for name in ("max_image_tiles", "kv_bits")}
+        options = {name: getattr(args, name, None) for name in ("max_image_tiles", "kv_bits", "draft_model")}
         check_memory(model, images=images, text_tokens=text_tokens, low_memory=low_memory, **options)
     return {"low_memory": low_memory}
 

@@ -18,7 +18,7 @@ from ..checkpoint import (
     quantize_as_saved,
     read_tensors,
 )
-from ..config import llama_config, one_line, read_json
+from ..config import check_heads, check_quantization, llama_config, one_line, read_json
 from ..device import on_gpu
 from ..prompt import Processor
 from ..sampling import Sampling
@@ -105,22 +105,38 @@ def load_draft_model(
         CheckpointError: if it is not a Llama, is damaged, or has another vocabulary.
     """
     folder = find_checkpoint(path_or_hf_repo)
-    config = read_json(folder / CONFIG)
-    if config.get("model_type") != "llama":
-        raise CheckpointError(
-            f"{folder / CONFIG}: model_type is {config.get('model_type')!r}; a draft model is a llama"
-        )
-    args = llama.ModelArgs.from_dict(llama_config(folder / CONFIG, config))
-    _check_vocabulary(folder, args.vocab_size, processor, vocab_size)
+    config = read_draft_config(folder)
+    _check_vocabulary(folder, config["vocab_size"], processor, vocab_size)
     tensors = cast(read_tensors(folder), mx.float32 if dtype is None and not on_gpu() else dtype)
-    model = llama.Model(args)
-    tensors = model.sanitize(tensors)
-    quantize_as_saved(model, config.get("quantization"), tensors)
+    try:
+        model = llama.Model(llama.ModelArgs.from_dict(config))
+        tensors = model.sanitize(tensors)
+        quantize_as_saved(model, config["quantization"], tensors)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as e:
+        raise CheckpointError(f"{folder / CONFIG}: {one_line(e)}") from e
     check_tensors(folder, model, tensors)
     model.load_weights(list(tensors.items()))
     model.eval()
     mx.eval(model.parameters())
     return DraftModel(model, processor.prompt_tokens.image)
+
+
+def read_draft_config(folder: Path) -> dict:
+    """Read the config of a draft model: the arguments of mlx-lm's Llama, and `quantization`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or not a Llama's.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if config.get("model_type") != "llama":
+        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}; a draft model is a llama")
+    text = llama_config(path, config)
+    check_heads(f"{path}: llama", text)
+    quantization = config.get("quantization")
+    if quantization is not None:
+        check_quantization(f"{path}: quantization", quantization)
+    return {**text, "quantization": quantization}
 
 
 def _check_vocabulary(folder: Path, size: int, processor: Processor, vocab_size: int) -> None:
