@@ -9,7 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.llama import Model as Llama
+from mlx_lm.models.llama import ModelArgs
 from PIL import Image
 
 from llama3v_mlx import generate, stream_generate
@@ -495,6 +499,61 @@ def test_draft_models_that_cannot_be_used(demo, llama: Path, tiny: Path, tmp_pat
         load_draft_model(tmp_path, processor, 512)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ([1], "config.json: quantization"),
+        ({"bits": 4}, "config.json: quantization"),
+        ({"group_size": 32, "bits": 7}, "config.json: quantization.bits is 7"),
+        ({"group_size": 32, "bits": 4, "model.embed_tokens": {"bits": "x"}}, "quantization.model.embed_tokens"),
+        ({"group_size": 32, "bits": 8, "mode": "mxfp4"}, "config.json: "),
+        ({"group_size": 32, "bits": 4}, None),
+    ],
+)
+def test_a_quantized_draft_model(demo, llama: Path, tmp_path: Path, quantization, message: str | None) -> None:
+    config = json.loads((llama / "config.json").read_text()) | {"quantization": quantization}
+    model = Llama(ModelArgs.from_dict(config))
+    model.load_weights(str(llama / "model.safetensors"))
+    nn.quantize(model, 32, 4)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
+    if message is not None:
+        with pytest.raises(CheckpointError, match=message):
+            load_draft_model(tmp_path, demo[1], 512)
+        return
+    tokens, passes, _ = run(demo, "Who are you?", draft=None)
+    drafted, fewer, _ = run(
+        demo, "Who are you?", draft=None, draft_model=load_draft_model(tmp_path, demo[1], 512), clock=frozen
+    )
+    assert (drafted, fewer < passes) == (tokens, True)
+
+
+def random_llama(vocab_size: int, context: int) -> Llama:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape |= {"rms_norm_eps": 1e-5, "vocab_size": vocab_size, "max_position_embeddings": context}
+    return Llama(ModelArgs(model_type="llama", **shape))
+
+
+def test_a_draft_model_computes_no_logits_of_the_prompt() -> None:
+    model = random_llama(60_000, 8192)
+    mx.eval(model.parameters())
+    drafter = DraftModel(model, placeholder=0)
+    drafter.see([1] * 400)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    assert len(drafter.draft(1)) == 1
+    assert mx.get_peak_memory() - before < 400 * 60_000  # a quarter of their size
+
+
+def test_beyond_its_context_a_draft_model_is_not_waited_for() -> None:
+    drafter = DraftModel(random_llama(6, 40), placeholder=-1)
+    drafter.see([1] * (40 - budget.MOST))
+    assert drafter.hopes() and len(drafter.draft(budget.MOST)) == budget.MOST
+    drafter.see([1])
+    assert not drafter.hopes() and drafter.draft(1) == []
+
+
 # The commands, and chat
 
 
@@ -591,8 +650,30 @@ def test_an_answer_keeps_to_a_schema(demo, circles: Image.Image, tmp_path: Path,
     assert sampled[0] == sampled[1]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ('{"type": "no"}', "JSON schema")])
+@pytest.mark.parametrize("text", ["Hi!", "<|eot_id|>", "an <image> of 2"])
+def test_a_schema_may_force_any_text(demo, text: str) -> None:
+    """Also the names of special tokens, which the tokenizer would encode as such."""
+    pytest.importorskip("llguidance")
+    for options in ({"draft": None}, {"clock": frozen}):
+        answer = generate(*demo, "Hello", schema={"const": text}, max_tokens=40, **GREEDY, **options)
+        assert json.loads(answer) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"type": "no"}', "JSON schema"),
+        ('{"$ref": "#"}', "no answer satisfies it"),
+        ('{"$ref": "file:///etc/hostname"}', "does not fetch resources"),
+        ('{"$ref": "http://127.0.0.1:1/"}', "does not fetch resources"),
+        (json.dumps({"enum": ["x" * 70_000]}), "has over 65,536 characters"),
+    ],
+)
 def test_a_schema_that_cannot_be_used(run_main, tmp_path: Path, text: str, message: str) -> None:
+    if "$ref" in text or "enum" in text:
+        pytest.importorskip("llguidance")
     (tmp_path / "schema.json").write_text(text)
     done = run_main("llama3v_mlx.generate", "-p", "Hello", "--schema", tmp_path / "schema.json")
     assert done.returncode == 1 and done.stdout == ""
