@@ -225,7 +225,7 @@ def chat(args: argparse.Namespace) -> None:
     name = name_of(args.model or CHECKPOINT)
     features = FeatureCache(args.features, model, processor.image_config, name) if args.features else None
     options = generation_options(args)
-    if args.draft_model:
+    if args.draft_model is not None:
         options["draft_model"] = load_draft_model(args.draft_model, processor, model.language_model.args.vocab_size)
     if args.seed is not None:
         mx.random.seed(args.seed)

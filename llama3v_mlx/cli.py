@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -128,11 +129,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
     sampling.add_argument("--temp", type=share_or_more, help="sampling temperature; 0: greedy")
-    sampling.add_argument("--top-p", type=float, help="nucleus sampling: cumulative probability cutoff")
-    sampling.add_argument("--top-k", type=int, help="sample from this many of the most likely tokens; 0: all")
-    sampling.add_argument("--min-p", type=float, help="minimum probability, as a fraction of the most likely token's")
+    sampling.add_argument("--top-p", type=share, help="nucleus sampling: cumulative probability cutoff")
+    sampling.add_argument("--top-k", type=count, help="sample from this many of the most likely tokens; 0: all")
+    sampling.add_argument("--min-p", type=share, help="minimum probability, as a fraction of the most likely token's")
     sampling.add_argument("--repetition-penalty", type=share_or_more, help="penalty on generated tokens; 1: none")
-    sampling.add_argument("--seed", type=int, help="random seed, to repeat an answer")
+    sampling.add_argument("--seed", type=seed, help="random seed, to repeat an answer")
     drafts = parser.add_argument_group(
         "drafts", "several tokens verified in one pass through Llama; answers are the same"
     )
@@ -166,7 +167,7 @@ def add_memory_options(parser: argparse._ActionsContainer) -> None:
 def loading_options(
     args: argparse.Namespace, model: str | Path, images: int | None = None, text_tokens: int = 0
 ) -> dict:
-    """Check that a model fits in memory, and return the arguments of `load` from the options of `add_memory_options`.
+    """Check that the models fit in memory, and return the arguments of `load` from the options of `add_memory_options`.
 
     Args:
         args: parsed options.
@@ -181,7 +182,7 @@ def loading_options(
 
     low_memory = args.low_memory or is_small()
     if not args.force:
-        options = {name: getattr(args, name, None) for name in ("max_image_tiles", "kv_bits")}
+        options = {name: getattr(args, name, None) for name in ("max_image_tiles", "kv_bits", "draft_model")}
         check_memory(model, images=images, text_tokens=text_tokens, low_memory=low_memory, **options)
     return {"low_memory": low_memory}
 
@@ -207,8 +208,33 @@ def size(text: str) -> int:
     return positive(text[:-1] if unit > 1 else text) * unit
 
 
-def share_or_more(text: str) -> float:
+def share(text: str) -> float:
+    """Parse an option from 0 to 1."""
     value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 1")
+    return value
+
+
+def share_or_more(text: str) -> float:
+    """Parse a finite option of 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more, and finite")
+    return value
+
+
+def count(text: str) -> int:
+    """Parse a whole option of 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """Parse a seed of MLX's random numbers."""
+    value = int(text)
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2^64 - 1")
     return value

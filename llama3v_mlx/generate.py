@@ -73,7 +73,7 @@ def answer_each(args: argparse.Namespace) -> None:
     from .ask_folder import ask_folder
     from .schema import read_schema
 
-    schema = read_schema(Path(args.schema)) if args.schema else None
+    schema = read_schema(Path(args.schema)) if args.schema is not None else None
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     note_slow_cpu()
@@ -92,7 +92,7 @@ def answer(args: argparse.Namespace) -> None:
     from .pdf import PdfPage
     from .schema import read_schema
 
-    schema = read_schema(Path(args.schema)) if args.schema else None
+    schema = read_schema(Path(args.schema)) if args.schema is not None else None
     prompt = read_prompt(args)
     # Report a bad file before loading a large model; with a feature store, stored images need no decoding.
     sources = [sys.stdin.buffer.read() if image == "-" else image for image in args.image]
@@ -111,7 +111,7 @@ def answer(args: argparse.Namespace) -> None:
     model, processor = load(name, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path, **options)
     processor.check_pages(images, model.language_model.args.max_position_embeddings)
     draft_model = None
-    if args.draft_model:
+    if args.draft_model is not None:
         draft_model = load_draft_model(args.draft_model, processor, model.language_model.args.vocab_size)
     features = None
     if args.features:

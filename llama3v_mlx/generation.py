@@ -237,8 +237,8 @@ def stream_generate(
         drafters = []
     kwargs = {"sampler": sampling.sampler(), **kwargs, "logits_processors": processors}
     if drafters:
-        kwargs |= {"sampling": sampling, "known": history}
-        answer = drafted_stream_generate(model, processor.tokenizer, ids, drafters, max_tokens, **kwargs)
+        options = {"known": history, **kwargs}
+        answer = drafted_stream_generate(model, processor.tokenizer, ids, drafters, max_tokens, **options)
     else:
         responses = mlx_stream_generate(model, processor.tokenizer, ids, max_tokens=max_tokens, **kwargs)
         answer = ((response, response.generation_tokens) for response in responses)

@@ -9,12 +9,14 @@ import mlx.core as mx
 
 from .checkpoint import find_checkpoint, read_config, read_tensors
 from .device import memory, memory_limit, on_gpu
+from .drafting.draft_model import read_draft_config
 from .image import ImageConfig
 from .models.llama3v import ModelArgs, tile_batch_size, tile_bytes
 from .models.released import rename
 from .prompt_tokens import PromptTokens
 
 PREFILL_STEP = 2048  # tokens per prefill step of mlx-lm
+CONTEXT = 8192  # tokens, of a config that does not say
 SMALL_MEMORY = 9 * 10**9  # bytes; an 8 GB Mac has less
 BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # choices and default of `llama3v convert -q`
 
@@ -34,13 +36,14 @@ class Footprint:
     tiles: int  # activations while images are encoded
     prefill: int  # activations of the prefill
     item_bytes: int  # size of a floating-point value
+    draft: int = 0  # weights and key-value cache of a draft model
     low_memory: bool = False  # tower and projector are never in memory together with Llama
 
     @property
     def total(self) -> int:
         if self.low_memory:
-            return max(self.vision + self.tiles, self.language + self.cache + self.prefill)
-        return self.vision + self.language + self.cache + max(self.tiles, self.prefill)
+            return self.draft + max(self.vision + self.tiles, self.language + self.cache + self.prefill)
+        return self.draft + self.vision + self.language + self.cache + max(self.tiles, self.prefill)
 
     def quantized(self, bits: int) -> "Footprint":
         """Footprint with Llama quantized to `bits` per weight, plus a scale and a bias per group."""
@@ -49,6 +52,8 @@ class Footprint:
     def __str__(self) -> str:
         parts = {"weights": self.vision + self.language, "cache": self.cache}
         parts["activations"] = max(self.tiles, self.prefill)
+        if self.draft:
+            parts["draft model"] = self.draft
         return f"{_gb(self.total)} ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
 
 
@@ -61,6 +66,7 @@ def footprint(
     kv_bits: int | None = None,
     dtype: mx.Dtype | None = None,
     low_memory: bool = False,
+    draft_model: str | Path | None = None,
 ) -> Footprint:
     """Compute the footprint of the checkpoint in a folder. Only headers are read.
 
@@ -70,12 +76,54 @@ def footprint(
         text_tokens: text tokens of prompt and answer together.
         max_image_tiles, dtype, low_memory: see `load`.
         kv_bits: bits per value of a quantized key-value cache.
+        draft_model: see `load_draft_model`.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be used.
+        CheckpointError: if a checkpoint cannot be used.
     """
     options = {"images": images, "text_tokens": text_tokens, "max_image_tiles": max_image_tiles, "kv_bits": kv_bits}
-    return footprint_of(read_config(folder), read_tensors(folder).items(), dtype, low_memory=low_memory, **options)
+    config = read_config(folder)
+    need = footprint_of(config, read_tensors(folder).items(), dtype, low_memory=low_memory, **options)
+    if draft_model is None:
+        return need
+    # It reads no visual tokens; with any number of images, all of the context may be text.
+    context = config["text_config"].get("max_position_embeddings") or CONTEXT
+    return _with_draft(need, draft_model, context if images is None else min(context, text_tokens), dtype)
+
+
+def _with_draft(need: Footprint, draft_model: str | Path, tokens: int, dtype: mx.Dtype | None) -> Footprint:
+    """Add a draft model that reads `tokens`, or as many as fit in its context."""
+    folder = find_checkpoint(draft_model)
+    config = read_draft_config(folder)
+    weights, item_bytes = 0, 1
+    for tensor in read_tensors(folder).values():
+        size = _item_size(tensor, dtype)
+        weights += tensor.size * size
+        if mx.issubdtype(tensor.dtype, mx.floating):
+            item_bytes = max(item_bytes, size)
+    tokens = min(tokens, config["max_position_embeddings"])
+    cache, prefill = _llama_memory(config, tokens, item_bytes)
+    return replace(need, draft=weights + cache, prefill=max(need.prefill, prefill))
+
+
+def _item_size(tensor: mx.array, dtype: mx.Dtype | None) -> int:
+    """Size in bytes of a value of a tensor that is loaded as `dtype`; None: by `load`'s default."""
+    if not mx.issubdtype(tensor.dtype, mx.floating):
+        return tensor.dtype.size
+    return (dtype or (tensor.dtype if on_gpu() else mx.float32)).size
+
+
+def _llama_memory(text: dict, tokens: int, item_bytes: int, kv_bits: int | None = None) -> tuple[int, int]:
+    """Bytes of a Llama's key-value cache of `tokens`, and of the activations of their prefill."""
+    heads, step = text["num_attention_heads"], min(tokens, PREFILL_STEP)
+    kv_heads = text.get("num_key_value_heads") or heads
+    width = text.get("head_dim") or text["hidden_size"] // heads
+    kv_bytes = kv_bits / 8 + 2 * item_bytes / GROUP_SIZE if kv_bits else item_bytes
+    activations = step * (3 * text["intermediate_size"] + 6 * text["hidden_size"]) + 4 * text["vocab_size"]
+    if not on_gpu():  # without a fused kernel, the attention scores of all heads
+        activations += 2 * heads * step**2
+    cache = math.ceil(2 * text["num_hidden_layers"] * kv_heads * width * kv_bytes * tokens)
+    return cache, activations * item_bytes
 
 
 def footprint_of(
@@ -91,13 +139,11 @@ def footprint_of(
 ) -> Footprint:
     """Compute the footprint from a config in our layout and named tensors, which are not evaluated."""
     args, text = ModelArgs.from_dict(config), config["text_config"]
-    dtype = dtype or (None if on_gpu() else mx.float32)
     weights, parameters, item_bytes = {True: 0, False: 0}, 0, 1
     for name, tensor in tensors:
-        name, size = rename(name), tensor.dtype.size
+        name, size = rename(name), _item_size(tensor, dtype)
         is_language, is_floating = name.startswith("language_model."), mx.issubdtype(tensor.dtype, mx.floating)
         if is_floating:
-            size = (dtype or tensor.dtype).size
             item_bytes = max(item_bytes, size)
         weights[is_language] += tensor.size * size
         if is_language and name.endswith(".scales"):
@@ -110,25 +156,20 @@ def footprint_of(
     block = PromptTokens(**config["prompt_tokens"]).block(
         (slices, 1) if slices else None, config["projector_config"]["num_queries"]
     )
-    tokens = context = text.get("max_position_embeddings") or 8192
+    tokens = context = text.get("max_position_embeddings") or CONTEXT
     if images is not None:
         tokens = min(context, images * len(block) + text_tokens)
     patches = (image.scale_resolution // image.patch_size) ** 2
     at_once = min((1 + slices) * (1 if images is None else images), tile_batch_size(args, patches, item_bytes))
 
-    heads, step = text["num_attention_heads"], min(tokens, PREFILL_STEP)
-    kv_heads = text.get("num_key_value_heads") or heads
-    kv_bytes = kv_bits / 8 + 2 * item_bytes / GROUP_SIZE if kv_bits else item_bytes
-    activations = step * (3 * text["intermediate_size"] + 6 * text["hidden_size"]) + 4 * text["vocab_size"]
-    if not on_gpu():  # without a fused kernel, the attention scores of all heads
-        activations += 2 * heads * step**2
+    cache, prefill = _llama_memory(text, tokens, item_bytes, kv_bits)
     return Footprint(
         vision=weights[False],
         language=weights[True],
         parameters=parameters,
-        cache=math.ceil(2 * text["num_hidden_layers"] * kv_heads * (text["hidden_size"] // heads) * kv_bytes * tokens),
+        cache=cache,
         tiles=at_once * tile_bytes(args, patches, item_bytes),
-        prefill=activations * item_bytes,
+        prefill=prefill,
         item_bytes=item_bytes,
         low_memory=low_memory,
     )
@@ -153,6 +194,8 @@ def check_memory(path_or_hf_repo: str | Path, *, revision: str | None = None, **
         return need
     frugal = replace(need, low_memory=True)
     ways = []
+    if need.draft and (without := need.total - need.draft) <= limit:
+        ways.append(f"leaving out --draft-model {options['draft_model']} ({_gb(without)})")
     if frugal.total <= limit:
         ways.append(f"--low-memory ({_gb(frugal.total)})")
     if options.get("max_image_tiles") != 1:

@@ -26,6 +26,9 @@ class Sampling:
     def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
         """Sample from log-probabilities (1, vocab_size), in Hugging Face's order: temperature, top-k, top-p, min-p.
 
+        It draws by the Gumbel-max trick, with noise of each token's own: from the same random state, two models that
+        agree on most of the probability mostly draw the same token.
+
         Args:
             key: random key of this sampler; by default it uses MLX's global random state.
         """
@@ -34,20 +37,17 @@ class Sampling:
 
         def sample(logprobs: mx.array) -> mx.array:
             nonlocal key
-            tokens, logprobs = self._filter(logprobs)
+            tokens, filtered = self._filter(logprobs)
             own = None
             if key is not None:
                 key, own = mx.random.split(key)
-            drawn = mx.random.categorical(logprobs, key=own)
-            return drawn if tokens is None else mx.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
+            noise = mx.random.gumbel(logprobs.shape, key=own)
+            if tokens is None:
+                return mx.argmax(filtered + noise, axis=-1)
+            drawn = mx.argmax(filtered + mx.take_along_axis(noise, tokens, axis=-1), axis=-1, keepdims=True)
+            return mx.take_along_axis(tokens, drawn, axis=-1)[..., 0]
 
         return sample
-
-    def distribution(self, logprobs: mx.array) -> mx.array:
-        """Probabilities (1, vocab_size), float32, with which `sampler` draws each token; not for temperature 0."""
-        tokens, filtered = self._filter(logprobs)
-        probs = mx.softmax(filtered, axis=-1)
-        return probs if tokens is None else mx.put_along_axis(mx.zeros(logprobs.shape), tokens, probs, axis=-1)
 
     def _filter(self, logprobs: mx.array) -> tuple[mx.array | None, mx.array]:
         """Return the tokens to sample from, None for the whole vocabulary, and their log-probabilities."""
@@ -55,7 +55,7 @@ class Sampling:
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         tokens = None
         if 0 < self.top_k < logprobs.shape[-1]:
-            # From here on the vocabulary is these tokens, in its order: a seed draws what it draws from all of it.
+            # From here on the vocabulary is these tokens, in its order, so that ties are broken as in all of it.
             tokens = mx.sort(mx.argpartition(-logprobs, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
             logprobs = mx.take_along_axis(logprobs, tokens, axis=-1)
         if 0 < self.top_p < 1:

@@ -39,20 +39,45 @@ class Schemas:
             SchemaError: if the schema is too long or cannot be kept to, or llguidance is missing.
         """
         LLMatcher, LLTokenizer = llguidance()
-        if len(json.dumps(schema)) > MAX_SCHEMA:
-            raise SchemaError(f"has over {MAX_SCHEMA:,} characters")
+        grammar = _grammar(schema)
         with self._lock:
             if self._guide is None:
-                fast = self._tokenizer.backend_tokenizer
+                described = _with_plain_text(self._tokenizer.backend_tokenizer.to_str())
                 ends = sorted(self._tokenizer.eos_token_ids)
-                self._guide = LLTokenizer(fast.to_str(), n_vocab=self._vocab_size, eos_token=ends)
+                self._guide = LLTokenizer(described, n_vocab=self._vocab_size, eos_token=ends)
         try:
-            matcher = LLMatcher(self._guide, LLMatcher.grammar_from_json_schema(schema, COMPACT), log_level=0)
+            matcher = LLMatcher(self._guide, grammar, log_level=0)
         except Exception as e:  # whatever llguidance raises on a schema
             raise SchemaError(" ".join(str(e).split())) from e
         if matcher.is_error():
             raise SchemaError(" ".join(matcher.get_error().split()))
+        matcher.compute_bitmask()
+        if matcher.is_stopped():  # before the first token
+            raise SchemaError("no answer satisfies it, such as one that is a $ref to itself")
         return matcher
+
+
+def _grammar(schema: dict) -> str:
+    LLMatcher, _ = llguidance()
+    if len(json.dumps(schema)) > MAX_SCHEMA:
+        raise SchemaError(f"has over {MAX_SCHEMA:,} characters")
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, COMPACT)
+    except Exception as e:  # whatever llguidance raises on a schema
+        raise SchemaError(" ".join(str(e).split())) from e
+
+
+def _with_plain_text(tokenizer: str) -> str:
+    """Rename a tokenizer.json's special tokens to what no JSON text has, a control character.
+
+    Where a schema forces a text, llguidance takes the tokenizer's own encoding of it. That must not be <|eot_id|> for
+    its name in an enum, nor a special "!", which is also an ordinary token of the released vocabulary.
+    """
+    described = json.loads(tokenizer)
+    ordinary = described["model"]["vocab"]
+    added = [each for each in described["added_tokens"] if each["content"] not in ordinary]
+    described["added_tokens"] = [{**each, "content": f"\0{each['id']}"} if each["special"] else each for each in added]
+    return json.dumps(described)
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,7 +96,7 @@ def read_schema(path: Path) -> dict:
     schema = read_json(path)
     LLMatcher, _ = llguidance()
     try:
-        if error := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema, COMPACT)):
+        if error := LLMatcher.validate_grammar(_grammar(schema)):
             raise SchemaError(error)
     except Exception as e:  # whatever llguidance raises on a schema
         raise SchemaError(f"{path}: is not a JSON schema that answers can be constrained to: {e}") from e

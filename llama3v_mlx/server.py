@@ -13,10 +13,12 @@ from .cli import (
     DEMO_NOTE,
     DEMO_SIGLIP_NOTE,
     add_memory_options,
+    count,
     loading_options,
     note_slow_cpu,
     positive,
     run,
+    share,
     share_or_more,
     size,
 )
@@ -134,9 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     defaults = parser.add_argument_group("defaults of requests", "sampling defaults to the checkpoint's")
     defaults.add_argument("--max-tokens", type=positive, default=1024, help="length of an answer (default: 1024)")
     defaults.add_argument("--temp", type=share_or_more, dest="temperature", help="temperature; 0: greedy")
-    defaults.add_argument("--top-p", type=_share, help="nucleus sampling: cumulative probability cutoff")
-    defaults.add_argument("--top-k", type=_count, help="sample from the k most likely tokens; 0: all")
-    defaults.add_argument("--min-p", type=_share, help="probability cutoff relative to the most likely token")
+    defaults.add_argument("--top-p", type=share, help="nucleus sampling: cumulative probability cutoff")
+    defaults.add_argument("--top-k", type=count, help="sample from the k most likely tokens; 0: all")
+    defaults.add_argument("--min-p", type=share, help="probability cutoff relative to the most likely token")
     defaults.add_argument("--repetition-penalty", type=share_or_more, help="penalty on generated tokens; 1: none")
 
     limits = parser.add_argument_group("limits")
@@ -185,20 +187,6 @@ def _port(text: str) -> int:
     value = int(text)
     if not 0 <= value < 1 << 16:
         raise argparse.ArgumentTypeError(f"{value} is not a port")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
     return value
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .cli import note_slow_cpu, positive, run
+from .cli import note_slow_cpu, positive, run, seed
 
 LEARNING_RATES = {"pretrain": 1e-3, "lora": 2e-4, "full": 2e-5}
 DTYPES = ("float16", "bfloat16", "float32")
@@ -257,7 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="(default: bfloat16; float32 on a CPU)"
     )
-    how.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    how.add_argument("--seed", type=seed, default=0, help="(default: 0)")
     keep = parser.add_argument_group("reports and checkpoints")
     keep.add_argument("--resume", action="store_true", help="continue the run in --out")
     keep.add_argument("--save-every", type=positive, default=100, metavar="STEPS", help="(default: 100)")

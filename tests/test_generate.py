@@ -155,6 +155,23 @@ def test_usage_errors(run_main) -> None:
         assert run_main(COMMAND[1], *flags).returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", -1), ("--seed", 2**64), ("--temp", "inf"), ("--top-p", 2), ("--min-p", "nan"), ("--top-k", -3)],
+)
+def test_sampling_out_of_range(run_main, option: str, value) -> None:
+    """An infinite temperature would also draw tokens that a schema does not allow."""
+    done = run_main(COMMAND[1], "--prompt", "Hi", option, value)
+    assert done.returncode == 2 and f"argument {option}: " in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--schema", "--draft-model"])
+def test_an_empty_path_is_not_ignored(run_main, option: str) -> None:
+    """As from a shell variable that is not set."""
+    done = run_main(COMMAND[1], "--prompt", "Hi", option, "")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_is_130(picture: Path) -> None:
     """Interrupt the command while it waits for the prompt on stdin, so that the timing is certain."""

@@ -217,7 +217,7 @@ def all_of_the_vocabulary(sampling: Sampling):
             logprobs = sample_utils.apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p:
             logprobs = sample_utils.apply_min_p(logprobs, sampling.min_p)
-        return mx.random.categorical(logprobs)
+        return mx.argmax(logprobs + mx.random.gumbel(logprobs.shape), axis=-1)
 
     return sample
 

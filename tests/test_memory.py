@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 from PIL import Image
 
 from llama3v_mlx import check_memory, load, memory, stream_generate
@@ -48,6 +49,10 @@ def write_hollow(folder: Path, bits: int | None, **changes) -> Path:
         nn.quantize(
             model, 64, bits, class_predicate=lambda p, m: hasattr(m, "to_quantized") and Model.quant_predicate(p, m)
         )
+    return save_hollow(folder, config, model)
+
+
+def save_hollow(folder: Path, config: dict, model: nn.Module) -> Path:
     header, end = {}, 0
     for name, tensor in tree_flatten(model.parameters()):
         start, end = end, end + tensor.nbytes
@@ -58,6 +63,17 @@ def write_hollow(folder: Path, bits: int | None, **changes) -> Path:
         file.truncate(8 + len(text) + end)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="module")
+def llama_1b(tmp_path_factory) -> Path:
+    """A hollow Llama-3.2-1B."""
+    config = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256}
+    config |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 5e5, "tie_word_embeddings": True}
+    model = llama.Model(llama.ModelArgs.from_dict(config))  # never evaluated
+    model.set_dtype(mx.float16)
+    return save_hollow(tmp_path_factory.mktemp("llama-1b"), config, model)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +109,34 @@ def test_the_released_size(full_size: dict[int, Path], mac) -> None:
     assert footprint(full_size[4], images=1, max_image_tiles=1).cache < short.cache / 5
     assert footprint(full_size[16]).language == 2 * need.parameters
     assert need.quantized(4).language == pytest.approx(need.language, rel=1e-3)
+
+
+def test_a_draft_model_takes_memory_too(full_size: dict[int, Path], llama_1b: Path, mac) -> None:
+    mac(LARGE_MAC)
+    alone, need = footprint(full_size[4]), footprint(full_size[4], draft_model=llama_1b)
+    weights, cache = 2 * 1_235_814_400, 2 * 16 * 512 * 2  # layers, key or value width, bytes
+    assert need.draft == weights + cache * 8192  # no longer than the model's context
+    assert need.total == alone.total + need.draft
+    assert str(need).endswith("draft model 2.74 GB)")
+    assert footprint(full_size[4], images=1, text_tokens=40, draft_model=llama_1b).draft == weights + cache * 40
+    low = dataclasses.replace(need, low_memory=True)
+    assert low.total == dataclasses.replace(low, draft=0).total + need.draft
+    mac(8 * 10**9)
+    alone = footprint(full_size[4])
+    with pytest.raises(MemoryLimitError) as caught:
+        check_memory(full_size[4], draft_model=llama_1b)
+    assert f"what fits: leaving out --draft-model {llama_1b} ({alone.total / 1e9:.2f} GB)" in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["generate", "chat"])
+def test_commands_count_the_draft_model(module: str, run_main, monkeypatch, llama: Path) -> None:
+    def check(model, **options):
+        raise MemoryLimitError(f"with {options['draft_model']}")
+
+    monkeypatch.setattr(memory, "check_memory", check)
+    done = run_main(f"llama3v_mlx.{module}", *["-p", "Hello"][: 2 * (module == "generate")], "--draft-model", llama)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(f"error: with {llama}\n")
 
 
 def test_answers_at_once(full_size: dict[int, Path], mac) -> None:

@@ -9,14 +9,13 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from tokenizers import Tokenizer
 
 from ..checkpoint import CONFIG, CheckpointError, cast, check_tensors, find_checkpoint, read_tensors
-from ..config import llama_config, one_line, read_json
+from ..config import check_heads, check_quantization, llama_config, one_line, read_json
 from ..device import on_gpu
 from ..loading import quantize_as_saved
 from ..prompt import Processor
 from ..sampling import Sampling
 from ..tokenizer import TOKENIZER
-from .budget import Budget
-from .drafters import Draft
+from .budget import MOST, Budget
 
 STEP = 2048  # tokens that are read at once
 
@@ -27,7 +26,7 @@ class DraftModel:
     Args:
         model: mlx-lm's Llama.
         placeholder: id of an image's tokens, which it does not read.
-        sampling: how it draws; greedily at temperature 0.
+        sampling: how the model draws; greedily at temperature 0.
     """
 
     waits = True
@@ -48,25 +47,23 @@ class DraftModel:
         self._text += [token for token in tokens if token != self._placeholder]
 
     def hopes(self) -> bool:
-        return True
-
-    def draft(self, most: int) -> Draft:
         context = self._model.args.max_position_embeddings
-        if not self._text or context and len(self._text) + most > context:
-            return Draft([])
+        return not context or len(self._text) + MOST <= context
+
+    def draft(self, most: int) -> list[int]:
+        if not self._text or not self.hopes():
+            return []
         logits = self._catch_up()
-        tokens, probs = [], []
+        # The model will draw with the same random numbers, so it draws the same tokens where it expects the same.
+        sampler = self.sampling.sampler(mx.random.state[0])
+        tokens: list[mx.array] = []
         for i in range(most):
             if i:
                 logits = self._model(tokens[-1][None], cache=self._cache)[:, -1]
-            if self.sampling.temperature == 0:
-                tokens.append(mx.argmax(logits, axis=-1))
-            else:
-                probs.append(self.sampling.distribution(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
-                tokens.append(mx.random.categorical(mx.log(probs[-1])))
+            tokens.append(sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
         drafted = mx.concatenate(tokens).tolist()
         self._read += drafted[:-1]
-        return Draft(drafted, probs or None)
+        return drafted
 
     def _catch_up(self) -> mx.array:
         """Read what the cache lacks of the conversation; return the logits (1, vocab_size) after its last token."""
@@ -76,10 +73,11 @@ class DraftModel:
                 break
             self._same += 1
         trim_prompt_cache(self._cache, self._cache[0].offset - self._same)
-        new = self._text[self._same :]
+        *new, last = self._text[self._same :]
         for start in range(0, len(new), STEP):
-            logits = self._model(mx.array([new[start : start + STEP]]), cache=self._cache)[:, -1]
-            mx.eval(logits)
+            self._model(mx.array([new[start : start + STEP]]), cache=self._cache)
+            mx.eval([cache.state for cache in self._cache])
+        logits = self._model(mx.array([[last]]), cache=self._cache)[:, -1]
         self._read = list(self._text)
         self._same = len(self._text)
         return logits
@@ -100,22 +98,38 @@ def load_draft_model(
         CheckpointError: if it is not a Llama, is damaged, or has another vocabulary.
     """
     folder = find_checkpoint(path_or_hf_repo)
-    config = read_json(folder / CONFIG)
-    if config.get("model_type") != "llama":
-        raise CheckpointError(
-            f"{folder / CONFIG}: model_type is {config.get('model_type')!r}; a draft model is a llama"
-        )
-    args = llama.ModelArgs.from_dict(llama_config(folder / CONFIG, config))
-    _check_vocabulary(folder, args.vocab_size, processor, vocab_size)
+    config = read_draft_config(folder)
+    _check_vocabulary(folder, config["vocab_size"], processor, vocab_size)
     tensors = cast(read_tensors(folder), mx.float32 if dtype is None and not on_gpu() else dtype)
-    model = llama.Model(args)
-    tensors = model.sanitize(tensors)
-    quantize_as_saved(model, config.get("quantization"), tensors)
+    try:
+        model = llama.Model(llama.ModelArgs.from_dict(config))
+        tensors = model.sanitize(tensors)
+        quantize_as_saved(model, config["quantization"], tensors)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as e:
+        raise CheckpointError(f"{folder / CONFIG}: {one_line(e)}") from e
     check_tensors(folder, model, tensors)
     model.load_weights(list(tensors.items()))
     model.eval()
     mx.eval(model.parameters())
     return DraftModel(model, processor.prompt_tokens.image)
+
+
+def read_draft_config(folder: Path) -> dict:
+    """Read the config of a draft model: the arguments of mlx-lm's Llama, and `quantization`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or not a Llama's.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if config.get("model_type") != "llama":
+        raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}; a draft model is a llama")
+    text = llama_config(path, config)
+    check_heads(f"{path}: llama", text)
+    quantization = config.get("quantization")
+    if quantization is not None:
+        check_quantization(f"{path}: quantization", quantization)
+    return {**text, "quantization": quantization}
 
 
 def _check_vocabulary(folder: Path, size: int, processor: Processor, vocab_size: int) -> None:

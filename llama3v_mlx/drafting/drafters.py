@@ -1,24 +1,13 @@
 """Drafters that need no network: n-grams of the conversation, and tokens that a JSON schema forces."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
-
-import mlx.core as mx
 
 from .budget import Budget
 
 PAIR = 2  # tokens that must have occurred before to expect that what followed them follows again
 MATCH = 3  # tokens that must have occurred before to draft what followed them
 CANDIDATES, LONGEST = 8, 16  # earlier places looked at, and tokens compared at each
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Tokens expected next; if they were drawn at random, the distributions (1, vocab_size) they were drawn from."""
-
-    tokens: list[int]
-    probs: list[mx.array] | None = None
 
 
 class Drafter(Protocol):
@@ -36,7 +25,7 @@ class Drafter(Protocol):
     def hopes(self) -> bool:
         """Whether a draft is likely once the next token is known."""
 
-    def draft(self, most: int) -> Draft:
+    def draft(self, most: int) -> list[int]:
         """Draft up to `most` tokens that may follow the last one seen."""
 
 
@@ -72,7 +61,7 @@ class NGrams:
     def hopes(self) -> bool:
         return self._earlier[-1] > 0
 
-    def draft(self, most: int) -> Draft:
+    def draft(self, most: int) -> list[int]:
         start, length = self._longest()
         tokens = list(self._tokens[start : start + most]) if length >= MATCH else []
         if self._placeholder in tokens:
@@ -81,7 +70,7 @@ class NGrams:
             # A continuation that reaches the end of what is known repeats.
             period = len(tokens)
             tokens += [tokens[i % period] for i in range(period, most)]
-        return Draft(tokens)
+        return tokens
 
     def _longest(self) -> tuple[int, int]:
         """Find the longest match of the last tokens, the latest of equal ones: its end, and its length."""
@@ -129,5 +118,5 @@ class Forced:
     def hopes(self) -> bool:
         return True
 
-    def draft(self, most: int) -> Draft:
-        return Draft([] if self._state.is_stopped() else self._state.compute_ff_tokens()[:most])
+    def draft(self, most: int) -> list[int]:
+        return [] if self._state.is_stopped() else self._state.compute_ff_tokens()[:most]

@@ -1,9 +1,8 @@
 """Generate tokens with drafts: the same tokens as mlx-lm's `generate_step`, in fewer passes through Llama.
 
 A block of the last token and the tokens drafted after it is read in one pass. At each place the next token is drawn as
-without drafts; it ends the block unless it is the drafted one. So greedy output is the same, and so is the sequence of
-random numbers. Drafts that were drawn at random themselves are accepted by rejection sampling (Leviathan et al. 2023,
-https://arxiv.org/abs/2211.17192). Without drafts, tokens are generated one ahead, as in mlx-lm.
+without drafts; it ends the block unless it is the drafted one. So greedy output is the same, and so are the tokens that
+a seed draws. Without drafts, tokens are generated one ahead, as in mlx-lm.
 """
 
 import functools
@@ -20,8 +19,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 
-from ..sampling import Sampling
-from .drafters import Draft, Drafter
+from .drafters import Drafter
 
 # A pass of several tokens may round otherwise than a pass of one. A token whose lead over the second most likely one is
 # at most this, relative to the largest logit (two units in the last place of half precision), gets a pass of its own.
@@ -54,13 +52,12 @@ class Decoder:
         cache: list,
         sampler: Callable[[mx.array], mx.array],
         processors: Sequence[Callable[[mx.array, mx.array], mx.array]],
-        sampling: Sampling | None,
         kv_bits: int | None,
         kv_group_size: int,
         quantized_kv_start: int,
     ):
         self.passes = 0
-        self._model, self._cache, self._sampler, self._sampling = model, cache, sampler, sampling
+        self._model, self._cache, self._sampler = model, cache, sampler
         self._processors = list(processors)
         self._tokens = mx.array([], mx.uint32)  # in the cache since the prompt's first, for the processors
         self._quantize = functools.partial(
@@ -98,7 +95,7 @@ class Decoder:
         offset = self._cache[0].offset
         return most if offset >= self._kv_start else int(min(most, max(0, self._kv_start - offset - 1)))
 
-    def block(self, last: int, draft: Draft) -> tuple[list[Step], bool]:
+    def block(self, last: int, draft: list[int]) -> tuple[list[Step], bool]:
         """Read the last token and those drafted after it.
 
         Returns:
@@ -107,12 +104,12 @@ class Decoder:
         before = self._cache[0].offset
         steps: list[Step] = []
         with mx.stream(generation_stream):
-            logits = self._forward(mx.array([last, *draft.tokens], mx.uint32))
+            logits = self._forward(mx.array([last, *draft], mx.uint32))
             self._append(mx.array([last], mx.uint32))
-            for token, logprobs in self._draw(logits, draft):
+            for token, logprobs in self._draw(logits):
                 if token is None:
                     break
-                accepted = len(steps) < len(draft.tokens) and token == draft.tokens[len(steps)]
+                accepted = len(steps) < len(draft) and token == draft[len(steps)]
                 steps.append(Step(token, logprobs, accepted, self.passes))
                 if not accepted:
                     break
@@ -124,7 +121,7 @@ class Decoder:
             self._tokens = self._tokens[:-1]
         return steps, token is None
 
-    def _draw(self, logits: mx.array, draft: Draft) -> Iterator[tuple[int | None, mx.array]]:
+    def _draw(self, logits: mx.array) -> Iterator[tuple[int | None, mx.array]]:
         """Draw the tokens of a block in turn from logits (1, 1 + drafted, vocab_size); None: undecided."""
         greedy = self._sampler is greedy_sampler
         if greedy and not self._processors:
@@ -137,14 +134,8 @@ class Decoder:
             return
         for i in range(logits.shape[1]):
             row = self._process(logits[:, i], self._tokens)
-            if draft.probs and i < len(draft.tokens):
-                drafted = mx.array(draft.tokens[i : i + 1])
-                token = draw_after(drafted, draft.probs[i], self._sampling.distribution(row)).item()
-            elif greedy and _close(row, logits[:, i]).item():
-                token = None
-            else:
-                token = self._sampler(row).item()
-            yield token, row[0]
+            undecided = greedy and _close(row, logits[:, i]).item()
+            yield None if undecided else self._sampler(row).item(), row[0]
 
     def _forward(self, tokens: mx.array, embedding: mx.array | None = None) -> mx.array:
         self.passes += 1
@@ -172,19 +163,6 @@ def _close(logprobs: mx.array, logits: mx.array) -> mx.array:
     return lead <= CLOSE[logits.dtype] * mx.max(mx.abs(logits), axis=-1)
 
 
-def draw_after(drafted: mx.array, drafted_from: mx.array, probs: mx.array) -> mx.array:
-    """Draw tokens (B,) with `probs` (B, vocab_size): the drafted ones (B,) as often as possible.
-
-    Each was drawn from `drafted_from` (B, vocab_size). It is accepted with probability min(1, p / q); otherwise the
-    token is drawn from what the accepted ones lack of p, max(0, p - q).
-    """
-    p, q = (mx.take_along_axis(each, drafted[:, None], axis=-1)[:, 0] for each in (probs, drafted_from))
-    lacking = mx.maximum(probs - drafted_from, 0)
-    lacking = mx.where(mx.sum(lacking, axis=-1, keepdims=True) > 0, lacking, probs)  # equal but for rounding
-    other = mx.random.categorical(mx.log(lacking))
-    return mx.where(mx.random.uniform(shape=p.shape) * q < p, drafted, other)
-
-
 def drafted_steps(*args, **kwargs) -> Iterator[Step]:
     """Yield the tokens of `drafted_passes` one by one."""
     for steps in drafted_passes(*args, **kwargs):
@@ -200,7 +178,6 @@ def drafted_passes(
     eos: Iterable[int] = (),
     max_tokens: int = 256,
     sampler: Callable[[mx.array], mx.array] | None = None,
-    sampling: Sampling | None = None,
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prompt_cache: list | None = None,
     prefill_step_size: int = 2048,
@@ -219,7 +196,6 @@ def drafted_passes(
         drafters: asked in turn; the first draft is verified.
         known: ids that precede the prompt in the conversation, for the drafters.
         eos: tokens that end an answer; nothing is drafted after them.
-        sampling: what `sampler` draws with; needed by drafters that draw at random.
         clock: seconds, to find out whether drafts pay.
 
     Yields:
@@ -228,7 +204,7 @@ def drafted_passes(
     """
     cache = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     quantization = (kv_bits, kv_group_size, quantized_kv_start)
-    decoder = Decoder(model, cache, sampler or greedy_sampler, logits_processors or (), sampling, *quantization)
+    decoder = Decoder(model, cache, sampler or greedy_sampler, logits_processors or (), *quantization)
     progress = prompt_progress_callback or (lambda *_: None)
     decoder.prefill(prompt, input_embeddings, prefill_step_size, progress)
     for drafter in drafters:
@@ -242,7 +218,7 @@ def drafted_passes(
     pending = decoder.single(prompt[-1:], None if input_embeddings is None else input_embeddings[-1:])
     while True:
         # A pass is in flight. Unless a draft is likely after its token, start the next one before it is known.
-        hopeful = [] if alone else [d for d in drafters if d.budget.room() and (d.waits or d.hopes())]
+        hopeful = [] if alone else [d for d in drafters if d.budget.room() and d.hopes()]
         following = None
         if not hopeful and written + 1 < most_tokens:
             following = decoder.single(pending[0])
@@ -267,12 +243,12 @@ def drafted_passes(
         while following is None and not alone:
             most = decoder.longest(int(min(most_tokens - written - 1, 2**31)))
             drafter, draft = _first_draft(drafters, most, stop)
-            if not draft.tokens:
+            if not draft:
                 break
             steps, alone = decoder.block(token, draft)
             single = statistics.median(times)
             seconds = clock() - start
-            size = len(draft.tokens)
+            size = len(draft)
             # More than all its tokens singly is no block's cost, but some delay's.
             drafter.budget.verified(size, len(steps), min(seconds / single, size + 1) if single else 1)
             _see(drafters, [step.token for step in steps])
@@ -296,12 +272,11 @@ def _see(drafters: Sequence[Drafter], tokens: list[int]) -> None:
         drafter.see(tokens)
 
 
-def _first_draft(drafters: Sequence[Drafter], most: int, stop: frozenset[int]) -> tuple[Drafter | None, Draft]:
+def _first_draft(drafters: Sequence[Drafter], most: int, stop: frozenset[int]) -> tuple[Drafter | None, list[int]]:
     """The first draft that there is, up to a token that ends the answer."""
     for drafter in drafters:
         room = min(most, drafter.budget.room())
-        draft = drafter.draft(room) if room else Draft([])
-        if draft.tokens:
-            end = next((i + 1 for i, token in enumerate(draft.tokens) if token in stop), len(draft.tokens))
-            return drafter, Draft(draft.tokens[:end], draft.probs and draft.probs[:end])
-    return None, Draft([])
+        if draft := drafter.draft(room) if room else []:
+            end = next((i + 1 for i, token in enumerate(draft) if token in stop), len(draft))
+            return drafter, draft[:end]
+    return None, []
