@@ -111,7 +111,6 @@ def _quantize(weights: Weights, plan: Plan, rows: Sequence[Row], writer: ShardWr
         inputs = Inputs()
         for x, y, row in zip(xs, ys, rows, strict=True):
             inputs.add(*(llama.norm(states[0, mx.array(row.positions)]) for states in (x, y)))
-            mx.eval(inputs.hessian, inputs.drift)
         quantizer(HEAD, weights.take(f"{HEAD}.weight"), inputs)
     return {f"{path}.weight" for path in quantizer.done}
 
@@ -138,7 +137,6 @@ def _quantize_layer(
         inputs = Inputs()
         for x, y in zip(xs, ys, strict=True):
             inputs.add(_input_of(quantized, names[0], x), _input_of(original, names[0], y))
-            mx.eval(inputs.hessian, inputs.drift)
         for name in names:
             weight = quantizer(f"{path}.{name}", Tensor(modules[name].weight), inputs)
             modules[name].weight = weight.rows(slice(None))

@@ -192,9 +192,9 @@ def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
     return dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
 
 
-def row_slices(shape: tuple[int, ...], item_bytes: int) -> list[slice]:
-    """Slices of a tensor's rows of about CHUNK_BYTES each."""
-    rows = max(1, CHUNK_BYTES // (item_bytes * math.prod(shape[1:])))
+def row_slices(shape: tuple[int, ...], item_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
+    """Slices of a tensor's rows of about `chunk_bytes` each."""
+    rows = max(1, chunk_bytes // (item_bytes * math.prod(shape[1:])))
     return [slice(start, start + rows) for start in range(0, shape[0], rows)]
 
 
