@@ -67,8 +67,10 @@ def working_bytes(text: dict) -> int:
     return 8 * (4 * hidden**2 + 3 * hidden * mlp) + 4 * 6 * max(hidden, mlp) ** 2 + SHARD_BYTES
 
 
-def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter, tensors: dict[str, mx.array]) -> None:
-    """Quantize the modules of a plan, write them, and remove them from `tensors`.
+def calibrate(
+    folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter, tensors: dict[str, mx.array]
+) -> list[Row]:
+    """Quantize the modules of a plan, write them, and remove them from `tensors`; return the rows used.
 
     Args:
         folder: the source checkpoint, not quantized.
@@ -89,6 +91,7 @@ def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter
         done = _quantize(Weights(folder, bar.update), plan, rows, writer)
     for name in [name for name, tensor in tensors.items() if not done.isdisjoint(lay_out(name, tensor))]:
         del tensors[name]
+    return rows
 
 
 def _quantize(weights: Weights, plan: Plan, rows: Sequence[Row], writer: ShardWriter) -> set[str]:
