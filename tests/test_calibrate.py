@@ -112,6 +112,12 @@ def test_equals_the_definition(outputs: int, monkeypatch) -> None:
     assert same.mean() > 0.98  # a tie may be rounded the other way, and later columns of that row follow
 
 
+def test_halves_of_a_layer_are_the_layer(tiny: Path) -> None:
+    layer = load_model(tiny, read_config(tiny), mx.float32).layers[0]
+    x = mx.random.normal((1, 5, 64), key=mx.random.key(0))
+    assert mx.allclose(calibrating.mlp(layer, calibrating.attention(layer, x)), layer(x, "causal"), atol=1e-6)
+
+
 def test_degenerate_matrices() -> None:
     """Inputs that are always 0, constant rows, and more columns than tokens."""
     weight = mx.concatenate([mx.zeros((2, 64)), mx.full((2, 64), 3.0), mx.ones((2, 64))])
@@ -221,6 +227,8 @@ def failure(capsys, code: int, *argv: str | Path) -> str:
     "row, reason",
     [
         ("{", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+        ('{"prompt": "%s"}' % ("word " * 1000), "too long for the context of 2048"),
         ("[]", "has no list of conversations"),
         ('{"image": "gone.png", "prompt": "What?"}', "gone.png"),
         ('{"image": [1], "prompt": "What?"}', "a path or a list of paths"),
