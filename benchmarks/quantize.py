@@ -3,10 +3,13 @@
     python benchmarks/quantize.py                       # all rows of the table; needs the demo extra
     python benchmarks/quantize.py --only "4 bits" "4 bits calibrated" --questions 0
     python benchmarks/quantize.py --full-size 1024      # one decoder layer of Llama-3-8B's size, and so many tokens
+    python benchmarks/quantize.py --tower 27            # so400m's tower in 8 bits: so many layers, random weights
 
 Calibration prompts are the demo's training data from another seed. KL and top-1 are of the answers' tokens of held-out
 questions, given the right answers before them; the right answers are counted by `tools.demo.evaluate`.
-Bound: a matrix in b bits and groups of 64 takes b + 0.5 bits per weight, calibrated or not.
+Bounds: a matrix in b bits and groups of 64 takes b + 0.5 bits per weight, calibrated or not; a layer takes the matrix
+products that `layer_flops` counts. The tower is offered in 8 bits only if they move its features by less than three
+times what float16 does.
 """
 
 import argparse
@@ -77,12 +80,25 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     return results
 
 
+def layer_flops(tokens: int) -> float:
+    """FLOPs of calibrating a layer of Llama-3-8B's size: passes and Hessians by token; factors, drift and rounding."""
+    n, m = 4096, 14336
+    attention, mlp = 2 * n * n + 2 * n * n // 4, 3 * n * m
+    passes = 2 * ((3 * n * n // 2) + attention + 2 * n * m + mlp)  # to o_proj and down_proj, and of both halves
+    hessians = 2 * (3 * n * n + m * m)  # and drifts
+    factors = 2 / 3 * (3 * n**3 + m**3)
+    # drift·H⁻¹ and its product with the weights; for down_proj first the weights' with the drift
+    drifts = 3 * (2 * n**3) + 2 * n * n * (6144 + n + 2 * m) + 2 * n * m * m * 2
+    rounding = n * n * (6144 + n + 2 * m) + n * m * m
+    return 2 * tokens * (passes + hessians) + factors + drifts + rounding
+
+
 def measure_layer(tokens: int) -> dict:
     """Quantize one decoder layer of Llama-3-8B's size, of random weights; CPU seconds and peak memory."""
     import mlx.core as mx
     from mlx_lm.models.llama import ModelArgs, TransformerBlock
 
-    from llama3v_mlx.conversion.calibrate import STEPS, Quantizer, _quantize_layer
+    from llama3v_mlx.conversion.calibrate import MATRICES, MAX_TOKENS, Quantizer, _quantize_layer, working_bytes
     from llama3v_mlx.conversion.shard_writer import Plan
 
     class Sink:
@@ -100,13 +116,72 @@ def measure_layer(tokens: int) -> dict:
     ys = [x + 0.05 * mx.random.normal(x.shape) for x in xs]
     mx.eval(original.parameters(), xs, ys)
     how = {"group_size": 64, "bits": 4, "mode": "affine"}
-    plan = Plan(mx.float16, {f"layer.{name}": how for step in STEPS for name in step}, {}, 0)
+    plan = Plan(mx.float16, {f"layer.{name}": how for name in MATRICES}, {}, 0)
     tic = time.perf_counter(), time.process_time()
     _quantize_layer(quantized, original, "layer", xs, ys, Quantizer(plan, Sink()))
     wall, cpu = time.perf_counter() - tic[0], time.process_time() - tic[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"one layer, {tokens} tokens: {cpu:.0f} s of CPU, {wall:.0f} s, peak memory {peak / 1e9:.2f} GB")
-    return {"tokens": tokens, "cpu_seconds": cpu, "seconds": wall, "peak_bytes": peak}
+    token_bytes = 2 * mx.float32.size * sizes["hidden_size"]
+    planned = [working_bytes(sizes) + count * token_bytes for count in (tokens, MAX_TOKENS)]
+    print(f"one layer, {tokens} tokens: {layer_flops(tokens) / 1e12:.1f} TFLOP, {cpu:.0f} s of CPU, {wall:.0f} s")
+    most = f"{planned[1] / 1e9:.2f} for {MAX_TOKENS} tokens"
+    print(f"peak memory {peak / 1e9:.2f} GB; calibrate() plans with {planned[0] / 1e9:.2f}, and {most}")
+    figures = {"tokens": tokens, "flops": layer_flops(tokens), "cpu_seconds": cpu, "seconds": wall}
+    return {**figures, "peak_bytes": peak, "planned_bytes": planned}
+
+
+def measure_tower(layers: int) -> list[dict]:
+    """Relative L2 error of so400m's patch features, of random weights: computed in float16, and from 8 bits."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx.utils import tree_map_with_path
+
+    from llama3v_mlx.models.siglip import VisionConfig, VisionTower
+
+    def is_matrix(path: str, array: mx.array) -> bool:
+        return array.ndim == 2 and "position" not in path
+
+    def rounded(path: str, array: mx.array) -> mx.array:
+        """Round a matrix to 8 bits in groups of 64; fc2's 4304 columns are padded, as MLX would need it."""
+        if not is_matrix(path, array):
+            return array
+        padded = mx.pad(array, [(0, 0), (0, -array.shape[1] % 64)]).astype(mx.float16)
+        packed = mx.quantize(padded, group_size=64, bits=8)
+        return mx.dequantize(*packed, group_size=64, bits=8)[:, : array.shape[1]].astype(mx.float32)
+
+    def normal(path: str, array: mx.array) -> mx.array:
+        return mx.random.normal(array.shape) / array.shape[1] ** 0.5 if is_matrix(path, array) else array
+
+    def error(features: mx.array, exact: mx.array) -> float:
+        difference = features.astype(mx.float32) - exact
+        return (mx.linalg.norm(difference) / mx.linalg.norm(exact)).item()
+
+    pixels = mx.array(np.random.default_rng(0).integers(0, 256, (1, 112, 112, 3), dtype=np.uint8))
+    channels, factors = mx.arange(0, 1152, 144), mx.array(np.geomspace(20, 100, 8).astype(np.float32))
+    results = []
+    for outliers in ("none", "in the residual", "in the weights"):
+        mx.random.seed(0)
+        tower = VisionTower(VisionConfig(num_hidden_layers=layers))
+        tower.update(tree_map_with_path(normal, tower.parameters()))
+        for layer in tower.encoder.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            if outliers == "in the residual":  # outputs that are added to it
+                for linear in (attention.out_proj, mlp.fc2):
+                    linear.weight[channels] *= factors[:, None]
+            elif outliers == "in the weights":  # columns of what reads it, each in a group of its own
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1):
+                    linear.weight[:, channels] *= factors
+        half = tree_map_with_path(lambda path, w: w.astype(mx.float16), tower.parameters())
+        weights = tree_map_with_path(lambda path, w: w.astype(mx.float32), half)
+        features = []
+        for own in (weights, half, tree_map_with_path(rounded, weights)):
+            tower.update(own)
+            features.append(tower(pixels))
+            mx.eval(features[-1])
+        in_half, in_eight = (error(each, features[0]) for each in features[1:])
+        results.append({"outliers": outliers, "layers": layers, "float16": in_half, "8 bits": in_eight})
+        print(f"outliers {outliers}: float16 {in_half:.1e}, 8 bits {in_eight:.1e}, {in_eight / in_half:.1f} times")
+    return results
 
 
 def main() -> None:
@@ -116,10 +191,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=500, help="held-out questions to answer (default: 500)")
     parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME", help=f"some of: {', '.join(RUNS)}")
     parser.add_argument("--full-size", type=int, metavar="TOKENS", help="measure one layer of an 8B's size instead")
+    parser.add_argument("--tower", type=int, metavar="LAYERS", help="measure so400m's tower in 8 bits instead")
     args = parser.parse_args()
     figures = {"machine": platform.platform(), "versions": {name: version(name) for name in ("mlx", "mlx-lm")}}
     if args.full_size:
         figures["layer"] = measure_layer(args.full_size)
+    elif args.tower:
+        figures["tower"] = measure_tower(args.tower)
     else:
         with tempfile.TemporaryDirectory(prefix="quantize-") as folder:
             figures["rows"] = measure(Path(folder), args)

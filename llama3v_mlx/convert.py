@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import positive, run
-from .files import new_folder, writing
+from .files import new_folder, write_beside, writing
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -36,6 +37,7 @@ MODES = {
     "nvfp4": ((16,), (4,)),
     "mxfp8": ((32,), (8,)),
 }
+CARD = "README.md"
 SPARE_BYTES = 100_000_000  # of disk space, beyond the tensors: tokenizer, headers and some margin
 
 
@@ -167,6 +169,7 @@ def convert(
     if upload_repo:
         _check_upload(upload_repo)
 
+    from .conversion.card import model_card
     from .conversion.rows import read_sets
     from .conversion.shard_writer import make_plan
 
@@ -183,16 +186,18 @@ def convert(
         if quantization:
             overrides = {path: own for path, own in plan.quantized.items() if own != quantization}
             config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
-        texts = _texts(folder, config, origin, upload_repo or mlx_path.name)
+        card = functools.partial(model_card, origin, upload_repo or mlx_path.name, config, plan)
         with new_folder(mlx_path, plan.num_bytes + SPARE_BYTES) as partial:
-            num_shards = _write(folder, partial, tensors, plan, texts, rows)
+            num_shards, used = _write(folder, partial, tensors, plan, _texts(folder, config), rows)
+            (partial / CARD).write_text(card(used), encoding="utf-8")
     print(
         f"{mlx_path}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' if num_shards > 1 else ''}, "
         f"{8 * plan.num_bytes / plan.num_parameters:.2f} bits per weight, {time.perf_counter() - tic:.1f} s, "
         f"peak memory {_peak_memory() / 1e9:.2f} GB"
     )
     if verify:
-        _verify(hf_path, revision, mlx_path, held_out)
+        comparison = _verify(hf_path, revision, mlx_path, held_out)
+        write_beside(mlx_path / CARD, card(used, comparison).encode())
     if upload_repo:
         _upload(mlx_path, upload_repo)
 
@@ -309,8 +314,8 @@ def _new_config(folder: Path, dtype: str | None) -> dict:
     return config
 
 
-def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[str, str]:
-    """Text files of the conversion besides the index and tokenizer.json."""
+def _texts(folder: Path, config: dict) -> dict[str, str]:
+    """Text files of the conversion besides the index, tokenizer.json and the model card."""
     from . import checkpoint as ck
     from .tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, load_tokenizer, tokenizer_config
 
@@ -319,15 +324,14 @@ def _texts(folder: Path, config: dict, source: str | Path, name: str) -> dict[st
         TOKENIZER_CONFIG: _json(tokenizer),
         CHAT_TEMPLATE: load_tokenizer(folder, config).chat_template,
         ck.GENERATION_CONFIG: _json(ck.read_generation_config(folder, config)),
-        "README.md": _model_card(source, name, config),
         ck.CONFIG: _json(config),
     }
 
 
 def _write(
     folder: Path, partial: Path, tensors: dict[str, mx.array], plan: Plan, texts: dict[str, str], rows: list[Row]
-) -> int:
-    """Write all files, calibrated on `rows` if there are any; return the number of shards."""
+) -> tuple[int, list[Row]]:
+    """Write all files but the model card; return the number of shards, and the rows that it was calibrated on."""
     from tqdm import tqdm
 
     from .conversion.shard_writer import ShardWriter, write_tensors
@@ -337,7 +341,7 @@ def _write(
     if rows:
         from .conversion.calibrate import calibrate
 
-        calibrate(folder, plan, rows, writer, tensors)
+        rows = calibrate(folder, plan, rows, writer, tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar:
         write_tensors(tensors, plan, writer, bar.update)
@@ -345,55 +349,15 @@ def _write(
         shutil.copyfile(folder / TOKENIZER, partial / TOKENIZER)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-    return len(writer.shards)
+    return len(writer.shards), rows
 
 
 def _json(value: dict) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _model_card(source: str | Path, name: str, config: dict) -> str:
-    from huggingface_hub import ModelCardData
-
-    from . import __version__
-
-    repo = None if " " in str(source) or Path(source).expanduser().is_dir() else str(source)
-    data = ModelCardData(
-        library_name="mlx",
-        pipeline_tag="image-text-to-text",
-        tags=["mlx", config["model_type"]],
-        base_model=repo,
-        base_model_relation="quantized" if repo and "quantization" in config else None,
-    )
-    origin = f"[{repo}](https://huggingface.co/{repo})" if repo else source if " " in source else "a local checkpoint"
-    quantization = config.get("quantization")
-    form = "{bits}-bit {mode}, groups of {group_size}".format(**quantization) if quantization else config["dtype"]
-    return f"---\n{data.to_yaml()}\n---\n\n" + _CARD.format(name=name, origin=origin, form=form, version=__version__)
-
-
-_CARD = """\
-# {name}
-
-Converted from {origin} to [MLX](https://github.com/ml-explore/mlx) with llama3v_mlx {version}.
-Language model: {form}. Vision tower and projector are not quantized.
-
-```bash
-llama3v generate --model {name} --image photo.jpg --prompt "What is this image?"
-```
-
-```python
-from llama3v_mlx import generate, load
-
-model, processor = load("{name}")
-print(generate(model, processor, "What is this image?", image="photo.jpg"))
-```
-
-The weights keep the licence of the checkpoint they were converted from.
-"""
-
-
-def _verify(source: str | Path, revision: str | None, result: Path, rows: dict | list[Row]) -> None:
-    """Print a comparison of a conversion with its source on rows, or on those of the given options."""
+def _verify(source: str | Path, revision: str | None, result: Path, rows: dict | list[Row]) -> str:
+    """Print a comparison of a conversion with its source on rows, or on those of the given options; sum it up."""
     from .checkpoint import find_checkpoint, read_config
     from .cli import note_slow_cpu
     from .conversion.agreement import verify_rows
@@ -407,10 +371,12 @@ def _verify(source: str | Path, revision: str | None, result: Path, rows: dict |
     if isinstance(rows, dict):
         _, rows = read_sets(folder, read_config(folder), True, **rows)
     if rows:
-        print(verify_rows(folder, find_checkpoint(result), rows))
+        report = verify_rows(folder, find_checkpoint(result), rows)
     else:
-        print(verify(folder, find_checkpoint(result), min(IMAGES.glob("*.png"))))
+        report = verify(folder, find_checkpoint(result), min(IMAGES.glob("*.png")))
+    print(report)
     print(f"verified in {time.perf_counter() - tic:.1f} s, peak memory {_peak_memory() / 1e9:.2f} GB")
+    return report.summary
 
 
 def _check_upload(repo: str) -> None:

@@ -1,6 +1,7 @@
 """Calibrated quantization: GPTQ, the choice of bits, and verification on prompts."""
 
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,7 +51,7 @@ def product_error(weight: mx.array, x: mx.array, y: mx.array, packed: tuple, bit
 def test_packs_as_mlx_does(bits: int) -> None:
     codes = mx.random.randint(0, 2**bits, (3, 64), key=mx.random.key(0))
     one, none = mx.ones((3, 2)), mx.zeros((3, 2))
-    assert mx.array_equal(mx.dequantize(pack(codes, bits), one, none, group_size=32, bits=bits), codes)
+    assert mx.array_equal(mx.dequantize(pack(codes.T, bits), one, none, group_size=32, bits=bits), codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -64,13 +65,58 @@ def test_products_with_the_inputs_change_less(bits: int) -> None:
     inputs.add(x[:200], y[:200])
     inputs.add(x[200:], y[200:])
     plain = product_error(weight, x, y, mx.quantize(weight, group_size=32, bits=bits), bits)
-    undrifted = Inputs(inputs.hessian, mx.zeros_like(inputs.drift))
+    undrifted = Inputs()
+    undrifted.add(x, x)
     calibrated, uncorrected = (
         product_error(weight, x, y, quantize(Tensor(weight), own, 32, bits, mx.float32), bits)
         for own in (inputs, undrifted)
     )
     assert 3 * calibrated < plain
     assert 3 * calibrated < uncorrected
+
+
+def columns_one_by_one(w: np.ndarray, x: np.ndarray, y: np.ndarray, group_size: int, bits: int) -> np.ndarray:
+    """GPTQ by its definition, in float64: codes (out, in)."""
+    hessian = x.T @ x
+    order = np.argsort(-np.diag(hessian))
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(len(hessian))
+    w = w + w @ (y - x).T @ x @ np.linalg.inv(hessian)
+    _, scales, biases = mx.quantize(mx.array(w.astype(np.float32)), group_size=group_size, bits=bits)
+    scales, biases = np.array(scales), np.array(biases)
+    codes = np.zeros(w.shape, np.uint8)
+    for i, column in enumerate(order):
+        inverse = np.linalg.inv(hessian[order[i:]][:, order[i:]])
+        s, b = scales[:, column // group_size], biases[:, column // group_size]
+        codes[:, column] = np.clip(np.round((w[:, column] - b) / s), 0, 2**bits - 1)
+        error = (w[:, column] - (codes[:, column] * s + b)) / inverse[0, 0]
+        w[:, order[i:]] -= np.outer(error, inverse[0])
+    return codes
+
+
+@pytest.mark.parametrize("outputs", [24, 160])
+def test_equals_the_definition(outputs: int, monkeypatch) -> None:
+    """In halves, panels, chunks of tokens and of rows, with fewer and more outputs than inputs."""
+    monkeypatch.setattr("llama3v_mlx.conversion.gptq.TOKENS", 150)
+    monkeypatch.setattr("llama3v_mlx.conversion.gptq.PANEL", 40)
+    monkeypatch.setattr("llama3v_mlx.conversion.gptq.ROWS_BYTES", 4 * 96 * 70)
+    a, b, c, d = mx.random.split(mx.random.key(0), 4)
+    weight, mix = mx.random.normal((outputs, 96), key=a), mx.random.normal((96, 96), key=b)
+    x = mx.random.normal((400, 96), key=c) @ mix
+    y = x + mx.random.normal(x.shape, key=d)
+    inputs = Inputs()
+    for part in (slice(0, 100), slice(100, 200), slice(200, 400)):
+        inputs.add(x[None, part], y[None, part])
+    packed, *_ = quantize(Tensor(weight), inputs, 32, 4, mx.float32)
+    codes = columns_one_by_one(*(np.array(array, np.float64) for array in (weight, x, y)), 32, 4)
+    ones, zeros = mx.ones((outputs, 3)), mx.zeros((outputs, 3))
+    same = np.array(mx.dequantize(packed, ones, zeros, group_size=32, bits=4)) == codes
+    assert same.mean() > 0.98  # a tie may be rounded the other way, and later columns of that row follow
+
+
+def test_halves_of_a_layer_are_the_layer(tiny: Path) -> None:
+    layer = load_model(tiny, read_config(tiny), mx.float32).layers[0]
+    x = mx.random.normal((1, 5, 64), key=mx.random.key(0))
+    assert mx.allclose(calibrating.mlp(layer, calibrating.attention(layer, x)), layer(x, "causal"), atol=1e-6)
 
 
 def test_degenerate_matrices() -> None:
@@ -140,6 +186,9 @@ def test_sensitive_keeps_to_its_target(tiny: Path, calibrated: dict[str, Path]) 
     assert 4 < 8 * num_bytes / weights <= 4.5
     bits = {own["bits"] for own in read_config(calibrated["sensitive"])["quantization"].values() if type(own) is dict}
     assert bits <= set(BITS) and len(bits) > 1
+    card = (calibrated["sensitive"] / "README.md").read_text()
+    form = f"{min(bits)}- to {max(bits)}-bit affine, groups of 32, {8 * num_bytes / weights:.2f} bits per weight."
+    assert form in card
     assert generate(*load(calibrated["sensitive"]), "What is it?", temperature=0, max_tokens=2) is not None
 
 
@@ -179,6 +228,8 @@ def failure(capsys, code: int, *argv: str | Path) -> str:
     "row, reason",
     [
         ("{", "Expecting property name"),
+        ("[" * 100_000, "recursion"),
+        ('{"prompt": "%s"}' % ("word " * 1000), "too long for the context of 2048"),
         ("[]", "has no list of conversations"),
         ('{"image": "gone.png", "prompt": "What?"}', "gone.png"),
         ('{"image": [1], "prompt": "What?"}', "a path or a list of paths"),
@@ -253,7 +304,10 @@ def test_rows_to_verify_with_are_not_calibrated_with(tiny: Path, prompts: Path, 
     options = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "-q", "--calibrate", prompts, "--verify")
     assert "too few" in failure(capsys, 1, *options, "--verify-prompts", 6)
     main([*map(str, options), "--verify-prompts", "2", "--q-group-size", "32"])
-    assert "\n2 held-out prompts, " in capsys.readouterr().out
+    summary = re.search("\n(2 held-out prompts, .*)\n", capsys.readouterr().out)[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "4-bit affine, groups of 32, 5." in card
+    assert f"Calibrated with GPTQ on 4 prompts with 4 images.\nCompared with its source: {summary}.\n" in card
     main(["--hf-path", str(tiny), "--mlx-path", str(tmp_path / "out"), "--verify", "--verify-data", str(prompts)])
     assert "\n6 held-out prompts, " in capsys.readouterr().out
 

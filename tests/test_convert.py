@@ -254,6 +254,7 @@ def test_files(source: Path, damaged: Path, tmp_path: Path) -> None:
     assert "base_model" not in card
     assert 'load("out")' in card
     assert "licence" in card
+    assert "Language model: 4-bit affine, groups of 64, 4.51 bits per weight." in card and "Calibrated" not in card
 
 
 def test_index_and_shards(source: Path, converted: dict[str, Path], tmp_path: Path, monkeypatch) -> None:

@@ -29,9 +29,13 @@ class Agreement:
     kl: float  # mean KL(source || result) of a token, in nats
     top1: float  # share of tokens with the same most likely one
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
         some = f"{self.prompts} held-out prompt{'s' if self.prompts > 1 else ''}"
-        return f"{table(self.tensors)}\n{some}, {self.tokens} tokens: KL {self.kl:.6f} nats, top-1 {self.top1:.2%}"
+        return f"{some}, {self.tokens} tokens: KL {self.kl:.6f} nats, top-1 {self.top1:.2%}"
+
+    def __str__(self) -> str:
+        return f"{table(self.tensors)}\n{self.summary}"
 
 
 def verify_rows(source: Path, result: Path, rows: Sequence[Row]) -> Agreement:

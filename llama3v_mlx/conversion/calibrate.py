@@ -5,7 +5,7 @@ that it will have. In memory are the prompts' hidden states, a layer's weights i
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,13 +25,24 @@ from .shard_writer import SHARD_BYTES, Plan, ShardWriter
 from .verify import Tensor, Weights
 
 LLAMA, HEAD, EMBEDDING = "language_model.model", "language_model.lm_head", "language_model.model.embed_tokens"
-# Matrices of a layer by the input they share, in the order of their use.
-STEPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+
+
+def attention(layer: nn.Module, x: mx.array) -> mx.array:
+    """First half of mlx-lm's Llama layer."""
+    return x + layer.self_attn(layer.input_layernorm(x), create_attention_mask(x, None))
+
+
+def mlp(layer: nn.Module, x: mx.array) -> mx.array:
+    """Second half of mlx-lm's Llama layer."""
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+# Matrices of each half by the input they share, in the order of their use.
+HALVES = {
+    attention: (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)),
+    mlp: (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+}
+MATRICES = [name for steps in HALVES.values() for names in steps for name in names]
 
 
 def fit_rows(rows: Sequence[Row], working: int, token_bytes: int, max_tokens: int) -> list[Row]:
@@ -69,8 +80,10 @@ def working_bytes(text: dict) -> int:
     return 8 * (4 * hidden**2 + 3 * hidden * mlp) + 4 * 6 * max(hidden, mlp) ** 2 + SHARD_BYTES
 
 
-def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter, tensors: dict[str, mx.array]) -> None:
-    """Quantize the modules of a plan, write them, and remove them from `tensors`.
+def calibrate(
+    folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter, tensors: dict[str, mx.array]
+) -> list[Row]:
+    """Quantize the modules of a plan, write them, and remove them from `tensors`; return the rows used.
 
     Args:
         folder: the source checkpoint, not quantized.
@@ -86,11 +99,12 @@ def calibrate(folder: Path, plan: Plan, rows: Sequence[Row], writer: ShardWriter
     text = read_config(folder)["text_config"]
     rows = fit_rows(rows, working_bytes(text), 2 * mx.float32.size * text["hidden_size"], MAX_TOKENS)
     num_tokens = sum(len(row.ids) for row in rows)
-    print(f"calibrating with {len(rows)} prompts, {num_tokens} tokens", file=sys.stderr)
+    print(f"calibrating with {len(rows)} prompt{'s' if len(rows) > 1 else ''}, {num_tokens} tokens", file=sys.stderr)
     with tqdm(total=Weights(folder).num_bytes, desc="Calibrating", unit="B", unit_scale=True, disable=None) as bar:
         done = _quantize(Weights(folder, bar.update), plan, rows, writer)
     for name in [name for name, tensor in tensors.items() if not done.isdisjoint(lay_out(name, tensor))]:
         del tensors[name]
+    return rows
 
 
 def _quantize(weights: Weights, plan: Plan, rows: Sequence[Row], writer: ShardWriter) -> set[str]:
@@ -113,7 +127,6 @@ def _quantize(weights: Weights, plan: Plan, rows: Sequence[Row], writer: ShardWr
         inputs = Inputs()
         for x, y, row in zip(xs, ys, rows, strict=True):
             inputs.add(*(llama.norm(states[0, mx.array(row.positions)]) for states in (x, y)))
-            mx.eval(inputs.hessian, inputs.drift)
         quantizer(HEAD, weights.take(f"{HEAD}.weight"), inputs)
     return {f"{path}.weight" for path in quantizer.done}
 
@@ -136,26 +149,26 @@ def _quantize_layer(
         quantizer: writes the result.
     """
     modules = dict(quantized.named_modules())
-    for names in STEPS:
-        inputs = Inputs()
-        for x, y in zip(xs, ys, strict=True):
-            inputs.add(_input_of(quantized, names[0], x), _input_of(original, names[0], y))
-            mx.eval(inputs.hessian, inputs.drift)
-        for name in names:
-            weight = quantizer(f"{path}.{name}", Tensor(modules[name].weight), inputs)
-            modules[name].weight = weight.rows(slice(None))
-            mx.eval(modules[name].weight)
-    for layer, states in ((quantized, xs), (original, ys)):
-        for i, x in enumerate(states):
-            states[i] = layer(x, create_attention_mask(x, None))
-            mx.eval(states[i])
+    for half, steps in HALVES.items():
+        for names in steps:
+            inputs = Inputs()
+            for x, y in zip(xs, ys, strict=True):
+                inputs.add(_input_of(names[0], half, quantized, x), _input_of(names[0], half, original, y))
+            for name in names:
+                weight = quantizer(f"{path}.{name}", Tensor(modules[name].weight), inputs)
+                modules[name].weight = weight.rows(slice(None))
+                mx.eval(modules[name].weight)
+        for layer, states in ((quantized, xs), (original, ys)):
+            for i, x in enumerate(states):
+                states[i] = half(layer, x)
+                mx.eval(states[i])
 
 
-def _input_of(layer: nn.Module, name: str, x: mx.array) -> mx.array:
-    """Input of a module for the layer's input `x`, not evaluated: nothing that follows the module is computed."""
+def _input_of(name: str, half: Callable, layer: nn.Module, x: mx.array) -> mx.array:
+    """Input of a module for its half's input `x`, not evaluated: nothing that follows the module is computed."""
     recorder = Recorder(dict(layer.named_modules())[name])
     layer.update_modules(tree_unflatten([(name, recorder)]))
-    layer(x, create_attention_mask(x, None))
+    half(layer, x)
     layer.update_modules(tree_unflatten([(name, recorder.module)]))
     return recorder.input
 

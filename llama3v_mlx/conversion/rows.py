@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..generation import check_length
 from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
@@ -73,7 +74,8 @@ def read_sets(
         for number, text in lines:
             try:
                 row = _encode(json.loads(text), _folder(path, image_folder), processor)
-            except (ValueError, OSError) as e:
+                check_length(len(row.ids), config["text_config"]["max_position_embeddings"])
+            except (ValueError, OSError, RecursionError) as e:
                 raise DataError(f"{path}, row {number}: {e}") from e
             most -= len(row.ids)
             if most < 0 and sets[-1]:
@@ -90,12 +92,12 @@ def _split(path: str | Path) -> list[tuple[int, str]]:
     """Split a file into rows, which are numbered from 1 and not parsed yet."""
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         # Not splitlines(), which also splits at characters that JSON allows in strings.
         lines = text.split("\n") if path.suffix == ".jsonl" else [json.dumps(row) for row in json.loads(text)]
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from e
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise DataError(f"{path}: is not a JSON list in UTF-8: {e}") from e
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..loading import build_model
 from ..prompt_tokens import PromptTokens
-from .calibrate import EMBEDDING, HEAD, LLAMA, STEPS, Recorder, fit_rows, working_bytes
+from .calibrate import EMBEDDING, HEAD, LLAMA, MATRICES, Recorder, fit_rows, working_bytes
 from .rows import Row, embed_rows
 from .shard_writer import Plan, row_slices
 from .verify import Tensor, Weights
@@ -188,9 +188,8 @@ def _backward(layer: nn.Module, x: mx.array, gradient: mx.array) -> tuple[mx.arr
         gradient: by its outputs.
     """
     modules = dict(layer.named_modules())
-    names = [name for step in STEPS for name in step]
-    shapes = [(*x.shape[:-1], modules[name].weight.shape[0]) for name in names]
-    probes = {name: Probe(modules[name]) for name in names}
+    shapes = [(*x.shape[:-1], modules[name].weight.shape[0]) for name in MATRICES]
+    probes = {name: Probe(modules[name]) for name in MATRICES}
 
     def run(x: mx.array, *offsets: mx.array) -> mx.array:
         for probe, offset in zip(probes.values(), offsets, strict=True):
@@ -199,8 +198,8 @@ def _backward(layer: nn.Module, x: mx.array, gradient: mx.array) -> tuple[mx.arr
 
     layer.update_modules(tree_unflatten(list(probes.items())))
     _, (before, *own) = mx.vjp(run, [x, *map(mx.zeros, shapes)], [gradient])
-    layer.update_modules(tree_unflatten([(name, modules[name]) for name in names]))
-    return before, {name: (probes[name].input[0], g[0]) for name, g in zip(names, own, strict=True)}
+    layer.update_modules(tree_unflatten([(name, modules[name]) for name in MATRICES]))
+    return before, {name: (probes[name].input[0], g[0]) for name, g in zip(MATRICES, own, strict=True)}
 
 
 class Probe(Recorder):

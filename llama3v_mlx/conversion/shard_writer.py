@@ -37,6 +37,20 @@ class Plan:
     def num_bytes(self) -> int:
         return sum(self.sizes.values())
 
+    @property
+    def llama_bpw(self) -> float:
+        """Bits per weight of Llama, its embedding, scales and biases included."""
+        num_bytes = parameters = 0
+        for name, size in self.sizes.items():
+            path, _, kind = name.rpartition(".")
+            if name.startswith("language_model."):
+                num_bytes += size
+                if path not in self.quantized:
+                    parameters += size // self.dtype.size
+                elif kind == "weight":
+                    parameters += 8 * size // self.quantized[path]["bits"]
+        return 8 * num_bytes / parameters
+
     def size(self, name: str) -> int:
         """Bytes of a tensor as written, including its scales and biases."""
         path = name.removesuffix(".weight")
@@ -194,9 +208,9 @@ def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
     return dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
 
 
-def row_slices(shape: tuple[int, ...], item_bytes: int) -> list[slice]:
-    """Slices of a tensor's rows of about CHUNK_BYTES each."""
-    rows = max(1, CHUNK_BYTES // (item_bytes * math.prod(shape[1:])))
+def row_slices(shape: tuple[int, ...], item_bytes: int, chunk_bytes: int | None = None) -> list[slice]:
+    """Slices of a tensor's rows of about `chunk_bytes` (default: CHUNK_BYTES) each."""
+    rows = max(1, (chunk_bytes or CHUNK_BYTES) // (item_bytes * math.prod(shape[1:])))
     return [slice(start, start + rows) for start in range(0, shape[0], rows)]
 
 

@@ -58,12 +58,16 @@ class Report:
     image: str
     prompt: str
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
         verdict = "agrees:" if self.agrees else f"differs: {self.result_token!r} instead of"
         return (
-            f"{table(self.tensors)}\nfirst token after {self.prompt!r} about {self.image}: KL {self.kl:.6f} nats, "
-            f"top-1 {verdict} {self.source_token!r}"
+            f"first token after {self.prompt!r} about {self.image}: KL {self.kl:.6f} nats, top-1 {verdict} "
+            f"{self.source_token!r}"
         )
+
+    def __str__(self) -> str:
+        return f"{table(self.tensors)}\n{self.summary}"
 
 
 def table(tensors: dict[str, Loss]) -> str:

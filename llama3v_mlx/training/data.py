@@ -164,7 +164,7 @@ class Dialogues:
         """Ids of a row with one placeholder per image, the mask of its answers, and its images' paths."""
         try:
             row = json.loads(self._data[start:end])
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise DataError(f"not JSON: {e}") from e
         paths = []
 
