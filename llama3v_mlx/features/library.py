@@ -33,20 +33,21 @@ from .store import FeatureStore
 from .writer import FeatureWriter
 
 _STAT = "size, mtime_ns, ctime_ns, inode"
+_FACTS = "taken, width, height"
 _SAME = " AND ".join(f"f.{name} = s.{name}" for name in ("path", *_STAT.split(", ")))
 _TABLES = f"""
     CREATE TEMP TABLE IF NOT EXISTS scan (path BLOB PRIMARY KEY, {_STAT}) WITHOUT ROWID;  -- the folder now
     CREATE TEMP TABLE IF NOT EXISTS fresh (path BLOB PRIMARY KEY, {_STAT}) WITHOUT ROWID;  -- files to be read
-    CREATE TEMP TABLE IF NOT EXISTS gone (id INTEGER PRIMARY KEY, path, sha256, {_STAT}, taken);  -- outdated rows
+    CREATE TEMP TABLE IF NOT EXISTS gone (id INTEGER PRIMARY KEY, path, sha256, {_STAT}, {_FACTS});  -- outdated rows
     DELETE FROM scan; DELETE FROM fresh; DELETE FROM gone;
 """
 _FIND_FRESH = f"""INSERT INTO fresh SELECT * FROM scan s WHERE NOT EXISTS (SELECT 1 FROM files f WHERE {_SAME}
     AND (f.sha256 = X'' OR f.sha256 IN (SELECT sha256 FROM entries)))"""
-_FIND_GONE = f"""INSERT INTO gone SELECT id, path, sha256, {_STAT}, taken FROM files f
+_FIND_GONE = f"""INSERT INTO gone SELECT id, path, sha256, {_STAT}, {_FACTS} FROM files f
     WHERE NOT EXISTS (SELECT 1 FROM scan s WHERE {_SAME})"""
 _LIST_FRESH = f"SELECT path, {_STAT} FROM fresh ORDER BY path"
 # Files whose folder was renamed, or which kept their times otherwise, are known without being read.
-_FIND_RENAMED = f"""SELECT gone.sha256, fresh.path, {_STAT}, gone.taken FROM fresh JOIN gone USING ({_STAT})
+_FIND_RENAMED = f"""SELECT gone.sha256, fresh.path, {_STAT}, {_FACTS} FROM fresh JOIN gone USING ({_STAT})
     WHERE gone.sha256 IN (SELECT sha256 FROM entries) AND gone.path NOT IN (SELECT path FROM scan)
     GROUP BY fresh.path"""
 
@@ -203,7 +204,9 @@ class Library:
             prefix = _encoded(name)
             db.execute("DELETE FROM gone WHERE path >= ? AND path < ?", (prefix + b"/", prefix + b"0"))
         renamed = db.execute(_FIND_RENAMED).fetchall()
-        db.executemany(f"INSERT INTO files (sha256, path, {_STAT}, taken) VALUES (?, ?, ?, ?, ?, ?, ?)", renamed)
+        db.executemany(
+            f"INSERT INTO files (sha256, path, {_STAT}, {_FACTS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", renamed
+        )
         db.executemany("DELETE FROM fresh WHERE path = ?", [(row[1],) for row in renamed])
         old = [(row[0], *row[2:6]) for row in renamed]
         same = "sha256 = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ?"

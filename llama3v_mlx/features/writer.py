@@ -96,16 +96,16 @@ class FeatureWriter:
         self._names = []
         return len(prepared)
 
-    def name(self, sha256: bytes, path: str, stat: FileStat | None = None, taken: float | None = None) -> None:
+    def name(self, sha256: bytes, path: str, stat: FileStat | None = None, facts: Sequence = (None,) * 3) -> None:
         """Record `path` as a name of the image with this SHA-256, soon, or at the latest when the writer is closed.
 
         Args:
             sha256: of the image file.
             path: a file name.
             stat: that of the file at the resolved path when it was read.
-            taken: when the photo was taken, in seconds since 1970 in local time.
+            facts: date and size of the image, `ImageFacts`.
         """
-        self._names.append((sha256, path.encode("utf-8", "surrogatepass"), *(stat or [None] * 4), taken))
+        self._names.append((sha256, path.encode("utf-8", "surrogatepass"), *(stat or [None] * 4), *facts))
         if len(self._names) >= _NAMES:
             self._write_names()
 
@@ -125,8 +125,9 @@ class FeatureWriter:
     def _insert_names(self, db: Connection) -> None:
         """Insert the names that are new."""
         db.executemany(
-            """INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode, taken)
-            SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ?2 AND sha256 = ?1
+            """INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode, taken, width, height)
+            SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9
+            WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ?2 AND sha256 = ?1
                 AND size IS ?3 AND mtime_ns IS ?4 AND ctime_ns IS ?5 AND inode IS ?6)""",
             self._names,
         )
