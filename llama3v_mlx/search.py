@@ -24,6 +24,9 @@ from .cli import (
 from .demo import CHECKPOINT, SIGLIP
 from .files import find_path, printable
 
+FOLDERS = """Of a Photos library (X.photoslibrary), which is searched if it is FOLDER itself, the originals are listed,
+not what Photos derives from them. The features of a deleted picture are kept for 30 days, in case it comes back; they
+are removed when most of the index is older than that, or at once by --compact."""
 POLL = 2.0  # seconds between two looks at a watched folder
 
 
@@ -203,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v search",
         description="Search the pictures of a folder, or of a feature store, by text, image, or sums of both.",
-        epilog=GRAMMAR,
+        epilog=f"{GRAMMAR}\n\n{FOLDERS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="FOLDER", help="folder of pictures, or a store of pooled embeddings")
@@ -243,6 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--index", metavar="DIR", help="keep the index in this folder")
     index.add_argument("--no-update", action="store_true", help="search without looking for new files")
     index.add_argument("--rehash", action="store_true", help="read all files again, whatever their size and times")
+    index.add_argument("--compact", action="store_true", help="free the space of deleted pictures now; see below")
     index.add_argument("--watch", action="store_true", help="keep the index up to date until Ctrl-C")
     index.add_argument("--batch-size", type=positive, default=8, help="images embedded at once (default: 8)")
     workers = min(16, os.cpu_count() or 1)
@@ -263,16 +267,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)  # a query may follow options
     given = bool(args.text and args.text.strip()) + bool(args.image) + (args.near_duplicates is not None)
-    if given > 1 or (not given and not args.watch):
+    if given > 1 or not (given or args.watch or args.compact):
         parser.error("give either a text or --image FILE")
     if (args.rerank or args.ask) and not args.text:
         parser.error("--rerank and --ask need a text to judge the images by")
     if args.top < 1:
         parser.error(f"--top is {args.top}; it must be 1 or more")
-    if args.no_update and (args.watch or args.rehash):
-        parser.error("--no-update takes neither --watch nor --rehash")
+    if args.no_update and (args.watch or args.rehash or args.compact):
+        parser.error("--no-update takes none of --watch, --rehash and --compact")
     is_store = (Path(args.store) / "store.json").is_file() or not os.path.isdir(args.store)
-    own = ("after", "before", "folder", "near_duplicates", "model", "index", "no_update", "rehash", "watch")
+    own = ("after", "before", "folder", "near_duplicates", "model", "index", "no_update", "rehash", "watch", "compact")
     if is_store and os.path.isdir(args.store) and any(getattr(args, name) not in (None, False) for name in own):
         parser.error(f"{args.store} is a feature store, whose files may be anywhere; these options are for folders")
     run(lambda: _search_store(args) if is_store else _search_folder(args), args.debug, awake=not is_store)
@@ -297,6 +301,8 @@ def _search_folder(args: argparse.Namespace) -> None:
         print(f"{printable(library.folder)}: {counts}; {changes}", file=sys.stderr)
         if changes.added and changes.skipped.suffixes:
             print(f"skipped: {printable(str(changes.skipped))}", file=sys.stderr)
+    if args.compact:
+        print(f"compacted: {library.compact() / 1e6:.1f} MB freed", file=sys.stderr if args.json else sys.stdout)
     if args.near_duplicates is not None:
         groups = library.duplicates(args.near_duplicates, _filters(args))
         if args.json:

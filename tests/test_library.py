@@ -368,7 +368,7 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
     assert "cancel out" in error(pictures, '"dog" - "dog"')
     assert "these options are for folders" in error(library.index, "words", "--after", "2020", code=2)
     assert "'soon' is not a date" in error(pictures, "words", "--before", "soon", code=2)
-    assert "--no-update takes neither" in error(pictures, "words", "--no-update", "--watch", code=2)
+    assert "--no-update takes none of" in error(pictures, "words", "--no-update", "--watch", code=2)
     assert "give either a text or" in error(pictures, code=2)
     assert "is not a feature store and not empty" in error(pictures, "words", "--index", tmp_path)
 

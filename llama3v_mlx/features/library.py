@@ -6,6 +6,7 @@ times or inode changed. Rows of files that are gone are removed last, so that an
 continued by the next; until then they are no hits, because each hit is compared with its file.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -24,12 +25,13 @@ from ..cli import CACHE
 from ..files import find_path
 from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF
+from .compaction import compact, compaction_is_due, note_dead
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
 from .pipeline import Pipeline, Report
-from .ranking import Ranking, near_duplicates
+from .ranking import Ranking
 from .sources import FileStat, Skipped, Source, file_of, file_stat, scan_folder
-from .store import FeatureStore
+from .store import FeatureError, FeatureStore
 from .writer import FeatureWriter
 
 _STAT = "size, mtime_ns, ctime_ns, inode"
@@ -172,8 +174,23 @@ class Library:
             changes.failed, changes.embedded = report.failed, report.new
         with database.transaction() as db:
             self._count(db, changes, renamed)
-            db.execute("DELETE FROM files WHERE id IN (SELECT id FROM gone)")
+            is_due = False
+            if db.execute("SELECT 1 FROM gone LIMIT 1").fetchone():
+                note_dead(db)  # of pictures that came back, which may go again here
+                db.execute("DELETE FROM files WHERE id IN (SELECT id FROM gone)")
+                note_dead(db)
+                is_due = compaction_is_due(db)
+        if is_due:
+            with contextlib.suppress(
+                OSError, FeatureError
+            ):  # no space, or damaged: the pictures are found all the same
+                compact(self.store, all_dead=False)
         return changes
+
+    def compact(self) -> int:
+        """Remove the features of all pictures that are gone, and return the number of bytes freed; see `compact`."""
+        with self._updating:
+            return compact(self.store, all_dead=True)
 
     def _scan(self, skipped: Skipped) -> None:
         """Fill the table of pictures that the folder has now; the database is not kept waiting for the folder."""
@@ -263,20 +280,18 @@ class Library:
         """Return groups of files whose pictures are nearly equal, the largest groups first."""
         with self._ranking:
             self.ranking.refresh()
-            groups = near_duplicates(self.store, least)
+            groups = self.ranking.near_duplicates(least)
         grouped = set().union(*groups)
         copies = self.store.database.rows("SELECT sha256 FROM files GROUP BY sha256 HAVING count(DISTINCT path) > 1")
         groups += [[sha256] for (sha256,) in copies if sha256 not in grouped and sha256]
         found = [sorted({path for key in group for path in self.current(key, filters)}) for group in groups]
         return sorted((paths for paths in found if len(paths) > 1), key=lambda paths: (-len(paths), paths))
 
-    def _among(self, filters: Filters) -> np.ndarray:
-        """Return the sorted positions, in the order of the store, of images with a file that passes the filters."""
+    def _among(self, filters: Filters) -> set[bytes]:
+        """Return the SHA-256 of images with a file that passes the filters."""
         condition, parameters = filters.sql()
         query = f"SELECT DISTINCT sha256 FROM files WHERE {condition}"
-        wanted = {sha256 for (sha256,) in self.store.database.rows(query, parameters)}
-        keys = self.store.keys()
-        return np.flatnonzero([key in wanted for key in keys.tolist()])
+        return {sha256 for (sha256,) in self.store.database.rows(query, parameters)}
 
 
 def default_index(folder: str, model: str) -> Path:

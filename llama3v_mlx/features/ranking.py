@@ -1,6 +1,7 @@
 """Cosine similarities in a store of pooled embeddings: the nearest to a query, and near-duplicates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,16 +28,34 @@ class Ranking:
         self._norms = np.zeros(0, np.float32)
         self._version: int | None = None
 
-    def refresh(self) -> None:
-        """Include what was added to the store, by whatever process."""
+    def refresh(self) -> bool:
+        """Include what was added to the store, by whatever process; return False if nothing changed."""
         version = self.store.database.rows("PRAGMA data_version")[0][0]
-        if version != self._version:
-            self.store.refresh()
-            self._norms = np.zeros(0, np.float32)
-            self._version = version
+        if version == self._version:
+            return False
+        self.store.refresh()
+        self._norms = np.zeros(0, np.float32)
+        self._version = version
+        return True
+
+    def near_duplicates(self, least: float) -> list[list[bytes]]:
+        """See `near_duplicates`."""
+        return self._reading(lambda: near_duplicates(self.store, least))
 
     def cosines(self, query: np.ndarray) -> np.ndarray:
         """Cosines (n,) of all entries, in the order of the store, with a query (width,)."""
+        return self._reading(lambda: self._cosines(query))
+
+    def _reading(self, read: Callable[[], Any]) -> Any:
+        """Read the store; once more if another process has compacted it meanwhile."""
+        while True:
+            try:
+                return read()
+            except FeatureError:
+                if not self.refresh():
+                    raise
+
+    def _cosines(self, query: np.ndarray) -> np.ndarray:
         query = (query / np.linalg.norm(query)).astype(np.float32)
         found, norms = np.zeros(len(self.store.keys()), np.float32), self._norms
         fresh = len(norms) != len(found)
@@ -52,16 +71,18 @@ class Ranking:
         self._norms = norms
         return found / norms
 
-    def best(self, query: np.ndarray, among: np.ndarray | None = None) -> Iterator[tuple[bytes, float]]:
+    def best(self, query: np.ndarray, among: Set[bytes] | None = None) -> Iterator[tuple[bytes, float]]:
         """Yield (SHA-256, cosine) of all entries, best first; the first ones are found without sorting all.
 
         Args:
             query: (width,).
-            among: positions in the order of the store to choose from; None: all.
+            among: SHA-256 of the entries to choose from; None: all.
         """
         cosines = self.cosines(query)
         keys = self.store.keys()
-        places = np.arange(len(cosines)) if among is None else among
+        places = np.arange(len(keys))
+        if among is not None:
+            places = np.flatnonzero([key in among for key in keys.tolist()])
         count, done = 64, 0
         while done < len(places):
             scores = -cosines[places]
