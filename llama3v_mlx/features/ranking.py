@@ -104,29 +104,34 @@ def near_duplicates(store: FeatureStore, least: float = NEAR) -> list[list[bytes
 
     Two blocks of rows are in memory at a time.
     """
-    blocks = [(0, np.zeros((0, store.info.width), np.float32))]
-    ends = [0]
+    blocks, end = [], 0  # with the position of their first row
     for block in store.matrix():
         for a in range(0, len(block), _BLOCK):
-            blocks.append((ends[-1], block[a : a + _BLOCK]))
-            ends.append(ends[-1] + len(blocks[-1][1]))
-    parent = np.arange(ends[-1])
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
+            blocks.append((end, block[a : a + _BLOCK]))
+            end += len(blocks[-1][1])
+    first = np.arange(end)  # of each row's group
     for index, (a, rows) in enumerate(blocks):
         x = _unit(rows)
         for b, others in blocks[index:]:
-            near = np.array(x @ _unit(others).T >= least)
-            for i, j in np.argwhere(near):
-                parent[root(int(a + i))] = root(int(b + j))
+            i, j = np.nonzero(np.array(x @ _unit(others).T >= least))
+            _connect(first, a + i, b + j)
     groups: dict[int, list[bytes]] = {}
-    for i, key in enumerate(store.keys()):
-        groups.setdefault(root(i), []).append(key.tobytes())
+    for i, key in zip(first.tolist(), store.keys(), strict=True):
+        groups.setdefault(i, []).append(key.tobytes())
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _connect(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Unite the groups of rows `a` and `b`, pair by pair; `first` has the first row of each row's group."""
+    while True:
+        x, y = first[a], first[b]
+        apart = x != y
+        if not apart.any():
+            return
+        a, b, x, y = a[apart], b[apart], x[apart], y[apart]
+        np.minimum.at(first, np.maximum(x, y), np.minimum(x, y))
+        while (flat := first[first]).tobytes() != first.tobytes():
+            first[:] = flat
 
 
 def _unit(rows: np.ndarray) -> mx.array:
