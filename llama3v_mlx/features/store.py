@@ -231,16 +231,16 @@ class FeatureStore:
 
     def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
         """Yield (SHA-256, file name, stat of the file when it was read, if recorded), in the order added."""
-        for sha256, path, stat in self._files("sha256 != X''"):
+        for sha256, path, stat, _ in self.files_where("sha256 != X''"):
             yield sha256, path, stat if stat[0] is not None else None
 
-    def _files(self, condition: str) -> Iterator[tuple[bytes, str, tuple]]:
-        query = f"""SELECT id, sha256, path, size, mtime_ns, ctime_ns, inode FROM files
-            WHERE id > ? AND {condition} ORDER BY id LIMIT {_CHUNK}"""
+    def files_where(self, condition: str) -> Iterator[tuple[bytes, str, tuple, tuple]]:
+        """Yield (SHA-256, file name, stat, facts), in the order added; a read-only store may have fewer facts."""
+        query = f"SELECT * FROM files WHERE id > ? AND {condition} ORDER BY id LIMIT {_CHUNK}"
         last = 0
         while found := self.database.rows(query, (last,)):
             for row in found:
-                yield row[1], self._path(row[2]), row[3:]
+                yield row[1], self._path(row[2]), row[3:7], row[7:]
             last = found[-1][0]
 
     def name_of(self, sha256: bytes) -> str | None:
@@ -251,8 +251,9 @@ class FeatureStore:
     def files_at(self, paths: Collection[str]) -> Iterator[tuple[bytes, str, FileStat]]:
         """Yield (SHA-256, path, stat) of images in the store that were read at these paths, if the stat is recorded."""
         if 4 * len(paths) > (self.database.rows("SELECT max(id) FROM files")[0][0] or 0):  # reading all is faster
-            known = self._files("size IS NOT NULL AND EXISTS (SELECT 1 FROM entries e WHERE e.sha256 = files.sha256)")
-            yield from (file for file in known if file[1] in paths)
+            is_stored = "EXISTS (SELECT 1 FROM entries e WHERE e.sha256 = files.sha256)"
+            known = self.files_where(f"size IS NOT NULL AND {is_stored}")
+            yield from (file[:3] for file in known if file[1] in paths)
             return
         encoded = (path.encode("utf-8", "surrogatepass") for path in paths)
         while chunk := list(itertools.islice(encoded, 500)):
