@@ -22,7 +22,7 @@ from .cli import (
     share_or_more,
 )
 from .demo import CHECKPOINT, SIGLIP
-from .files import find_path, printable
+from .files import printable, true_path
 
 FOLDERS = """Of a Photos library (X.photoslibrary), which is searched if it is FOLDER itself, the originals are listed,
 not what Photos derives from them. The features of a deleted picture are kept for 30 days, in case it comes back; they
@@ -86,7 +86,7 @@ def _filters(args: argparse.Namespace):
 
     folder = None
     if args.folder is not None:
-        folder = os.path.realpath(find_path(args.folder))
+        folder = true_path(args.folder)
         if not os.path.isdir(folder):
             raise ValueError(f"{args.folder}: no such folder")
     return Filters(args.after, args.before, folder)
@@ -288,6 +288,7 @@ def _search_store(args: argparse.Namespace) -> None:
 
 
 def _search_folder(args: argparse.Namespace) -> None:
+    from .features.compaction import KEPT_DAYS
     from .features.library import Library
 
     note_slow_cpu()
@@ -299,8 +300,10 @@ def _search_folder(args: argparse.Namespace) -> None:
         pictures, broken = library.counts()
         counts = f"{pictures} picture{'s' * (pictures != 1)}" + (f" and {broken} broken ones" if broken else "")
         print(f"{printable(library.folder)}: {counts}; {changes}", file=sys.stderr)
-        if changes.added and changes.skipped.suffixes:
-            print(f"skipped: {printable(str(changes.skipped))}", file=sys.stderr)
+        if (changes.added or not pictures) and (skipped := str(changes.skipped)):
+            print(f"skipped: {printable(skipped)}", file=sys.stderr)
+        if changes.deleted > pictures:
+            print(f"note: most pictures are gone; what is known of them is kept for {KEPT_DAYS} days", file=sys.stderr)
     if args.compact:
         print(f"compacted: {library.compact() / 1e6:.1f} MB freed", file=sys.stderr if args.json else sys.stdout)
     if args.near_duplicates is not None:

@@ -22,9 +22,10 @@ import numpy as np
 
 from ..checkpoint import find_checkpoint
 from ..cli import CACHE
-from ..files import find_path
+from ..files import true_path
 from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF
+from .adoption import adopt
 from .compaction import compact, compaction_is_due, note_dead
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
@@ -98,7 +99,7 @@ class Library:
     def __init__(
         self, folder: str | Path, model: str, index: str | Path | None = None, encoder: ImageEncoder | None = None
     ):
-        self.folder = os.path.realpath(find_path(folder))
+        self.folder = true_path(folder)
         if not os.path.isdir(self.folder):
             raise ValueError(f"{folder}: no such folder")
         if encoder is None:
@@ -106,7 +107,10 @@ class Library:
             encoder.all_cores = True
         self.encoder = encoder
         self.index = Path(index) if index else default_index(self.folder, model)
-        self.store = FeatureStore.create(self.index, self.encoder.store_info("float32"))
+        info = self.encoder.store_info("float32")
+        if not index and not self.index.exists():
+            adopt(self.index, self.folder, info)
+        self.store = FeatureStore.create(self.index, info)
         self.ranking = Ranking(self.store)
         self._checkpoint = find_checkpoint(model)
         self._texts: TextEncoder | None = None
@@ -152,11 +156,14 @@ class Library:
     def _update(self, progress: Callable[[Report, int], None], rehash: bool, batch_size: int, workers: int) -> Changes:
         changes, database = Changes(), self.store.database
         self._scan(changes.skipped)
-        if any(self.counts()) and not changes.skipped.denied and not database.rows("SELECT 1 FROM scan LIMIT 1"):
-            raise ValueError(
-                f"{self.folder}: has no pictures any more; mount its disk, or if it has none, delete the index "
-                f"{self.index}"
-            )
+        if not database.rows("SELECT 1 FROM scan LIMIT 1"):
+            for name, reason in changes.skipped.denied:
+                raise ValueError(f"{name}: cannot be listed ({reason})")
+            if any(self.counts()) and not changes.skipped.remote:
+                raise ValueError(
+                    f"{self.folder}: has no pictures any more; mount its disk, or if it has none, delete the index "
+                    f"{self.index}"
+                )
         with database.transaction() as db:
             if rehash:
                 db.execute("UPDATE files SET size = -1")
@@ -220,6 +227,8 @@ class Library:
         for name, _ in skipped.denied:
             prefix = _encoded(name)
             db.execute("DELETE FROM gone WHERE path >= ? AND path < ?", (prefix + b"/", prefix + b"0"))
+        for table in ("fresh", "gone"):  # reading a file that is in iCloud only would download it
+            db.executemany(f"DELETE FROM {table} WHERE path = ?", [(_encoded(path),) for path in skipped.remote])
         renamed = db.execute(_FIND_RENAMED).fetchall()
         db.executemany(
             f"INSERT INTO files (sha256, path, {_STAT}, {_FACTS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", renamed
