@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .files import printable
+from .files import explain_denial, printable
 
 DEMO_NOTE = (
     "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
@@ -86,7 +86,7 @@ def error_line(error: Exception) -> str:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         return f"out of memory ({text or 'allocation failed'}); close other programs, or use a smaller model or batch"
     if isinstance(error, (ValueError, OSError)) and text:
-        return text
+        return explain_denial(text)
     return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
 
 

@@ -112,6 +112,8 @@ def embed(args: argparse.Namespace) -> None:
     counts = [report.new, report.known, len(report.failed)]
     sums = mx.distributed.all_sum(mx.array([*counts, report.flops, *report.seconds.values()]), stream=mx.cpu).tolist()
     new, known, failed = (round(n) for n in sums[:3])
+    if group.size() > 1:
+        note_parts(group, store.folder)
     if group.rank() == 0:
         store.refresh()  # the other ranks are done: all_sum waits for them
         figures = {"new": new, "known": known, "failed": failed, "rows": len(store)}
@@ -200,6 +202,28 @@ def check(folder: str) -> None:
         sys.exit(1)
 
 
+def merge(parts: list[str], out: str) -> None:
+    """Merge stores into one, and print the result."""
+    from .features.merge import merge
+
+    print(f"{out}: {len(merge(parts, out))} entries")
+
+
+def note_parts(group, store: Path) -> None:
+    """Say what to do if the ranks have each written a store on a disk of their own."""
+    import mlx.core as mx
+
+    found = (store / "store.json").stat().st_mtime_ns  # of one file, if the ranks share a disk
+    halves = mx.array([[found >> 32, found & 0xFFFFFFFF]], mx.uint32)
+    disks = {tuple(halves) for halves in mx.distributed.all_gather(halves, stream=mx.cpu).tolist()}
+    if len(disks) > 1 and group.rank() == 0:
+        print(
+            f"note: the {group.size()} processes wrote to {len(disks)} disks, and each {store} has a part; copy the "
+            "parts to one machine and merge them: llama3v embed --merge PART PART --out STORE",
+            file=sys.stderr,
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v embed", description="Embed images with SigLIP in batches and store the features."
@@ -235,6 +259,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=positive, help="stop after this many images")
     parser.add_argument("--export", type=Path, metavar="DIR", help="export the store to embeddings.npy and index.jsonl")
     parser.add_argument("--verify", metavar="STORE", help="check every entry of a store and repair it")
+    parser.add_argument(
+        "--merge", nargs="+", metavar="STORE", help="merge stores into --out, such as those of ranks on several disks"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with all figures")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser
@@ -254,9 +281,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.verify and (args.paths or args.out or args.export):
         parser.error("--verify STORE takes no images, no --out and no --export")
+    if args.merge and (args.paths or args.verify):
+        parser.error("--merge STORE STORE takes no images and no --verify")
     if not args.verify and not args.out:
         parser.error("give --out STORE (or --verify STORE)")
-    if not args.verify and not args.paths and not args.export:
+    if not (args.verify or args.paths or args.export or args.merge):
         parser.error("give images or folders to embed")
 
     def command() -> None:
@@ -264,6 +293,8 @@ def main(argv: list[str] | None = None) -> None:
             check(args.verify)
             return
         try:
+            if args.merge:
+                merge(args.merge, args.out)
             if args.paths:
                 embed(args)
         finally:

@@ -14,6 +14,10 @@ from io import FileIO
 from pathlib import Path
 from typing import IO
 
+PRIVACY = (
+    "macOS's privacy protection: allow it in System Settings > Privacy & Security > Files and Folders, or Full Disk "
+    "Access, for the program you type this in, and start that again"
+)
 # Locked file in a folder being written; distinguishes a leftover from a user's folder.
 MARKER = ".writing"
 _HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -255,6 +259,11 @@ def read_file(path: Path) -> bytes:
         return data
 
 
+def explain_denial(text: str) -> str:
+    """Append what to do about it to a message with macOS's error for folders that its privacy settings protect."""
+    return f"{text}; {PRIVACY}" if os.strerror(errno.EPERM) in text else text
+
+
 def printable(text: str, keep: str = "") -> str:
     """Escape the characters of a text that a terminal would obey: control and bidi characters, lone surrogates.
 
@@ -265,6 +274,19 @@ def printable(text: str, keep: str = "") -> str:
         keep: characters that are not escaped, such as newlines.
     """
     return _HARMFUL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), text)
+
+
+def true_path(path: str | os.PathLike) -> str:
+    """Return the resolved path of an existing folder as spelled on disk: a Mac's disks ignore case and Unicode form."""
+    path = os.path.realpath(find_path(path))
+    if hasattr(fcntl, "F_GETPATH"):
+        with contextlib.suppress(OSError):  # may not be opened: what is done with it will say so
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                path = os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).partition(b"\0")[0])
+            finally:
+                os.close(descriptor)
+    return path
 
 
 def is_junk(name: str) -> bool:

@@ -5,6 +5,7 @@ resolved by the order of the candidate grids. Needs only numpy and Pillow.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import math
@@ -12,6 +13,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
@@ -44,6 +46,7 @@ UNREAD = RAW | {".jxl", ".psd", ".svg", ".eps", ".ico", ".icns"}
 
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _CONVERT = "convert it first (on a Mac: sips -s format jpeg FILE --out FILE.jpg)"
 
 
@@ -96,6 +99,14 @@ class TiledImage:
         return 1 + (self.grid[0] * self.grid[1] if self.grid else 0)
 
 
+class ImageFacts(NamedTuple):
+    """What the header of an image says."""
+
+    taken: float | None = None  # when the photo was taken, in seconds since 1970 in local time
+    width: int | None = None  # in pixels, upright
+    height: int | None = None
+
+
 def load_image(
     source: ImageSource, draft: tuple[int, int] | None = None, config: ImageConfig = ImageConfig()
 ) -> Image.Image:
@@ -140,7 +151,7 @@ def read_size(source: ImageSource) -> tuple[int, int]:
     """
     _, image = _open_bounded(source, ImageConfig())
     width, height = image.size
-    return (height, width) if (_orientation(image) or 1) in (5, 6, 7, 8) else (width, height)
+    return (height, width) if (_orientation(image) or 1) in _SIDEWAYS else (width, height)
 
 
 def expand(source: ImageSource) -> list[ImageSource]:
@@ -388,14 +399,22 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def date_taken(data: bytes) -> float | None:
-    """Return when a photo was taken by its EXIF, in seconds since 1970 in local time, or None if that is unknown."""
-    try:
-        with _open_bytes("", data) as image:
+def read_facts(source: bytes | PdfPage, config: ImageConfig) -> ImageFacts:
+    """Read the date and size of an image from its header; what is missing or damaged is None.
+
+    Args:
+        source: the bytes of an image file, or a page of a PDF.
+        config: slicing for which a page is rendered.
+    """
+    if isinstance(source, PdfPage):
+        return ImageFacts(None, *source.pixels(page_zoom(source, config)))
+    taken, size = None, ()
+    with contextlib.suppress(Exception):  # as for the orientation
+        with _open_bytes("", source) as image:
+            size = image.size[::-1] if (_orientation(image) or 1) in _SIDEWAYS else image.size
             text = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
-        return datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
-    except Exception:  # as for the orientation
-        return None
+        taken = datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
+    return ImageFacts(taken, *size)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -22,8 +22,11 @@ from .cli import (
     share_or_more,
 )
 from .demo import CHECKPOINT, SIGLIP
-from .files import find_path, printable
+from .files import printable, true_path
 
+FOLDERS = """Of a Photos library (X.photoslibrary), which is searched if it is FOLDER itself, the originals are listed,
+not what Photos derives from them. The features of a deleted picture are kept for 30 days, in case it comes back; they
+are removed when most of the index is older than that, or at once by --compact."""
 POLL = 2.0  # seconds between two looks at a watched folder
 
 
@@ -83,7 +86,7 @@ def _filters(args: argparse.Namespace):
 
     folder = None
     if args.folder is not None:
-        folder = os.path.realpath(find_path(args.folder))
+        folder = true_path(args.folder)
         if not os.path.isdir(folder):
             raise ValueError(f"{args.folder}: no such folder")
     return Filters(args.after, args.before, folder)
@@ -205,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Search the pictures of a folder, or of a feature store, by text, image, or sums of both. Printed "
         "are the match that Llama3-V sees, if it looked, the cosine, the probability that a single text matches, and "
         "the path.",
-        epilog=GRAMMAR,
+        epilog=f"{GRAMMAR}\n\n{FOLDERS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="FOLDER", help="folder of pictures, or a store of pooled embeddings")
@@ -245,6 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--index", metavar="DIR", help="keep the index in this folder")
     index.add_argument("--no-update", action="store_true", help="search without looking for new files")
     index.add_argument("--rehash", action="store_true", help="read all files again, whatever their size and times")
+    index.add_argument("--compact", action="store_true", help="free the space of deleted pictures now; see below")
     index.add_argument("--watch", action="store_true", help="keep the index up to date until Ctrl-C")
     index.add_argument("--batch-size", type=positive, default=8, help="images embedded at once (default: 8)")
     workers = min(16, os.cpu_count() or 1)
@@ -265,16 +269,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)  # a query may follow options
     given = bool(args.text and args.text.strip()) + bool(args.image) + (args.near_duplicates is not None)
-    if given > 1 or (not given and not args.watch):
+    if given > 1 or not (given or args.watch or args.compact):
         parser.error("give either a text or --image FILE")
     if (args.rerank or args.ask) and not args.text:
         parser.error("--rerank and --ask need a text to judge the images by")
     if args.top < 1:
         parser.error(f"--top is {args.top}; it must be 1 or more")
-    if args.no_update and (args.watch or args.rehash):
-        parser.error("--no-update takes neither --watch nor --rehash")
+    if args.no_update and (args.watch or args.rehash or args.compact):
+        parser.error("--no-update takes none of --watch, --rehash and --compact")
     is_store = (Path(args.store) / "store.json").is_file() or not os.path.isdir(args.store)
-    own = ("after", "before", "folder", "near_duplicates", "model", "index", "no_update", "rehash", "watch")
+    own = ("after", "before", "folder", "near_duplicates", "model", "index", "no_update", "rehash", "watch", "compact")
     if is_store and os.path.isdir(args.store) and any(getattr(args, name) not in (None, False) for name in own):
         parser.error(f"{args.store} is a feature store, whose files may be anywhere; these options are for folders")
     run(lambda: _search_store(args) if is_store else _search_folder(args), args.debug, awake=not is_store)
@@ -288,6 +292,7 @@ def _search_store(args: argparse.Namespace) -> None:
 
 
 def _search_folder(args: argparse.Namespace) -> None:
+    from .features.compaction import KEPT_DAYS
     from .features.library import Library
 
     note_slow_cpu()
@@ -299,8 +304,12 @@ def _search_folder(args: argparse.Namespace) -> None:
         pictures, broken = library.counts()
         counts = f"{pictures} picture{'s' * (pictures != 1)}" + (f" and {broken} broken ones" if broken else "")
         print(f"{printable(library.folder)}: {counts}; {changes}", file=sys.stderr)
-        if changes.added and changes.skipped.suffixes:
-            print(f"skipped: {printable(str(changes.skipped))}", file=sys.stderr)
+        if (changes.added or not pictures) and (skipped := str(changes.skipped)):
+            print(f"skipped: {printable(skipped)}", file=sys.stderr)
+        if changes.deleted > pictures:
+            print(f"note: most pictures are gone; what is known of them is kept for {KEPT_DAYS} days", file=sys.stderr)
+    if args.compact:
+        print(f"compacted: {library.compact() / 1e6:.1f} MB freed", file=sys.stderr if args.json else sys.stdout)
     if args.near_duplicates is not None:
         groups = library.duplicates(args.near_duplicates, _filters(args))
         if args.json:

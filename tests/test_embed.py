@@ -20,9 +20,10 @@ from PIL import Image
 
 from llama3v_mlx import device
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
-from llama3v_mlx.embed import best_batch_size, main
+from llama3v_mlx.embed import best_batch_size, main, note_parts
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.features.pipeline import Pipeline
+from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.sources import count_sources, find_sources
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.features.writer import FeatureWriter
@@ -305,6 +306,52 @@ def test_two_ranks_share_the_work(photos: Path, tmp_path: Path, siglip: Path, ru
     assert len(list((tmp_path / "store").glob("shard-*.safetensors"))) == 2
     assert len(list(FeatureStore(tmp_path / "store").names())) == 9
     assert np.load(tmp_path / "export" / "embeddings.npy").shape == (8, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_parts_are_merged(photos: Path, tmp_path: Path, capsys, siglip: Path, dtype: str) -> None:
+    parts = [tmp_path / "one", tmp_path / "two"]
+    options = ("--model", siglip, "--store-dtype", dtype)
+    for i, part in enumerate(parts):
+        figures(capsys, *sorted(photos.rglob("*.*g"))[i::2], photos / "sub" / "0.jpg", "--out", part, *options)
+    for _ in range(2):
+        main(["--merge", *map(str, parts), "--out", str(tmp_path / "merged")])
+        assert capsys.readouterr().out == f"{tmp_path / 'merged'}: 8 entries\n"
+    merged = FeatureStore(tmp_path / "merged")
+    for store in map(FeatureStore, parts):
+        assert set(store.files()) <= set(merged.files())
+        for sha256, features in store:
+            assert np.array_equal(np.array(merged.get(sha256).rows), np.array(features.rows))
+    size = "SELECT DISTINCT path, width, height FROM files WHERE path LIKE '%/0.%'"
+    assert merged.database.rows(size) == FeatureStore(parts[0]).database.rows(size)
+    assert verify(tmp_path / "merged").lost == []
+    found = figures(capsys, photos, "--out", tmp_path / "merged", *options)
+    assert (found["new"], found["known"]) == (0, 9)
+    with pytest.raises(SystemExit):
+        main(["--merge", str(parts[0]), str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")])
+    assert "nowhere: not a feature store" in capsys.readouterr().err
+    figures(capsys, photos / "1.png", "--out", tmp_path / "other", "--model", SIGLIP)
+    with pytest.raises(SystemExit):
+        main(["--merge", str(parts[0]), str(tmp_path / "other"), "--out", str(tmp_path / "new")])
+    assert "other: was made with another model" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_ranks_with_disks_of_their_own_are_told_to_merge(tmp_path: Path, capsys, monkeypatch) -> None:
+    class Group:
+        size, rank = lambda self: 2, lambda self: 0
+
+    files = [tmp_path / name / "store.json" for name in ("one", "two")]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        file.touch()
+        os.utime(file, ns=(i, 10**18 + i))
+    gathered = []
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, **_: gathered.append(x) or mx.concatenate(gathered))
+    for file in (files[0], files[0]):
+        note_parts(Group(), file.parent)
+    assert capsys.readouterr().err == ""
+    note_parts(Group(), files[1].parent)
+    assert "wrote to 2 disks" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path, siglip: Path) -> None:

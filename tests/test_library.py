@@ -1,5 +1,6 @@
 """Searching a folder of pictures: its index follows the folder, and no hit is out of date."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llama3v_mlx import files
 from llama3v_mlx import search as command
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.features.grammar import Filters, parse_date
@@ -120,22 +123,137 @@ def test_a_disk_that_is_not_mounted_is_not_forgotten(library: Library, pictures:
     assert str(library.update()) == "no changes" and not read() and len(paths_of(library)) == 12
 
 
+def test_most_pictures_are_gone(library: Library, pictures: Path, tmp_path: Path, capsys) -> None:
+    """As when a disk below the folder is not mounted; nothing is embedded again when it is back."""
+    for i in "01":
+        (pictures / i).rename(tmp_path / i)
+    arguments = [str(pictures), "words", "--index", str(library.index)]
+    main(arguments)
+    assert "4 pictures; 8 deleted\nnote: most pictures are gone" in capsys.readouterr().err
+    for i in "01":
+        (tmp_path / i).rename(pictures / i)
+    assert counts(library.update()) == (8, 0, 0, 0, 0)
+
+
+def test_a_renamed_library_keeps_its_index(pictures: Path, tmp_path: Path, read, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("llama3v_mlx.features.library.CACHE", tmp_path / "cache")
+    (pictures / os.fsdecode(b"\xff.png")).write_bytes(b"broken")
+
+    def search(folder: Path) -> str:
+        main([str(folder), "words"])
+        return capsys.readouterr().err.splitlines()[-1].rpartition(": ")[2]
+
+    assert search(pictures) == "12 pictures and 1 broken ones; 12 added, 1 broken"
+    read()
+    (tmp_path / "moved").mkdir()
+    folder = pictures.rename(tmp_path / "moved" / "photos")
+    assert search(folder).startswith("12 pictures and 1 broken ones; 1") and not read() - {"\udcff.png"}
+    shutil.copytree(folder, tmp_path / "copy")  # another folder, with an index of its own
+    assert search(tmp_path / "copy").endswith("12 added, 1 broken")
+    shutil.rmtree(tmp_path / "copy")
+    assert search(folder) == "12 pictures and 1 broken ones; no changes"
+    assert len(list((tmp_path / "cache" / "libraries").iterdir())) == 2
+
+
+def test_a_damaged_index_is_not_taken_over(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("llama3v_mlx.features.library.CACHE", tmp_path / "cache")
+    index = Library(pictures, MODEL).index
+    (index / "store.db").write_bytes(b"no database")
+    (index.parent / "notes.txt").write_text("no index")
+    pictures.rename(tmp_path / "moved")
+    assert Library(tmp_path / "moved", MODEL).update().embedded == 12 and index.exists()
+
+
+def test_pictures_in_icloud_only_are_not_read(library: Library, pictures: Path, read, monkeypatch) -> None:
+    """Neither those with a placeholder nor the dataless ones, which reading would download; they are kept."""
+    draw(pictures / "0" / "new.png", 100)
+    (pictures / "0" / "0.png").rename(pictures / "0" / ".0.png.icloud")
+    (pictures / "0" / ".notes.txt.icloud").touch()
+    os.utime(pictures / "0" / "3.png", (1, 1))  # its state changes when it is evicted
+    flags = {"new.png": 0x40000000, "3.png": 0x40000000, "6.png": 0x40000000}
+    disguise(monkeypatch, lambda name, stat: SimpleNamespace(**fields_of(stat), st_flags=flags.get(name, 0)))
+    changes = library.update()
+    assert counts(changes) == (0, 0, 0, 0, 0) and not read() and library.counts() == (12, 0)
+    assert sorted(map(os.path.basename, changes.skipped.remote)) == ["0.png", "3.png", "6.png", "new.png"]
+    assert "4 in iCloud only: choose Download Now" in str(changes.skipped)
+    assert changes.skipped.suffixes == {".icloud": 1}
+    assert "0/6.png" in paths_of(library) and "0/0.png" not in paths_of(library)
+    monkeypatch.undo()
+    (pictures / "0" / ".0.png.icloud").rename(pictures / "0" / "0.png")
+    assert counts(library.update()) == (1, 0, 0, 0, 1) and library.counts() == (13, 0)
+
+
+def fields_of(stat: os.stat_result) -> dict:
+    return {name: getattr(stat, name) for name in dir(stat) if name.startswith("st_")}
+
+
+def disguise(monkeypatch: pytest.MonkeyPatch, stat: Callable) -> None:
+    """Have a scan of a folder see `stat(name, its stat)` of each file."""
+    real = os.scandir
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry):
+            self.__dict__ = {name: getattr(entry, name) for name in ("name", "path", "is_dir", "is_file")}
+            self.stat = lambda: stat(entry.name, entry.stat())
+
+    class Scan(list):
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(os, "scandir", lambda top: Scan(map(Entry, real(top))))
+
+
+def test_other_programs_libraries(pictures: Path, tmp_path: Path) -> None:
+    """Their originals are pictures, if they are named, and what is derived from them is not."""
+    for name in ("Photos.photoslibrary/originals/A", "Photos.photoslibrary/resources/derivatives"):
+        draw(pictures / name / "1.jpg", 100)
+    for name in ("Old.photolibrary", "Even Older.aplibrary"):
+        draw(pictures / name / "Masters" / "2.jpg", 101)
+        draw(pictures / name / "Thumbnails" / "2.jpg", 102)
+    library = Library(pictures, MODEL, tmp_path / "index")
+    changes = library.update()
+    assert changes.added == 12
+    assert changes.skipped.suffixes == {".photoslibrary": 1, ".photolibrary": 1, ".aplibrary": 1}
+    for name, path in (("Photos.photoslibrary", "originals/A/1.jpg"), ("Old.photolibrary", "Masters/2.jpg")):
+        library = Library(pictures / name, MODEL, tmp_path / name)
+        assert library.update().added == 1 and paths_of(library) == [path]
+
+
+def test_a_folder_is_named_as_on_the_disk(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    """A Mac's disks ignore case and Unicode form, and one folder must not have several indexes."""
+    (tmp_path / "PICTURES").symlink_to(pictures)
+    asked = []
+
+    def fcntl_(descriptor: int, command: int, space: bytes) -> bytes:
+        asked.append(os.readlink(f"/proc/self/fd/{descriptor}") if os.path.isdir("/proc/self/fd") else "")
+        assert command == 50
+        return os.fsencode(pictures).ljust(len(space), b"\0")
+
+    monkeypatch.setattr(files.os.path, "realpath", lambda path: os.path.abspath(path))
+    monkeypatch.setattr(files.fcntl, "F_GETPATH", 50, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl_)
+    assert files.true_path(tmp_path / "PICTURES") == str(pictures) and len(asked) == 1
+    monkeypatch.setattr(files.os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    assert files.true_path(tmp_path / "PICTURES") == str(tmp_path / "PICTURES")
+
+
+def test_a_file_replaced_at_once_by_one_of_equal_size(library: Library, pictures: Path) -> None:
+    path = pictures / "0" / "0.png"
+    old = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))  # the same time, as if the clock had gone back
+    assert path.stat().st_size == old.st_size and path.stat().st_ino == old.st_ino
+    assert "0/0.png" not in paths_of(library)
+    assert library.update().failed or library.counts() == (12, 0)
+
+
 def test_rehash_reads_all(library: Library, pictures: Path, read, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file whose stat does not tell that it changed, as on some network disks."""
     path = pictures / "0" / "0.png"
     stat = path.stat()
     draw(path, 100)
-    real = os.scandir
-
-    class Same:
-        def __init__(self, entry: os.DirEntry):
-            self.__dict__ = {name: getattr(entry, name) for name in ("name", "path", "is_dir", "is_file")}
-            self.stat = lambda: stat if entry.name == "0.png" else entry.stat()
-
-    class Scan(list):
-        __enter__, __exit__ = lambda self: self, lambda *_: None
-
-    monkeypatch.setattr(os, "scandir", lambda top: Scan(map(Same, real(top))))
+    disguise(monkeypatch, lambda name, found: stat if name == "0.png" else found)
     assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
     assert counts(library.update(rehash=True)) == (0, 0, 1, 0, 1) and len(read()) == 12
     assert library.counts() == (12, 0)
@@ -199,9 +317,37 @@ def test_a_folder_that_cannot_be_listed_is_kept(library: Library, pictures: Path
     monkeypatch.setattr(os, "scandir", scandir)
     changes = library.update()
     assert counts(changes) == (0, 0, 0, 0, 0)
-    assert changes.skipped.denied == [(str(pictures / "1"), "Operation not permitted")]
+    ((name, reason),) = changes.skipped.denied
+    assert name == str(pictures / "1") and reason.startswith("Operation not permitted; macOS's privacy protection")
     monkeypatch.undo()
     assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_protected_folder(library: Library, pictures: Path, known: bool, tmp_path: Path, monkeypatch, capsys) -> None:
+    """As macOS's privacy protection denies it: whatever the index has, one line says what to do."""
+
+    real = os.scandir
+
+    def scandir(top: str):
+        if os.fspath(top).startswith(str(pictures)):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), top)
+        return real(top)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(SystemExit) as stop:
+            main([str(pictures), "words", "--index", str(library.index if known else tmp_path / "new")])
+        said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+        assert stop.value.code == 1 and len(said) == 1
+        assert said[0].startswith(f"error: {pictures}: cannot be listed (Operation not permitted; ")
+        assert "System Settings > Privacy & Security > Files and Folders" in said[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("llama3v_mlx.image.read_file", lambda path: scandir(path))
+        with pytest.raises(SystemExit):
+            main([str(pictures), "--image", str(pictures / "0" / "0.png"), "--index", str(library.index)])
+        assert "Full Disk Access" in capsys.readouterr().err.splitlines()[-1]
+    assert len(paths_of(library)) == 12
 
 
 def test_an_entry_that_the_store_lost_is_embedded_again(library: Library) -> None:
@@ -370,7 +516,7 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
     assert "cancel out" in error(pictures, '"dog" - "dog"')
     assert "these options are for folders" in error(library.index, "words", "--after", "2020", code=2)
     assert "'soon' is not a date" in error(pictures, "words", "--before", "soon", code=2)
-    assert "--no-update takes neither" in error(pictures, "words", "--no-update", "--watch", code=2)
+    assert "--no-update takes none of" in error(pictures, "words", "--no-update", "--watch", code=2)
     assert "give either a text or" in error(pictures, code=2)
     assert "is not a feature store and not empty" in error(pictures, "words", "--index", tmp_path)
 

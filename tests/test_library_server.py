@@ -20,6 +20,7 @@ from PIL import Image
 from test_server import raw, request, uri
 
 from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.features.database import Database
 from llama3v_mlx.features.library import Library
 from llama3v_mlx.server import main
 from llama3v_mlx.serving import indexer as indexers
@@ -31,7 +32,17 @@ from llama3v_mlx.serving.thumbnails import Thumbnails
 SEARCH, UPDATE, STATUS = "/v1/library/search", "/v1/library/update", "/v1/library"
 STARS = "two-red-stars.jpg"
 GONE = "42.png"  # is moved away, and counts as changed after that
+PAPER = "paper.pdf"  # of two pages
 HOSTILE = "<img src=x onerror=alert(1)>\u202egnp.exe\n\x1b[2J.png"
+
+
+FILES_AT_FIRST = """CREATE TABLE files (
+    id INTEGER PRIMARY KEY,
+    sha256 BLOB NOT NULL,  -- empty: not an image
+    path BLOB NOT NULL,  -- UTF-8; as bytes, because a file name may be any bytes
+    size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,  -- when it was read, if known
+    taken REAL  -- when the photo was taken, in seconds since 1970 in local time, if known
+)"""
 
 
 def fill(folder: Path) -> None:
@@ -46,6 +57,8 @@ def fill(folder: Path) -> None:
     Image.new("RGB", (900, 300), "navy").save(folder / "sub" / "rotated.jpg", exif=exif)
     Image.new("RGBA", (5000, 50), (0, 255, 0, 128)).save(folder / "sub" / "wide.tiff")
     Image.new("RGB", (60, 60), "red").save(folder / HOSTILE)
+    pages = [Image.new("L", size, 200) for size in ((300, 600), (800, 200))]
+    pages[0].save(folder / PAPER, save_all=True, append_images=pages[1:])
     with contextlib.suppress(OSError):  # macOS has no such names
         Image.new("RGB", (60, 61), "red").save(folder / os.fsdecode(b"\xff.png"))
 
@@ -122,7 +135,8 @@ class TestSearch:
     def test_by_text(self, port: int) -> None:
         found = search(port, "two red stars", top=3)
         assert found[0]["name"] == STARS and len(found) == 3
-        assert set(found[0]) == {"id", "name", "cosine", "probability", "date", "bytes"}
+        assert set(found[0]) == {"id", "name", "cosine", "probability", "date", "bytes", "width", "height"}
+        assert (found[0]["width"], found[0]["height"]) == Image.open(IMAGES / STARS).size
         assert found[0]["bytes"] == (IMAGES / STARS).stat().st_size
         assert [hit["cosine"] for hit in found] == sorted((hit["cosine"] for hit in found), reverse=True)
         assert 1 >= found[0]["probability"] > found[1]["probability"] >= 0
@@ -148,6 +162,7 @@ class TestSearch:
     def test_filters(self, port: int) -> None:
         rotated = search(port, "blue", before="2021")
         assert [(hit["name"], hit["date"]) for hit in rotated] == [("sub/rotated.jpg", "2020-05-17T18:30:00")]
+        assert (rotated[0]["width"], rotated[0]["height"]) == (300, 900)  # upright
         assert {hit["name"] for hit in search(port, "blue", folder="sub/")} == {"sub/rotated.jpg", "sub/wide.tiff"}
         assert (
             search(port, "blue", folder="sub", after="2020-05-17", before="2020-05-18")[0]["name"] == "sub/rotated.jpg"
@@ -227,6 +242,42 @@ class TestPictures:
         monkeypatch.setattr(served, "load_image", lambda *_, **__: pytest.fail("made again"))
         assert get(port, f"/v1/library/thumbnail/{id}")[1] == first
 
+    def test_pages_of_a_pdf(self, port: int, folder: Path, hidden) -> None:
+        pages = {hit["name"]: hit for hit in search(port, "a page", top=200) if hit["name"].startswith(PAPER)}
+        assert sorted(pages) == [f"{PAPER}#1", f"{PAPER}#2"]
+        for page, ratio in zip((pages[name] for name in sorted(pages)), (1 / 2, 4), strict=True):
+            assert page["bytes"] == (folder / PAPER).stat().st_size
+            assert max(page["width"], page["height"]) == served.SIDE["image"]
+            assert page["width"] / page["height"] == pytest.approx(ratio, rel=0.02)
+            for kind, most in served.SIDE.items():
+                size = shown(port, kind, page["id"]).size
+                assert max(size) == most and size[0] / size[1] == pytest.approx(ratio, rel=0.02)
+        assert shown(port, "image", page["id"]).getpixel((9, 9)) == pytest.approx((200,) * 3, abs=2)
+        hidden(folder / PAPER)
+        Image.new("L", (300, 600)).save(folder / PAPER)
+        assert get(port, f"/v1/library/image/{page['id']}")[0] == 404
+
+    def test_an_older_index_has_no_sizes(self, demo, tmp_path: Path) -> None:
+        """Also one on a read-only disk, which cannot be given the columns."""
+        (tmp_path / "pictures").mkdir()
+        shutil.copy(IMAGES / STARS, tmp_path / "pictures")
+        library = Library(tmp_path / "pictures", str(SIGLIP), tmp_path / "index")
+        library.update()
+        with library.store.database.transaction() as db:
+            db.execute("ALTER TABLE files RENAME TO now")
+            db.execute(FILES_AT_FIRST)
+            db.execute("INSERT INTO files SELECT id, sha256, path, size, mtime_ns, ctime_ns, inode, taken FROM now")
+            db.execute("DROP TABLE now")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Database, "_add_sizes", lambda _: None)
+            served = {"library": tmp_path / "pictures", "library_index": tmp_path / "index"}
+            with serving(*demo, embedding_model=SIGLIP, **served) as app:
+                (hit,) = search(app.server_port, "stars")
+                assert (hit["name"], hit["width"], hit["height"]) == (STARS, None, None)
+        library = Library(tmp_path / "pictures", str(SIGLIP), tmp_path / "index")
+        assert str(library.update(rehash=True)) == "no changes"
+        assert library.store.database.rows("SELECT width, height FROM files") == [Image.open(IMAGES / STARS).size]
+
     @pytest.mark.parametrize("kind", ["thumbnail", "image"])
     def test_only_by_id(self, port: int, folder: Path, kind: str) -> None:
         id, start = id_of(port, STARS), f"/v1/library/{kind}/"
@@ -294,6 +345,8 @@ class TestPictures:
             Image.fromarray(np.full((9, 9, 3), 80 * i, np.uint8)).save(name)
         (inside / "link.png").symlink_to(outside / "secret.png")
         (inside / "within.png").symlink_to("own.png")
+        Image.new("L", (9, 9)).save(outside / "secret.pdf")
+        (inside / "link.pdf").symlink_to(outside / "secret.pdf")
         library = Library(inside, str(SIGLIP), tmp_path / "index")
         library.update()
         other = Library(outside, str(SIGLIP), tmp_path / "index")
@@ -301,7 +354,7 @@ class TestPictures:
         other.update()
         with serving(*demo, embedding_model=SIGLIP, library=inside, library_index=tmp_path / "index") as app:
             names = [(sha256, Path(name).name) for sha256, name in library.store.names()]
-            assert {name for _, name in names} >= {"own.png", "listed.png", "link.png"}
+            assert {name for _, name in names} >= {"own.png", "listed.png", "link.png", "link.pdf#1"}
             (hit,) = search(app.server_port, "a")
             assert hit["name"] in ("own.png", "within.png")
             for sha256, name in names:
@@ -348,7 +401,7 @@ class TestState:
         assert state(port) == {
             "object": "library",
             "name": "pictures",
-            "pictures": sum(path.is_file() for path in folder.rglob("*")),
+            "pictures": sum(path.is_file() for path in folder.rglob("*")) + 1,  # pages are pictures
             "broken": 0,
             "updating": False,
             "progress": None,

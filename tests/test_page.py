@@ -61,11 +61,13 @@ STREAMS = """() => {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """A library's folder: the demo's pictures, a large one, and one with a bad name."""
+    """A library's folder: the demo's pictures, a large one, one with a bad name, and two pages."""
     folder = tmp_path_factory.mktemp("pictures") / "pictures"
     shutil.copytree(IMAGES, folder)
     Image.new("RGB", (2400, 1200), "navy").save(folder / "wide.png")
     Image.new("RGB", (60, 60), "red").save(folder / BAD_NAME)
+    pages = [Image.new("L", (300, 400), 200), Image.open(CIRCLES).convert("RGB")]
+    pages[0].save(folder / "paper.pdf", save_all=True, append_images=pages[1:])
     return folder
 
 
@@ -785,7 +787,7 @@ def test_no_storage(browser, address: str) -> None:
 def library(page):
     """The Library tab."""
     page.get_by_role("link", name="Library").click()
-    expect(page.locator("#state")).to_contain_text(f"{len(list(IMAGES.iterdir())) + 2} pictures in pictures")
+    expect(page.locator("#state")).to_contain_text(f"{len(list(IMAGES.iterdir())) + 4} pictures in pictures")
     return page
 
 
@@ -796,6 +798,15 @@ def find(page, text: str) -> None:
 
 def option(page, name: str):
     return page.get_by_role("option", name=name)
+
+
+def rows_of(page) -> list[list[dict]]:
+    """Boxes of the pictures found, by row."""
+    rows: dict[int, list[dict]] = {}
+    for item in page.get_by_role("option").all():
+        box = item.bounding_box()
+        rows.setdefault(round(box["y"]), []).append(box)
+    return list(rows.values())
 
 
 def names_waiting(page) -> list[str]:
@@ -826,6 +837,44 @@ def test_library_finds_and_shows(library) -> None:
     button(library, "More like this").click()
     expect(library.get_by_role("option").first).to_have_attribute("title", "wide.png")
     expect(library.locator("#found small").first).to_have_text("1.000")
+
+
+def test_library_does_not_move_while_pictures_load(library) -> None:
+    held = []
+    library.route("**/v1/library/thumbnail/**", lambda route: held.append(route))
+    library.get_by_role("searchbox").fill("circles")
+    library.get_by_role("option").first.wait_for()
+    before = rows_of(library)
+    for row in before:
+        assert max(box["height"] for box in row) - min(box["height"] for box in row) < 1
+    wide = option(library, "wide.png").bounding_box()
+    assert wide["width"] / wide["height"] == pytest.approx(2, rel=0.01)
+    library.route("**/v1/library/thumbnail/**", lambda route: route.continue_())
+    for route in held:
+        route.continue_()
+    expect(library.locator("#found img[src]")).to_have_count(library.get_by_role("option").count())
+    assert rows_of(library) == before
+    library.route("**/v1/library/image/**", lambda route: held.append(route))
+    option(library, "wide.png").click()
+    image = library.locator("#zoom img")
+    expect(image).to_have_js_property("naturalWidth", 320)
+    box = image.bounding_box()
+    assert box["width"] == pytest.approx(960, abs=1) and box["height"] == pytest.approx(480, abs=1)
+    held[-1].continue_()
+    expect(image).to_have_js_property("naturalWidth", 2048)
+    assert image.bounding_box() == box
+
+
+def test_library_pages_of_a_pdf(library) -> None:
+    find(library, "three blue circles")
+    page = option(library, "paper.pdf#2")
+    page.click()
+    expect(library.locator("#zoom img")).to_have_js_property("naturalHeight", 2048)
+    library.keyboard.press("Escape")
+    page.drag_to(library.locator("#form"))
+    expect(library.locator("#waiting img")).to_have_count(1)
+    assert names_waiting(library) == ["paper.pdf#2"]
+    assert "circles" in answer(library, "What is this image?")
 
 
 def test_library_hostile_name(library) -> None:
@@ -902,10 +951,20 @@ def test_library_by_keyboard(page) -> None:
     expect(all_items.nth(1)).to_be_focused()
     page.keyboard.press("Space")
     expect(all_items.nth(1)).to_have_attribute("aria-selected", "true")
-    columns = page.evaluate("getComputedStyle(document.querySelector('#found')).gridTemplateColumns.split(' ').length")
     page.keyboard.press("Home")
+    rows = rows_of(page)
+    assert len(rows) > 2 and len(rows[0]) > 1
+    page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    expect(all_items.nth(columns)).to_be_focused()
+    middle = rows[0][1]["x"] + rows[0][1]["width"] / 2
+    distances = [abs(box["x"] + box["width"] / 2 - middle) for box in rows[1]]
+    expect(all_items.nth(len(rows[0]) + distances.index(min(distances)))).to_be_focused()
+    for _ in rows:
+        page.keyboard.press("ArrowUp")
+    expect(all_items.first).to_be_focused()
+    for _ in rows:
+        page.keyboard.press("ArrowDown")
+    expect(all_items.last).to_be_focused()
     page.keyboard.press("End")
     expect(all_items.last).to_be_focused()
     page.keyboard.press("Enter")

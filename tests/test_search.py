@@ -3,7 +3,9 @@
 import contextlib
 import json
 import shutil
+import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +16,10 @@ from PIL import Image, ImageDraw
 from llama3v_mlx import search as search_module
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.embed import main as embed
+from llama3v_mlx.features import ranking
 from llama3v_mlx.features.encoder import TextEncoder, load_encoder
 from llama3v_mlx.features.ranking import nearest
+from llama3v_mlx.features.store import StoreInfo
 from llama3v_mlx.models.siglip import SigLIP
 from llama3v_mlx.search import main
 
@@ -83,6 +87,56 @@ def test_nearest_is_the_order_of_all_cosines(store: Path, rng: np.random.Generat
     assert [int.from_bytes(key, "big") for key, _ in hits] == np.argsort(-cosines)[:20].tolist()
     np.testing.assert_allclose([score for _, score in hits], np.sort(cosines)[::-1][:20], rtol=1e-5)
     assert len(nearest(made, query, 1000)) == 500
+
+
+class Rows:
+    """What near-duplicates need of a store, in blocks of `size` rows."""
+
+    def __init__(self, rows: np.ndarray, size: int):
+        self.rows, self.size = rows.astype(np.float32), size
+        self.info = StoreInfo("m", "pooled", "f0", rows.shape[1], "float32")
+
+    def matrix(self) -> Iterator[np.ndarray]:
+        return iter(np.split(self.rows, range(self.size, len(self.rows), self.size)))
+
+    def keys(self) -> np.ndarray:
+        return np.array([b"%032d" % i for i in range(len(self.rows))], "V32")
+
+
+def groups_of(rows: np.ndarray, least: float, size: int) -> list[list[int]]:
+    return [[int(key) for key in group] for group in ranking.near_duplicates(Rows(rows, size), least)]
+
+
+@pytest.mark.parametrize("least", [0.5, 0.9, 0.99])
+def test_near_duplicates_are_connected_by_any_chain(rng: np.random.Generator, least: float, monkeypatch) -> None:
+    """As a search of the graph finds them, over blocks of other sizes than the store's."""
+    monkeypatch.setattr(ranking, "_BLOCK", 3)
+    walk = np.cumsum(0.3 * rng.normal(size=(40, 6)), axis=0)
+    rows = np.concatenate([walk, rng.normal(size=(40, 6)), walk[::4] * 2])[rng.permutation(90)]
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    near = unit @ unit.T >= least
+    reached = np.eye(len(rows), dtype=bool)
+    for _ in rows:
+        reached = reached @ near
+    expected = {tuple(np.flatnonzero(row).tolist()) for row in reached if row.sum() > 1}
+    assert expected and {tuple(group) for group in groups_of(rows, least, 5)} == expected
+
+
+def test_near_duplicates_of_many_equal_pictures_are_quick() -> None:
+    """By the lines that Python executes: a time-lapse has millions of pairs."""
+    lines = 0
+
+    def count(*_):
+        nonlocal lines
+        lines += 1
+        return count
+
+    sys.settrace(count)
+    try:
+        (group,) = groups_of(np.ones((400, 4)), 0.97, 200)
+    finally:
+        sys.settrace(None)
+    assert len(group) == 400 and lines < 10_000
 
 
 def test_sheet(store: Path, tmp_path: Path, capsys) -> None:

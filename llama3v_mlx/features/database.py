@@ -39,7 +39,8 @@ CREATE TABLE files (
     sha256 BLOB NOT NULL,  -- empty: not an image
     path BLOB NOT NULL,  -- UTF-8; as bytes, because a file name may be any bytes
     size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER,  -- when it was read, if known
-    taken REAL  -- when the photo was taken, in seconds since 1970 in local time, if known
+    taken REAL,  -- when the photo was taken, in seconds since 1970 in local time, if known
+    width INTEGER, height INTEGER  -- in pixels, upright, if known
 );
 CREATE INDEX files_by_path ON files (path);
 CREATE INDEX files_by_sha256 ON files (sha256);
@@ -76,6 +77,15 @@ class Database:
         weakref.finalize(self, connection.close)
         if self.rows("PRAGMA user_version") != [(FORMAT,)]:
             raise FeatureError(f"{self.path}: damaged; {REPAIR.format(folder)}")
+        if not self.rows("SELECT 1 FROM pragma_table_info('files') WHERE name = 'height'"):
+            self._add_sizes()
+
+    def _add_sizes(self) -> None:
+        """Add the columns that stores did not have at first; readers of a read-only one go without."""
+        with contextlib.suppress(OSError), self.transaction() as db:
+            for name in ("width", "height"):
+                if not db.execute("SELECT 1 FROM pragma_table_info('files') WHERE name = ?", (name,)).fetchone():
+                    db.execute(f"ALTER TABLE files ADD COLUMN {name} INTEGER")
 
     def rows(self, query: str, parameters: Sequence = ()) -> list[tuple]:
         """Run one query outside of a transaction, and return all rows.

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import struct
 from collections.abc import Sequence
 from io import FileIO
@@ -21,12 +22,16 @@ from .shards import DTYPES, HEADER_BYTES, OPEN, RECORD, SCALES, SEALED, FeatureE
 _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": "I8"}
 
 
+def lock_path(folder: Path, writer: int) -> Path:
+    return folder / f"writer-{writer:03}.lock"
+
+
 def claim(folder: Path, writer: int) -> FileIO | None:
     """Take a writer's number, by a locked file; None if it is taken.
 
     Where the file system has no locks, a number is free only until its file exists.
     """
-    path = folder / f"writer-{writer:03}.lock"
+    path = lock_path(folder, writer)
     created = False
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
@@ -50,8 +55,23 @@ def find_growing(folder: Path, writer: int) -> int | None:
 
 
 def next_number(folder: Path, writer: int) -> int:
-    """Return the number after a writer's last sealed shard."""
-    return 1 + max((number_of(path) for path in folder.glob(f"shard-{writer:03}-*{SEALED}")), default=-1)
+    """Return the number after a writer's last sealed shard, also if a compaction has removed that."""
+    removed = re.fullmatch(rb"\d{1,9}", lock_path(folder, writer).read_bytes())
+    numbers = [number_of(path) + 1 for path in folder.glob(f"shard-{writer:03}-*{SEALED}")]
+    return max([int(removed[0]) if removed else 0, *numbers])
+
+
+def remove_shard(folder: Path, writer: int, number: int) -> None:
+    """Remove a shard without entries; the caller holds its writer's lock.
+
+    Its number is not used again, because other processes may have the removed shard open.
+    """
+    with lock_path(folder, writer).open("r+b", buffering=0) as file:
+        write_at(file, str(max(next_number(folder, writer), number + 1)).encode(), 0)
+        sync(file.fileno())
+    sealed = shard_path(folder, writer, number)
+    for path in (sealed, sealed.with_suffix(OPEN), sealed.with_suffix(SCALES)):
+        path.unlink(missing_ok=True)
 
 
 def number_of(path: Path) -> int:

@@ -6,6 +6,7 @@ times or inode changed. Rows of files that are gone are removed last, so that an
 continued by the next; until then they are no hits, because each hit is compared with its file.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -21,32 +22,35 @@ import numpy as np
 
 from ..checkpoint import find_checkpoint, name_of
 from ..cli import CACHE
-from ..files import find_path
+from ..files import true_path
 from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF
+from .adoption import adopt
+from .compaction import compact, compaction_is_due, note_dead
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
 from .pipeline import Pipeline, Report
-from .ranking import Ranking, near_duplicates
+from .ranking import Ranking
 from .sources import FileStat, Skipped, Source, file_of, file_stat, scan_folder
-from .store import FeatureStore
+from .store import FeatureError, FeatureStore
 from .writer import FeatureWriter
 
 _STAT = "size, mtime_ns, ctime_ns, inode"
+_FACTS = "taken, width, height"
 _SAME = " AND ".join(f"f.{name} = s.{name}" for name in ("path", *_STAT.split(", ")))
 _TABLES = f"""
     CREATE TEMP TABLE IF NOT EXISTS scan (path BLOB PRIMARY KEY, {_STAT}) WITHOUT ROWID;  -- the folder now
     CREATE TEMP TABLE IF NOT EXISTS fresh (path BLOB PRIMARY KEY, {_STAT}) WITHOUT ROWID;  -- files to be read
-    CREATE TEMP TABLE IF NOT EXISTS gone (id INTEGER PRIMARY KEY, path, sha256, {_STAT}, taken);  -- outdated rows
+    CREATE TEMP TABLE IF NOT EXISTS gone (id INTEGER PRIMARY KEY, path, sha256, {_STAT}, {_FACTS});  -- outdated rows
     DELETE FROM scan; DELETE FROM fresh; DELETE FROM gone;
 """
 _FIND_FRESH = f"""INSERT INTO fresh SELECT * FROM scan s WHERE NOT EXISTS (SELECT 1 FROM files f WHERE {_SAME}
     AND (f.sha256 = X'' OR f.sha256 IN (SELECT sha256 FROM entries)))"""
-_FIND_GONE = f"""INSERT INTO gone SELECT id, path, sha256, {_STAT}, taken FROM files f
+_FIND_GONE = f"""INSERT INTO gone SELECT id, path, sha256, {_STAT}, {_FACTS} FROM files f
     WHERE NOT EXISTS (SELECT 1 FROM scan s WHERE {_SAME})"""
 _LIST_FRESH = f"SELECT path, {_STAT} FROM fresh ORDER BY path"
 # Files whose folder was renamed, or which kept their times otherwise, are known without being read.
-_FIND_RENAMED = f"""SELECT gone.sha256, fresh.path, {_STAT}, gone.taken FROM fresh JOIN gone USING ({_STAT})
+_FIND_RENAMED = f"""SELECT gone.sha256, fresh.path, {_STAT}, {_FACTS} FROM fresh JOIN gone USING ({_STAT})
     WHERE gone.sha256 IN (SELECT sha256 FROM entries) AND gone.path NOT IN (SELECT path FROM scan)
     GROUP BY fresh.path"""
 
@@ -95,7 +99,7 @@ class Library:
     def __init__(
         self, folder: str | Path, model: str, index: str | Path | None = None, encoder: ImageEncoder | None = None
     ):
-        self.folder = os.path.realpath(find_path(folder))
+        self.folder = true_path(folder)
         if not os.path.isdir(self.folder):
             raise ValueError(f"{folder}: no such folder")
         if encoder is None:
@@ -103,7 +107,10 @@ class Library:
             encoder.all_cores = True
         self.encoder = encoder
         self.index = Path(index) if index else default_index(self.folder, model)
-        self.store = FeatureStore.create(self.index, self.encoder.store_info("float32"))
+        info = self.encoder.store_info("float32")
+        if not index and not self.index.exists():
+            adopt(self.index, self.folder, info)
+        self.store = FeatureStore.create(self.index, info)
         self.ranking = Ranking(self.store)
         self._checkpoint = find_checkpoint(model)
         self._texts: TextEncoder | None = None
@@ -149,11 +156,14 @@ class Library:
     def _update(self, progress: Callable[[Report, int], None], rehash: bool, batch_size: int, workers: int) -> Changes:
         changes, database = Changes(), self.store.database
         self._scan(changes.skipped)
-        if any(self.counts()) and not changes.skipped.denied and not database.rows("SELECT 1 FROM scan LIMIT 1"):
-            raise ValueError(
-                f"{self.folder}: has no pictures any more; mount its disk, or if it has none, delete the index "
-                f"{self.index}"
-            )
+        if not database.rows("SELECT 1 FROM scan LIMIT 1"):
+            for name, reason in changes.skipped.denied:
+                raise ValueError(f"{name}: cannot be listed ({reason})")
+            if any(self.counts()) and not changes.skipped.remote:
+                raise ValueError(
+                    f"{self.folder}: has no pictures any more; mount its disk, or if it has none, delete the index "
+                    f"{self.index}"
+                )
         with database.transaction() as db:
             if rehash:
                 db.execute("UPDATE files SET size = -1")
@@ -171,8 +181,23 @@ class Library:
             changes.failed, changes.embedded = report.failed, report.new
         with database.transaction() as db:
             self._count(db, changes, renamed)
-            db.execute("DELETE FROM files WHERE id IN (SELECT id FROM gone)")
+            is_due = False
+            if db.execute("SELECT 1 FROM gone LIMIT 1").fetchone():
+                note_dead(db)  # of pictures that came back, which may go again here
+                db.execute("DELETE FROM files WHERE id IN (SELECT id FROM gone)")
+                note_dead(db)
+                is_due = compaction_is_due(db)
+        if is_due:
+            with contextlib.suppress(
+                OSError, FeatureError
+            ):  # no space, or damaged: the pictures are found all the same
+                compact(self.store, all_dead=False)
         return changes
+
+    def compact(self) -> int:
+        """Remove the features of all pictures that are gone, and return the number of bytes freed; see `compact`."""
+        with self._updating:
+            return compact(self.store, all_dead=True)
 
     def _scan(self, skipped: Skipped) -> None:
         """Fill the table of pictures that the folder has now; the database is not kept waiting for the folder."""
@@ -202,8 +227,12 @@ class Library:
         for name, _ in skipped.denied:
             prefix = _encoded(name)
             db.execute("DELETE FROM gone WHERE path >= ? AND path < ?", (prefix + b"/", prefix + b"0"))
+        for table in ("fresh", "gone"):  # reading a file that is in iCloud only would download it
+            db.executemany(f"DELETE FROM {table} WHERE path = ?", [(_encoded(path),) for path in skipped.remote])
         renamed = db.execute(_FIND_RENAMED).fetchall()
-        db.executemany(f"INSERT INTO files (sha256, path, {_STAT}, taken) VALUES (?, ?, ?, ?, ?, ?, ?)", renamed)
+        db.executemany(
+            f"INSERT INTO files (sha256, path, {_STAT}, {_FACTS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", renamed
+        )
         db.executemany("DELETE FROM fresh WHERE path = ?", [(row[1],) for row in renamed])
         old = [(row[0], *row[2:6]) for row in renamed]
         same = "sha256 = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ?"
@@ -260,20 +289,18 @@ class Library:
         """Return groups of files whose pictures are nearly equal, the largest groups first."""
         with self._ranking:
             self.ranking.refresh()
-            groups = near_duplicates(self.store, least)
+            groups = self.ranking.near_duplicates(least)
         grouped = set().union(*groups)
         copies = self.store.database.rows("SELECT sha256 FROM files GROUP BY sha256 HAVING count(DISTINCT path) > 1")
         groups += [[sha256] for (sha256,) in copies if sha256 not in grouped and sha256]
         found = [sorted({path for key in group for path in self.current(key, filters)}) for group in groups]
         return sorted((paths for paths in found if len(paths) > 1), key=lambda paths: (-len(paths), paths))
 
-    def _among(self, filters: Filters) -> np.ndarray:
-        """Return the sorted positions, in the order of the store, of images with a file that passes the filters."""
+    def _among(self, filters: Filters) -> set[bytes]:
+        """Return the SHA-256 of images with a file that passes the filters."""
         condition, parameters = filters.sql()
         query = f"SELECT DISTINCT sha256 FROM files WHERE {condition}"
-        wanted = {sha256 for (sha256,) in self.store.database.rows(query, parameters)}
-        keys = self.store.keys()
-        return np.flatnonzero([key in wanted for key in keys.tolist()])
+        return {sha256 for (sha256,) in self.store.database.rows(query, parameters)}
 
 
 def default_index(folder: str, model: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..image import date_taken, image_sha256
+from ..image import image_sha256, read_facts
 from .encoder import ImageEncoder
 from .sources import FileStat, Source, reason
 from .writer import FeatureWriter
@@ -76,23 +76,22 @@ class Pipeline:
         return self.report
 
     def _prepare(self, source: Source):
-        """Return (SHA-256, tiles or None if already stored, date taken, seconds of reading, seconds of decoding)."""
+        """Return (SHA-256, tiles or None if already stored, facts, seconds of reading, seconds of decoding)."""
         start = time.perf_counter()
         image = source.read()
         sha256 = image_sha256(image, self.encoder.tiling)
         middle = time.perf_counter()
         tiled = None if sha256 in self.writer.store else self.encoder.prepare(image)
-        taken = date_taken(image) if isinstance(image, bytes) else None
-        return sha256, tiled, taken, middle - start, time.perf_counter() - middle
+        return sha256, tiled, read_facts(image, self.encoder.tiling), middle - start, time.perf_counter() - middle
 
     def _take(self, name: tuple[str, FileStat | None], future: Future) -> None:
         try:
-            sha256, tiled, taken, read, decode = future.result()
+            sha256, tiled, facts, read, decode = future.result()
         except (OSError, ValueError) as e:
             self.report.failed.append((name[0], reason(e, name[0])))
             self.progress(self.report)
             return
-        name = (*name, taken)
+        name = (*name, facts)
         self.report.seconds["read"] += read
         self.report.seconds["decode"] += decode
         if sha256 in self._claimed:

@@ -1,6 +1,7 @@
 """Cosine similarities in a store of pooled embeddings: the nearest to a query, and near-duplicates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,16 +28,34 @@ class Ranking:
         self._norms = np.zeros(0, np.float32)
         self._version: int | None = None
 
-    def refresh(self) -> None:
-        """Include what was added to the store, by whatever process."""
+    def refresh(self) -> bool:
+        """Include what was added to the store, by whatever process; return False if nothing changed."""
         version = self.store.database.rows("PRAGMA data_version")[0][0]
-        if version != self._version:
-            self.store.refresh()
-            self._norms = np.zeros(0, np.float32)
-            self._version = version
+        if version == self._version:
+            return False
+        self.store.refresh()
+        self._norms = np.zeros(0, np.float32)
+        self._version = version
+        return True
+
+    def near_duplicates(self, least: float) -> list[list[bytes]]:
+        """See `near_duplicates`."""
+        return self._reading(lambda: near_duplicates(self.store, least))
 
     def cosines(self, query: np.ndarray) -> np.ndarray:
         """Cosines (n,) of all entries, in the order of the store, with a query (width,)."""
+        return self._reading(lambda: self._cosines(query))
+
+    def _reading(self, read: Callable[[], Any]) -> Any:
+        """Read the store; once more if another process has compacted it meanwhile."""
+        while True:
+            try:
+                return read()
+            except FeatureError:
+                if not self.refresh():
+                    raise
+
+    def _cosines(self, query: np.ndarray) -> np.ndarray:
         query = (query / np.linalg.norm(query)).astype(np.float32)
         found, norms = np.zeros(len(self.store.keys()), np.float32), self._norms
         fresh = len(norms) != len(found)
@@ -52,16 +71,18 @@ class Ranking:
         self._norms = norms
         return found / norms
 
-    def best(self, query: np.ndarray, among: np.ndarray | None = None) -> Iterator[tuple[bytes, float]]:
+    def best(self, query: np.ndarray, among: Set[bytes] | None = None) -> Iterator[tuple[bytes, float]]:
         """Yield (SHA-256, cosine) of all entries, best first; the first ones are found without sorting all.
 
         Args:
             query: (width,).
-            among: positions in the order of the store to choose from; None: all.
+            among: SHA-256 of the entries to choose from; None: all.
         """
         cosines = self.cosines(query)
         keys = self.store.keys()
-        places = np.arange(len(cosines)) if among is None else among
+        places = np.arange(len(keys))
+        if among is not None:
+            places = np.flatnonzero([key in among for key in keys.tolist()])
         count, done = 64, 0
         while done < len(places):
             scores = -cosines[places]
@@ -83,29 +104,34 @@ def near_duplicates(store: FeatureStore, least: float = NEAR) -> list[list[bytes
 
     Two blocks of rows are in memory at a time.
     """
-    blocks = [(0, np.zeros((0, store.info.width), np.float32))]
-    ends = [0]
+    blocks, end = [], 0  # with the position of their first row
     for block in store.matrix():
         for a in range(0, len(block), _BLOCK):
-            blocks.append((ends[-1], block[a : a + _BLOCK]))
-            ends.append(ends[-1] + len(blocks[-1][1]))
-    parent = np.arange(ends[-1])
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
+            blocks.append((end, block[a : a + _BLOCK]))
+            end += len(blocks[-1][1])
+    first = np.arange(end)  # of each row's group
     for index, (a, rows) in enumerate(blocks):
         x = _unit(rows)
         for b, others in blocks[index:]:
-            near = np.array(x @ _unit(others).T >= least)
-            for i, j in np.argwhere(near):
-                parent[root(int(a + i))] = root(int(b + j))
+            i, j = np.nonzero(np.array(x @ _unit(others).T >= least))
+            _connect(first, a + i, b + j)
     groups: dict[int, list[bytes]] = {}
-    for i, key in enumerate(store.keys()):
-        groups.setdefault(root(i), []).append(key.tobytes())
+    for i, key in zip(first.tolist(), store.keys(), strict=True):
+        groups.setdefault(i, []).append(key.tobytes())
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _connect(first: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Unite the groups of rows `a` and `b`, pair by pair; `first` has the first row of each row's group."""
+    while True:
+        x, y = first[a], first[b]
+        apart = x != y
+        if not apart.any():
+            return
+        a, b, x, y = a[apart], b[apart], x[apart], y[apart]
+        np.minimum.at(first, np.maximum(x, y), np.minimum(x, y))
+        while (flat := first[first]).tobytes() != first.tobytes():
+            first[:] = flat
 
 
 def _unit(rows: np.ndarray) -> mx.array:

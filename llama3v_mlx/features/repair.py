@@ -21,7 +21,7 @@ _ENTRY = " AND ".join(
     + [f"typeof({column}) = 'integer' AND {column} BETWEEN 0 AND {end - 1}" for column, end in _NUMBERS.items()]
 )
 _FILE = "typeof(path) = 'blob' AND typeof(sha256) = 'blob' AND length(sha256) IN (0, 32)"
-_FILES = "sha256, path, size, mtime_ns, ctime_ns, inode, taken"
+_FILES = ("sha256", "path", "size", "mtime_ns", "ctime_ns", "inode", "taken", "width", "height")
 
 
 @dataclass
@@ -75,11 +75,13 @@ def _open_or_rebuild(folder: Path, verdict: Verdict) -> Database:
             except OSError as e:
                 raise FeatureError(f"{path}: {e}") from e
             with contextlib.suppress(sqlite3.Error, FeatureError), contextlib.closing(connect_readonly(path)) as old:
-                for row in old.execute(f"SELECT {_FILES} FROM files ORDER BY id"):
+                there = {row[1] for row in old.execute("PRAGMA table_info(files)")}  # a store may lack the last ones
+                columns = ", ".join(name if name in there else "NULL" for name in _FILES)
+                for row in old.execute(f"SELECT {columns} FROM files ORDER BY id"):
                     names.append(row)
             shutil.copyfile(path, path.with_suffix(".db.damaged"))
             path.with_suffix(".db-journal").unlink(missing_ok=True)  # it belongs to the damaged database
-        insert = f"INSERT INTO files ({_FILES}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        insert = f"INSERT INTO files ({', '.join(_FILES)}) VALUES ({', '.join('?' * len(_FILES))})"
         create_database(folder, lambda db: db.executemany(insert, names))
         growing = "".join(f"; the entries of {path}" for path in list_folder(folder, f"shard-*{OPEN}"))
         verdict.lost.append(f"{path}: damaged or missing; rebuilt from the shards, with {len(names)} names{growing}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import find_path, is_junk, read_file, spellings
+from ..files import explain_denial, find_path, is_junk, read_file, spellings
 from ..image import EXTENSIONS, ImageError, ImageSource, expand
 from ..pdf import PDF, PdfPage, can_read_pdf
 
@@ -29,6 +29,9 @@ def signed(value: int) -> int:
 
 
 LIBRARY = ".photoslibrary"
+LIBRARIES = {LIBRARY, ".photolibrary", ".migratedphotolibrary", ".aplibrary"}  # and those of iPhoto and Aperture
+PLACEHOLDER = ".icloud"  # .NAME.icloud stands for a file that is in iCloud only, on older systems
+_DATALESS = 0x40000000  # flag of such a file, on newer ones
 ORIGINALS = ("originals", "Masters")  # subfolders of a Photos library, current and older versions
 
 
@@ -47,6 +50,7 @@ class Skipped:
 
     suffixes: Counter[str] = field(default_factory=Counter)  # of other files, and of Photos libraries
     denied: list[tuple[str, str]] = field(default_factory=list)  # folders that cannot be listed, and why
+    remote: list[str] = field(default_factory=list)  # images that are in iCloud only
 
     def file(self, name: str) -> None:
         """Count a skipped file, or a bundle, a folder shown as a file."""
@@ -56,11 +60,13 @@ class Skipped:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common())
         hints = []
-        if self.suffixes[LIBRARY]:
-            hints.append(f"pass a {LIBRARY} to use its originals")
+        for suffix in LIBRARIES & self.suffixes.keys():
+            hints.append(f"pass a {suffix} to use its originals")
+        if self.remote:
+            hints.append(f"{len(self.remote)} in iCloud only: choose Download Now in Finder, or brctl download FILE")
         if self.suffixes[PDF] and not can_read_pdf():
             hints.append("PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)")
-        return "; ".join([counts, *hints])
+        return "; ".join(filter(None, [counts, *hints]))
 
     def details(self) -> str:
         """Format everything that was skipped, to follow a message."""
@@ -69,7 +75,7 @@ class Skipped:
 
     def folder(self, error: OSError) -> None:
         """Record a folder that cannot be listed."""
-        self.denied.append((error.filename, error.strerror))
+        self.denied.append((error.filename, explain_denial(error.strerror)))
 
 
 def find_sources(paths: list[str], skipped: Skipped | None = None) -> Iterator[Source]:
@@ -185,15 +191,20 @@ def scan_folder(folder: Path, skipped: Skipped) -> Iterator[tuple[str, os.stat_r
                 for entry in entries:
                     suffix = os.path.splitext(entry.name)[1].lower()
                     if entry.is_dir(follow_symlinks=False):
-                        if suffix == LIBRARY:
+                        if suffix in LIBRARIES:
                             skipped.file(entry.name)
                         else:
                             waiting.append(entry.path)
+                    elif suffix == PLACEHOLDER and os.path.splitext(entry.name[1 : -len(suffix)])[1].lower() in wanted:
+                        skipped.remote.append(os.path.join(top, entry.name[1 : -len(suffix)]))
                     elif suffix not in wanted or entry.name.startswith("."):
                         skipped.file(entry.name)
                     elif entry.is_file():  # and no link to nothing
                         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                            yield entry.path, entry.stat()
+                            stat = entry.stat()
+                            if getattr(stat, "st_flags", 0) & _DATALESS:
+                                skipped.remote.append(entry.path)
+                            yield entry.path, stat
         except OSError as e:
             e.filename = e.filename or top
             skipped.folder(e)
@@ -201,7 +212,7 @@ def scan_folder(folder: Path, skipped: Skipped) -> Iterator[tuple[str, os.stat_r
 
 def _roots(folder: Path) -> list[Path]:
     """Return the folders of originals in a Photos library, or the folder itself."""
-    if folder.suffix.lower() != LIBRARY:
+    if folder.suffix.lower() not in LIBRARIES:
         return [folder]
     roots = [folder / name for name in ORIGINALS]
     return [root for root in roots if os.path.isdir(root)] or roots[:1]
@@ -211,7 +222,7 @@ def _in_folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
     wanted = EXTENSIONS | {PDF} if can_read_pdf() else EXTENSIONS
     for top in _roots(folder):
         for root, folders, names in os.walk(top, onerror=skipped.folder):
-            for library in [name for name in folders if Path(name).suffix.lower() == LIBRARY]:
+            for library in [name for name in folders if Path(name).suffix.lower() in LIBRARIES]:
                 folders.remove(library)
                 skipped.file(library)
             folders.sort()

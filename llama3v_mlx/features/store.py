@@ -8,7 +8,7 @@ has a number and its own shards, so that many processes can fill one store.
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -167,12 +167,18 @@ class FeatureStore:
 
     def get(self, sha256: bytes) -> Features | None:
         """Features of the image file with this SHA-256, or None."""
-        found = self.database.rows(f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?", (sha256,))
+        query = f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?"
+        found = self.database.rows(query, (sha256,))
         if not found:
             return None
         (writer, *entry) = found[0]
-        with self.database.converting():
-            rows = from_stored(*self._stored(writer, to_records([entry])), self.info.dtype, exact=True)
+        try:
+            with self.database.converting():
+                rows = from_stored(*self._stored(writer, to_records([entry])), self.info.dtype, exact=True)
+        except FeatureError:
+            if self.database.rows(query, (sha256,)) == found:
+                raise
+            return self.get(sha256)  # a compaction has moved it meanwhile
         *_, overview_columns, overview_rows, grid_columns, grid_rows, cell_columns, cell_rows = entry
         sliced = ((grid_columns, grid_rows), (cell_columns, cell_rows)) if grid_columns else ()
         return Features(rows, (overview_columns, overview_rows), *sliced)
@@ -187,14 +193,37 @@ class FeatureStore:
 
         Rows of a float32 store are not copied, but mapped.
         """
-        table = self._entries()
+        for block in self._contiguous(self._entries()):
+            yield from_stored(*self._stored(int(block["writer"][0]), block), self.info.dtype, exact=False)
+
+    def blocks(
+        self, writer: int, shard: int, condition: str = "1", parameters: Sequence = ()
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield (records, values, scales) of the entries of a shard as they are stored, in contiguous blocks.
+
+        Args:
+            writer: number of the shard's writer.
+            shard: its number.
+            condition: of the entries, in SQL.
+            parameters: of the condition.
+        """
+        query = f"SELECT {', '.join(COLUMNS)} FROM entries WHERE writer = ? AND shard = ? AND ({condition})"
+        found = self.database.rows(f"{query} ORDER BY start", (writer, shard, *parameters))
+        with self.database.converting():
+            records = to_records(found)
+        for block in self._contiguous(records):
+            yield block, *self._stored(writer, block)
+
+    def _contiguous(self, table: np.ndarray) -> list[np.ndarray]:
+        """Split entries in the order of the shards into blocks that are contiguous on disk, of a bounded size."""
+        if not len(table):
+            return []
         ends = table["start"] + table["rows"]
-        apart = (np.diff(table["writer"]) != 0) | (np.diff(table["shard"]) != 0) | (table["start"][1:] != ends[:-1])
-        apart |= np.diff(np.cumsum(table["rows"]) * self.info.width // _BLOCK) != 0
-        starts = np.r_[0, np.flatnonzero(apart) + 1, len(table)] if len(table) else [0]
-        for a, b in itertools.pairwise(starts):
-            stored = self._stored(int(table["writer"][a]), table[a:b])
-            yield from_stored(*stored, self.info.dtype, exact=False)
+        apart = (table["start"][1:] != ends[:-1]) | (np.diff(table["shard"]) != 0)
+        if "writer" in table.dtype.names:
+            apart |= np.diff(table["writer"]) != 0
+        apart |= np.diff(np.cumsum(table["rows"], dtype=np.int64) * self.info.width // _BLOCK) != 0
+        return np.split(table, np.flatnonzero(apart) + 1)
 
     def names(self) -> Iterator[tuple[bytes, str]]:
         """Yield (SHA-256, file name) in the order added; an image may have several names, and one name repeatedly."""
@@ -202,16 +231,16 @@ class FeatureStore:
 
     def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
         """Yield (SHA-256, file name, stat of the file when it was read, if recorded), in the order added."""
-        for sha256, path, stat in self._files("sha256 != X''"):
+        for sha256, path, stat, _ in self.files_where("sha256 != X''"):
             yield sha256, path, stat if stat[0] is not None else None
 
-    def _files(self, condition: str) -> Iterator[tuple[bytes, str, tuple]]:
-        query = f"""SELECT id, sha256, path, size, mtime_ns, ctime_ns, inode FROM files
-            WHERE id > ? AND {condition} ORDER BY id LIMIT {_CHUNK}"""
+    def files_where(self, condition: str) -> Iterator[tuple[bytes, str, tuple, tuple]]:
+        """Yield (SHA-256, file name, stat, facts), in the order added; a read-only store may have fewer facts."""
+        query = f"SELECT * FROM files WHERE id > ? AND {condition} ORDER BY id LIMIT {_CHUNK}"
         last = 0
         while found := self.database.rows(query, (last,)):
             for row in found:
-                yield row[1], self._path(row[2]), row[3:]
+                yield row[1], self._path(row[2]), row[3:7], row[7:]
             last = found[-1][0]
 
     def name_of(self, sha256: bytes) -> str | None:
@@ -222,8 +251,9 @@ class FeatureStore:
     def files_at(self, paths: Collection[str]) -> Iterator[tuple[bytes, str, FileStat]]:
         """Yield (SHA-256, path, stat) of images in the store that were read at these paths, if the stat is recorded."""
         if 4 * len(paths) > (self.database.rows("SELECT max(id) FROM files")[0][0] or 0):  # reading all is faster
-            known = self._files("size IS NOT NULL AND EXISTS (SELECT 1 FROM entries e WHERE e.sha256 = files.sha256)")
-            yield from (file for file in known if file[1] in paths)
+            is_stored = "EXISTS (SELECT 1 FROM entries e WHERE e.sha256 = files.sha256)"
+            known = self.files_where(f"size IS NOT NULL AND {is_stored}")
+            yield from (file[:3] for file in known if file[1] in paths)
             return
         encoded = (path.encode("utf-8", "surrogatepass") for path in paths)
         while chunk := list(itertools.islice(encoded, 500)):

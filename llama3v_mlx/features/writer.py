@@ -75,37 +75,53 @@ class FeatureWriter:
         fresh = {sha256: features for sha256, features in entries if sha256 not in self.store}
         if not fresh and not self._names:
             return 0
-        prepared = {key: (f, *to_stored(f.rows, info.width, info.dtype)) for key, f in fresh.items()}
+        prepared = []
+        for sha256, f in fresh.items():
+            values, scales = to_stored(f.rows, info.width, info.dtype)
+            sizes = (*f.overview, *(f.grid or (0, 0)), *(f.cell or (0, 0)))
+            entry = (sha256, len(values), checksums([len(values)], values, scales)[0], *sizes)
+            prepared.append((entry, values, scales))
         with self._database.transaction() as db:
-            for sha256 in fresh:  # another process may have added it since
-                if db.execute("SELECT 1 FROM entries WHERE sha256 = ?", (sha256,)).fetchone():
-                    del prepared[sha256]
-            if prepared:
-                start = self._begin(db)
-                rows = []
-                for sha256, (features, values, scales) in prepared.items():
-                    crc32 = checksums([len(values)], values, scales)[0]
-                    sizes = (*features.overview, *(features.grid or (0, 0)), *(features.cell or (0, 0)))
-                    rows.append((self.number, sha256, self._shard.number, start, len(values), crc32, *sizes))
-                    start += len(values)
-                values, scales = ([p[i] for p in prepared.values()] for i in (1, 2))
-                self._shard.write(rows[0][3], values, scales)
-                marks = ", ".join("?" * (1 + len(COLUMNS)))
-                db.executemany(f"INSERT INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})", rows)
+            new = self._append(db, prepared)
             self._insert_names(db)
         self._names = []
-        return len(prepared)
+        return new
 
-    def name(self, sha256: bytes, path: str, stat: FileStat | None = None, taken: float | None = None) -> None:
+    def copy(self, records: np.ndarray, values: np.ndarray, scales: np.ndarray, moving: bool = False) -> int:
+        """Store entries of `FeatureStore.blocks` as they are, from a store of the same kind; see `add`.
+
+        Args:
+            moving: they are entries of this store, which change their places.
+        """
+        ends = np.cumsum(records["rows"])[:-1]
+        split = np.split(scales, ends) if len(scales) else [scales] * len(records)
+        entries = [(sha256, rows, *more) for sha256, _, _, rows, *more in records.tolist()]
+        with self._database.transaction() as db:
+            if moving:
+                db.executemany("DELETE FROM entries WHERE sha256 = ?", [entry[:1] for entry in entries])
+            return self._append(db, list(zip(entries, np.split(values, ends), split, strict=True)))
+
+    @property
+    def place(self) -> tuple[int, int | None]:
+        """Numbers of the writer and of the shard that it adds to."""
+        return self.number, self._shard and self._shard.number
+
+    def start_shard(self) -> None:
+        """Let what follows be written to a new shard."""
+        with self._database.transaction() as db:
+            self._seal(db)
+            self._shard = self._open(self._unused(db))
+
+    def name(self, sha256: bytes, path: str, stat: FileStat | None = None, facts: Sequence = (None,) * 3) -> None:
         """Record `path` as a name of the image with this SHA-256, soon, or at the latest when the writer is closed.
 
         Args:
             sha256: of the image file.
             path: a file name.
             stat: that of the file at the resolved path when it was read.
-            taken: when the photo was taken, in seconds since 1970 in local time.
+            facts: date and size of the image, `ImageFacts`.
         """
-        self._names.append((sha256, path.encode("utf-8", "surrogatepass"), *(stat or [None] * 4), taken))
+        self._names.append((sha256, path.encode("utf-8", "surrogatepass"), *(stat or [None] * 4), *facts))
         if len(self._names) >= _NAMES:
             self._write_names()
 
@@ -116,6 +132,21 @@ class FeatureWriter:
             with self._database.transaction() as db:
                 self._seal(db)
 
+    def _append(self, db: Connection, prepared: Sequence[tuple[tuple, np.ndarray, np.ndarray]]) -> int:
+        """Write new entries, each with (SHA-256, rows, CRC-32, *sizes), values and scales; return their number."""
+        known = "SELECT 1 FROM entries WHERE sha256 = ?"  # another process may have added it since
+        prepared = [each for each in prepared if not db.execute(known, each[0][:1]).fetchone()]
+        if prepared:
+            first = start = self._begin(db)
+            placed = []
+            for (sha256, rows, *more), _, _ in prepared:
+                placed.append((self.number, sha256, self._shard.number, start, rows, *more))
+                start += rows
+            self._shard.write(first, [values for _, values, _ in prepared], [scales for *_, scales in prepared])
+            marks = ", ".join("?" * (1 + len(COLUMNS)))
+            db.executemany(f"INSERT INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})", placed)
+        return len(prepared)
+
     def _write_names(self) -> None:
         if self._names:
             with self._database.transaction() as db:
@@ -125,8 +156,9 @@ class FeatureWriter:
     def _insert_names(self, db: Connection) -> None:
         """Insert the names that are new."""
         db.executemany(
-            """INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode, taken)
-            SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ?2 AND sha256 = ?1
+            """INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode, taken, width, height)
+            SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9
+            WHERE NOT EXISTS (SELECT 1 FROM files WHERE path = ?2 AND sha256 = ?1
                 AND size IS ?3 AND mtime_ns IS ?4 AND ctime_ns IS ?5 AND inode IS ?6)""",
             self._names,
         )
@@ -157,13 +189,16 @@ class FeatureWriter:
         folder, info = self.store.folder, self.store.info
         number = next_number(folder, self.number)
         last = shard_path(folder, self.number, number - 1)
-        if number and last.stat().st_size < self._shard_bytes:
+        if last.exists() and last.stat().st_size < self._shard_bytes:
             records = self._records(db, number - 1)
             if unseal(folder, self.number, number - 1, info.width, info.dtype, records):
                 return number - 1
+        return self._unused(db)
+
+    def _unused(self, db: Connection) -> int:
         # A shard whose file is missing is not begun again: its entries must not be mistaken for others.
         (known,) = db.execute("SELECT max(shard) FROM entries WHERE writer = ?", (self.number,)).fetchone()
-        return number if known is None else max(number, known + 1)
+        return max(next_number(self.store.folder, self.number), 0 if known is None else known + 1)
 
     def _end(self, db: Connection) -> int:
         last = "SELECT start + rows FROM entries WHERE writer = ? AND shard = ? ORDER BY start DESC LIMIT 1"

@@ -6,7 +6,6 @@ unchanged, and only as pixels: no metadata leaves the machine's disk, and no pat
 
 import concurrent.futures
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -20,9 +19,10 @@ from ..cli import CACHE
 from ..features.grammar import Filters, QueryError, Term, parse_query
 from ..features.library import Library
 from ..features.query import combine, match_probability
+from ..features.sources import file_of
 from ..features.store import FeatureError
 from ..files import find_path, printable
-from ..image import ImageError, load_image
+from ..image import ImageConfig, ImageError, ImageSource, expand, image_sha256, load_image
 from .checks import RequestError, bad
 from .embeddings import Embedder
 from .indexer import Indexer
@@ -147,11 +147,11 @@ class ServedLibrary:
     def _encode(self, kind: str, id: str, path: str) -> bytes:
         size = SIDE[kind], SIDE[kind]
         try:
-            data = Path(path).read_bytes()
-            if hashlib.sha256(data).hexdigest() != id:
+            source = _source(path)
+            if image_sha256(source, self.library.encoder.tiling).hex() != id:
                 raise ImageError("changed while it was read")
             with self._decoding:
-                image = load_image(data, draft=size)
+                image = load_image(source, draft=size, config=ImageConfig(SIDE[kind], max_slice_nums=1))
                 image.thumbnail(size)
             file = io.BytesIO()
             image.save(file, "JPEG", quality=QUALITY[kind])
@@ -185,17 +185,34 @@ class ServedLibrary:
     def _is_inside(self, path: str) -> bool:
         """Whether a file is in the folder, and no link out of it."""
         folder = self.library.folder
-        return os.path.commonpath([os.path.realpath(path), folder]) == folder
+        return os.path.commonpath([os.path.realpath(file_of(path)), folder]) == folder
 
     def _facts(self, sha256: bytes, path: str) -> dict:
-        """Date, as local time, and size of a file in bytes."""
-        query = "SELECT size, mtime_ns, taken FROM files WHERE sha256 = ? AND path = ? ORDER BY id DESC LIMIT 1"
-        rows = self.library.store.database.rows(query, (sha256, path.encode("utf-8", "surrogatepass")))
-        if not rows:  # an update has just removed it
-            return {"date": None, "bytes": None}
-        ((size, mtime, taken),) = rows
-        try:
+        """Local date, bytes of the file, and pixels: of a picture its own, of a page those it is shown with."""
+        # All columns: an index on a read-only disk may lack the last ones.
+        query = "SELECT * FROM files WHERE sha256 = ? AND path = ? ORDER BY id DESC LIMIT 1"
+        found = self.library.store.database.rows(query, (sha256, path.encode("utf-8", "surrogatepass")))
+        if not found:  # an update has just removed it
+            return dict.fromkeys(("date", "bytes", "width", "height"))
+        _, _, _, size, mtime, _, _, taken, *pixels = found[0]
+        is_sized = len(pixels) == 2 and all(isinstance(side, int) and side > 0 for side in pixels)
+        width, height = pixels if is_sized else (None, None)
+        if is_sized and file_of(path) != path:
+            width, height = (max(1, round(side * SIDE["image"] / max(pixels))) for side in pixels)
+        date = None
+        with contextlib.suppress(ValueError, OverflowError, OSError):
             date = datetime.fromtimestamp(mtime / 1e9) if taken is None else datetime.fromtimestamp(taken, UTC)
-            return {"date": date.strftime("%Y-%m-%dT%H:%M:%S"), "bytes": size}
-        except (ValueError, OverflowError, OSError):
-            return {"date": None, "bytes": size}
+        return {
+            "date": date and date.strftime("%Y-%m-%dT%H:%M:%S"),
+            "bytes": size,
+            "width": width,
+            "height": height,
+        }
+
+
+def _source(path: str) -> ImageSource:
+    """Return the bytes of a picture, or the page of a PDF."""
+    if file_of(path) == path:
+        return Path(path).read_bytes()
+    (page,) = expand(path)
+    return page

@@ -199,8 +199,26 @@ def _rows(store: Path, query: str) -> list[tuple]:
     return Database(store).rows(query)
 
 
+def _compact(material: Material, place: Path) -> Action:
+    options = ("--model", material / "siglip", "--index", place / "index", "--batch-size", 1, "--workers", 1)
+    return command("search", _photos(place), "--compact", *options)
+
+
 def _all_embedded(material: Material, place: Path, wanted: object) -> str | None:
-    before = {hashlib.sha256(path.read_bytes()).digest() for path in (material / "images").iterdir()}
+    return _embedded_of(material, place, material / "images")
+
+
+def _present_embedded(material: Material, place: Path, wanted: object) -> str | None:
+    return _embedded_of(material, place, _photos(place))
+
+
+def _embedded_of(material: Material, place: Path, folder: Path) -> str | None:
+    """Say whether features are lost of images that were indexed at first and are in the folder."""
+    before, there = (
+        {hashlib.sha256(path.read_bytes()).digest() for path in images.iterdir()}
+        for images in (material / "images", folder)
+    )
+    before &= there
     lost = before - {sha256 for (sha256,) in _rows(place / "index", "SELECT sha256 FROM entries")}
     return f"{len(lost)} images of the index are lost" if lost else None
 
@@ -260,6 +278,7 @@ WRITTEN = {
     "synthesize": Written(_synthesize, _converted),
     "embed": Written(_embed, _embedded),
     "index": Written(_search, _indexed, prepare=_index, kept=_all_embedded),
+    "compact": Written(_compact, _indexed, prepare=_index, kept=_present_embedded),
     "ask": Written(_ask, _converted),
     "ask-on": Written(_ask, _converted, prepare=_copy_answers, kept=_no_answer_lost),
     "features": Written(_features, _kept_features),

@@ -1,0 +1,53 @@
+"""The index of a folder of pictures that was renamed or moved: it goes with the folder, which is not read again."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from ..files import list_folder
+from .growing import claim, number_of
+from .sources import file_of, file_stat
+from .store import FeatureStore, StoreInfo
+
+_SAMPLE = 20  # files that are looked at
+
+
+def adopt(index: Path, folder: str, info: StoreInfo) -> None:
+    """Rename an index beside `index` to it, if its pictures are now in `folder`.
+
+    Args:
+        index: a folder that does not exist.
+        folder: of pictures, resolved.
+        info: metadata of the index.
+    """
+    for other in list_folder(index.parent):
+        with contextlib.suppress(OSError, ValueError):  # not an index, damaged, or taken by another process
+            store = FeatureStore(other)
+            if store.info == info and _has_moved(store, folder) and _is_idle(other):
+                os.rename(other, index)
+                return
+
+
+def _has_moved(store: FeatureStore, folder: str) -> bool:
+    """Return True if no picture is at its old path, but one is in `folder`, with the same inode and times."""
+    query = f"SELECT path, size, mtime_ns, ctime_ns, inode FROM files WHERE size IS NOT NULL LIMIT {_SAMPLE}"
+    rows = store.database.rows(query)
+    files = {file_of(path.decode("utf-8", "surrogatepass")): tuple(stat) for path, *stat in rows}
+    if any(map(os.path.lexists, files)):
+        return False
+    for file, stat in files.items():
+        parts = Path(file).parts
+        for i in range(1, len(parts)):  # how much of the path was the folder's is not known
+            with contextlib.suppress(OSError):
+                if file_stat(os.stat(os.path.join(folder, *parts[i:]))) == stat:
+                    return True
+    return False
+
+
+def _is_idle(index: Path) -> bool:
+    """Return True if no process is adding to a store."""
+    with contextlib.ExitStack() as claims:
+        return all(
+            (held := claim(index, number_of(path))) and claims.enter_context(held)
+            for path in list_folder(index, "writer-*.lock")
+        )
