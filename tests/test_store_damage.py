@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_store import entries, info, same
 
+from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.shards import FeatureError
 from llama3v_mlx.features.store import FeatureStore
@@ -100,3 +101,18 @@ def test_an_export_that_fails_leaves_no_folder(run_main, folder: Path, tmp_path:
     done = run_main("llama3v_mlx.embed", "--out", folder, "--export", tmp_path / "export")
     assert done.returncode == 1 and "shard-000-00000" in done.stderr
     assert not (tmp_path / "export").exists()
+
+
+def test_a_damaged_database_is_no_images_fault(run_main, tmp_path: Path) -> None:
+    command = ("llama3v_mlx.embed", "--model", SIGLIP, "--out", tmp_path / "store")
+    assert run_main(*command, IMAGES / "42.png").returncode == 0
+    path = tmp_path / "store" / "store.db"
+    with sqlite3.connect(path) as db:
+        [(size,)] = db.execute("PRAGMA page_size")
+        [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_entries_1'")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    done = run_main(*command, IMAGES / "one-purple-cross.jpg", IMAGES / "two-red-stars.jpg")
+    assert done.returncode == 1 and "failed" not in done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count(f"{path}: damaged (database disk image is malformed)") == 1
