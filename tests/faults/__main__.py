@@ -25,7 +25,8 @@ from .harness import warm_up  # noqa: E402
 from .material import Material  # noqa: E402
 from .shim import shim, start_with_shim  # noqa: E402
 
-KINDS = {name: module.case for module in (checkpoints, stores, images, calls) for name in module.KINDS}
+MODULES = {name: module for module in (checkpoints, stores, images, calls) for name in module.KINDS}
+KINDS = tuple(MODULES)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         start_with_shim(Path(folder))
         if shim() is None:
             print("no C compiler: system calls are not disturbed", file=sys.stderr)
-            kinds = [kind for kind in kinds if KINDS[kind] is not calls.case]
+            kinds = [kind for kind in kinds if MODULES[kind] is not calls]
         os.environ["XDG_CACHE_HOME"] = folder
         keep = Path(args.keep).absolute() if args.keep else None
         with open(args.log or os.devnull, "a", buffering=1) as log:
@@ -70,7 +71,7 @@ def run(
             if time.monotonic() > end:
                 break
             tic = time.monotonic()
-            numbers = range(start, min(start + images.BATCHES.get(kind, 1), last))
+            numbers = range(start, min(start + MODULES[kind].BATCHED.get(kind, 1), last))
             with tempfile.TemporaryDirectory(prefix="case-", dir=folder) as place:
                 for number, (what, problem) in zip(numbers, _cases(kind, numbers, material, Path(place)), strict=True):
                     log.write(json.dumps([kind, number, what, problem]) + "\n")
@@ -91,9 +92,17 @@ def run(
 
 
 def _cases(kind: str, numbers: range, material: Material, place: Path) -> list[tuple[str, str | None]]:
-    if kind in images.BATCHES:
-        return images.cases(kind, numbers, material, place)
-    return [KINDS[kind](kind, number, material, place) for number in numbers]
+    """Run the cases of these numbers in one child; what fails there is run again alone, as `--cases 1` does."""
+    module, results = MODULES[kind], []
+    if kind not in module.BATCHED:
+        return [module.case(kind, number, material, place) for number in numbers]
+    for number, (what, problem) in zip(numbers, module.cases(kind, numbers, material, place), strict=True):
+        if problem and len(numbers) > 1:
+            (place / "alone" / str(number)).mkdir(parents=True)
+            [(_, alone)] = module.cases(kind, range(number, number + 1), material, place / "alone" / str(number))
+            problem = alone or f"not alone, but after {numbers[0]} to {number - 1}: {problem}"
+        results.append((what, problem))
+    return results
 
 
 def _rows(kinds: list[str], tried: Counter, failed: Counter, spent: Counter) -> str:

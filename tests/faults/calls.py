@@ -25,6 +25,7 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
 ]
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in WRITTEN)
+BATCHED: dict[str, int] = {}
 
 
 def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:

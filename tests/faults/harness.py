@@ -8,6 +8,7 @@ import ctypes
 import faulthandler
 import importlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -88,56 +89,69 @@ def run_child(
         return Ended(code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened())
 
 
-def run_batch(actions: Sequence[Callable[[], None]], folder: Path) -> list[Ended]:
-    """As `run_child` for each action, but in one child, and in another from the action after one that ends it."""
+@dataclass(frozen=True)
+class Task:
+    """An action of a batch; see `run_child` for the fields."""
+
+    action: Callable[[], None]
+    folder: Path
+    stdin: bytes = b""
+    secret: Path | None = None
+
+
+def run_batch(tasks: Sequence[Task], folder: Path) -> list[Ended]:
+    """As `run_child` for each task, but in one child, and in another from the task after one that ends it."""
     ended: list[Ended] = []
-    while len(ended) < len(actions):
-        rest = actions[len(ended) :]
-        with tempfile.TemporaryDirectory(prefix="batch-", dir=folder.parent) as name:
+    while len(ended) < len(tasks):
+        rest = tasks[len(ended) :]
+        with tempfile.TemporaryDirectory(prefix="batch-", dir=folder) as name:
             place = Path(name)
+            for i, task in enumerate(rest):
+                (place / f"{i}.0").write_bytes(task.stdin)
             whole = run_child(lambda: _run_each(rest, place), folder, seconds=WALL_SECONDS * len(rest))  # noqa: B023
-            rows = [line.split() for line in (place / "ended").read_text().splitlines()]
+            rows = [json.loads(line) for line in (place / "ended").read_text().splitlines()]
             for i in range(min(len(rows) + 1, len(rest))):
                 out, errors = ((place / f"{i}.{n}").read_bytes().decode(errors="replace") for n in (1, 2))
                 if i < len(rows):
-                    code, cpu_seconds, resident = int(rows[i][0]), float(rows[i][1]), int(rows[i][2])
-                    ended.append(Ended(code, out, errors, cpu_seconds, False, resident))
+                    ended.append(Ended(out=out, errors=errors, timed_out=False, **rows[i]))
                 else:
                     ended.append(replace(whole, out=out, errors=errors))
     return ended
 
 
-def _run_each(actions: Sequence[Callable[[], None]], place: Path) -> None:
+def _run_each(tasks: Sequence[Task], place: Path) -> None:
     with (place / "ended").open("w", buffering=1) as rows:
-        for i, action in enumerate(actions):
-            _redirect({n: place / f"{i}.{n}" for n in (1, 2)})
+        for i, task in enumerate(tasks):
+            _enter(task.folder, [place / f"{i}.{n}" for n in range(3)])
             faulthandler.dump_traceback_later(WALL_SECONDS, exit=True, file=2)
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             tic = time.process_time()
-            code = _exit_status(action)
+            with watching(task.secret) as opened:
+                row = {"code": _exit_status(task.action), "cpu_seconds": time.process_time() - tic, "reads": opened()}
             status = Path("/proc/self/status").read_text()
-            peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
-            print(code, time.process_time() - tic, peak, file=rows)
+            row["resident"] = int(status.partition("VmHWM:")[2].split()[0]) << 10
+            rows.write(json.dumps(row) + "\n")
 
 
-def _redirect(streams: dict[int, Path]) -> None:
-    for descriptor, path in streams.items():
+def _enter(folder: Path, streams: Sequence[Path]) -> None:
+    """Work in a folder, with files as stdin, stdout and stderr."""
+    for descriptor, path in enumerate(streams):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, descriptor)
         os.close(opened)
+    encoding = {"encoding": "utf-8", "line_buffering": True}
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), errors="surrogateescape", **encoding)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), **encoding)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", **encoding)
+    os.chdir(folder)
+    tempfile.tempdir = str(folder)
 
 
 def _be_child(action: Callable[[], None], folder: Path, streams: Sequence[Path]) -> None:
     code = CRASHED
     try:
         os.setsid()
-        _redirect(dict(enumerate(streams)))
-        encoding = {"encoding": "utf-8", "line_buffering": True}
-        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), errors="surrogateescape", **encoding)
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), **encoding)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", **encoding)
-        os.chdir(folder)
-        tempfile.tempdir = str(folder)
+        _enter(folder, streams)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit_memory(ADDRESS_SPACE)
         faulthandler.dump_traceback_later(WALL_SECONDS - 5, file=2)  # where it hangs

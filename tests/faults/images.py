@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from .harness import RESIDENT, command, complaint, run_batch, run_child
+from .harness import RESIDENT, Task, command, complaint, run_batch, run_child
 from .material import QUESTION, Material
 from .mutate import mutate_bytes
 
@@ -16,8 +16,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "HEIF", "
 SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "HEIF": "heic", "JPEG2000": "jp2"}
 NUMBERS = (0, 1, 2, 255, 256, 65535, 32767, 9000, 10**5, 2**31 - 1, 2**31, 2**32 - 1, 89_000_000)
 COMMANDS = ("images:folder", "images:list", "images:generate", "images:chat")
-BATCHES = {f"images:{name}": 5 if name == "PDF" else 50 for name in FORMATS}  # cases per child
-KINDS = (*BATCHES, *COMMANDS)
+BATCHED = {f"images:{name}": 5 if name == "PDF" else 50 for name in FORMATS}  # cases per child
+KINDS = (*BATCHED, *COMMANDS)
 
 
 def make_images(folder: Path) -> None:
@@ -84,21 +84,19 @@ def mutate_image(rng: random.Random, data: bytes) -> bytes:
 
 
 def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
-    """Mutate an image and cut it into tiles, or run a command on odd files; see `checkpoints.case`."""
-    if kind in COMMANDS:
-        return _command_case(kind, random.Random(f"{kind} {number}"), material, place)
-    return cases(kind, range(number, number + 1), material, place)[0]
+    """Run a command on odd files, or files that are no images; see `checkpoints.cases`."""
+    return _command_case(kind, random.Random(f"{kind} {number}"), material, place)
 
 
 def cases(kind: str, numbers: range, material: Material, place: Path) -> list[tuple[str, str | None]]:
-    """As `case` for each number, for a kind of `BATCHES`: in one child, because a fork costs ten times an image."""
+    """Mutate an image for each number, and cut it into tiles; in one child, because a fork costs ten times an image."""
     paths = []
     for number in numbers:
         rng = random.Random(f"{kind} {number}")
         source = rng.choice(sorted((material / "formats" / kind.partition(":")[2]).iterdir()))
         paths.append(place / f"{number}-{source.name}")
         paths[-1].write_bytes(mutate_image(rng, source.read_bytes()))
-    ended = run_batch([_tile(path) for path in paths], place)
+    ended = run_batch([Task(_tile(path), place) for path in paths], place)
     return [(p.name, complaint(e, (str(p),), resident=2 * RESIDENT)) for p, e in zip(paths, ended, strict=True)]
 
 
