@@ -60,6 +60,13 @@ def test_odd_values_of_the_database_are_named_and_repaired(folder: Path, change:
     same(FeatureStore(folder), entries(0, 6))
 
 
+def test_an_entry_without_rows_is_damaged(folder: Path) -> None:
+    with sqlite3.connect(folder / "store.db") as db:
+        db.execute("UPDATE entries SET rows = 0 WHERE start = 0")
+    with pytest.raises(FeatureError, match="--verify"):
+        list(FeatureStore(folder).matrix())
+
+
 @pytest.mark.parametrize("change", ["sha256 = zeroblob(32)", "grid_columns = 1"])
 def test_an_entry_that_is_not_its_shards_is_an_error(folder: Path, change: str) -> None:
     """Rows that match their checksum, but under the name of another image, or of another arrangement."""
