@@ -87,6 +87,8 @@ def run(
             if numbers.stop == last:
                 del waiting[kind]
     print(f"\n| kind | tried | failed | seconds |\n|---|---|---|---|\n{_rows(kinds, tried, failed, spent)}")
+    for kind, count in calls.beyond.items():
+        print(f"{kind}: {count} of them ended where Python cannot catch it")
     print(f"seeds from {seed}")
     return 1 if failed else 0
 
