@@ -105,7 +105,9 @@ def test_a_restart(tmp_path: Path) -> None:
     assert PrefixCache(10**6, tmp_path, "other model").fetch(blocks, 1000) == (0, None)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign", "header", "shape", "integers", "pipe", "link"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut", "empty", "foreign", "header", "shape", "integers", "pipe", "link"]
+)
 def test_a_damaged_file_is_dropped(tmp_path: Path, damage: str) -> None:
     """And never believed: not its keys and values, nor what its header says."""
     blocks = with_image(b"a", 40).blocks()

@@ -51,15 +51,16 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["XDG_CACHE_HOME"] = folder
         keep = Path(args.keep).absolute() if args.keep else None
         with open(args.log or os.devnull, "a", buffering=1) as log:
-            return run(kinds, seed, args.cases, 60 * minutes, Path(folder), keep, log)
+            material = Material(Path(folder) / "material")
+            with contextlib.closing(material):
+                return run(kinds, seed, args.cases, 60 * minutes, material, keep, log)
 
 
 def run(
-    kinds: list[str], seed: int, cases: int | None, seconds: float, folder: Path, keep: Path | None, log: TextIO
+    kinds: list[str], seed: int, cases: int | None, seconds: float, material: Material, keep: Path | None, log: TextIO
 ) -> int:
     """Run the kinds in turn until the time is over; return the exit status."""
     warm_up()
-    material = Material(folder / "material")
     material.folder.mkdir()
     material.make()
     tried, failed, spent = Counter(), Counter(), Counter()
@@ -72,7 +73,7 @@ def run(
                 break
             tic = time.monotonic()
             numbers = range(start, min(start + MODULES[kind].BATCHED.get(kind, 1), last))
-            with tempfile.TemporaryDirectory(prefix="case-", dir=folder) as place:
+            with tempfile.TemporaryDirectory(prefix="case-", dir=material.folder.parent) as place:
                 for number, (what, problem) in zip(numbers, _cases(kind, numbers, material, Path(place)), strict=True):
                     log.write(json.dumps([kind, number, what, problem]) + "\n")
                     tried[kind] += 1

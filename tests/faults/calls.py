@@ -15,6 +15,7 @@ from pathlib import Path
 from . import shim
 from .harness import CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
 from .material import Material
+from .more import MORE
 from .power import Power
 from .written import WRITTEN, Written
 
@@ -25,14 +26,15 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
     (shim.SHORT, 0),
 ]
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in WRITTEN)
+COMMANDS = WRITTEN | MORE
+KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in COMMANDS)
 BATCHED: dict[str, int] = {}
 
 
 def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
     """Disturb one call of a command and run it again; consecutive numbers go through all calls and modes."""
     what, _, name = kind.partition(":")
-    written = WRITTEN[name]
+    written = COMMANDS[name]
     count, seconds, wanted = _undisturbed(name, written, material, place.parent)
     here = _new(material, place / name, written)
     if what in ("kills", "memory"):
