@@ -8,6 +8,7 @@ print(generate(model, processor, "What is this image?", image="photo.jpg"))
 import contextlib
 import ctypes
 import importlib
+import mmap
 import os
 import sys
 
@@ -44,6 +45,9 @@ _KERNELS = {
 }
 
 
+_BLAS_BUFFER_BYTES = (128 << 20) + (1 << 16)  # of address space, per thread
+
+
 def _choose_kernels() -> None:
     """Tell OpenBLAS which kernels to use, unless the user has: on a CPU newer than itself it takes those of 2004.
 
@@ -67,10 +71,31 @@ def _prefer_openblas() -> bool:
         return False
     _choose_kernels()
     try:
-        ctypes.CDLL("libopenblas.so.0", ctypes.RTLD_GLOBAL)
-    except OSError:
+        reserve_blas(1)
+    except (OSError, MemoryError):
         return False
     return True
+
+
+def reserve_blas(threads: int) -> None:
+    """Load OpenBLAS and have it allocate its buffers: later, in want of memory, a matrix product would never end.
+
+    Args:
+        threads: number of threads that will compute products at the same time.
+
+    Raises:
+        MemoryError: if there is not enough memory.
+        OSError: if OpenBLAS is not installed.
+    """
+    try:
+        mmap.mmap(-1, threads * _BLAS_BUFFER_BYTES).close()
+    except OSError as e:
+        raise MemoryError("OpenBLAS's buffers") from e
+    blas = ctypes.CDLL("libopenblas.so.0", ctypes.RTLD_GLOBAL)
+    with contextlib.suppress(AttributeError):  # a build that does not export them
+        blas.blas_memory_alloc.restype, blas.blas_memory_free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        for buffer in [blas.blas_memory_alloc(0) for _ in range(threads)]:
+            blas.blas_memory_free(buffer)  # stays allocated, for the next product
 
 
 HAS_OPENBLAS = _prefer_openblas()

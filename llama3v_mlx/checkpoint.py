@@ -28,6 +28,7 @@ from .config import (
     sampling_config,
     some,
 )
+from .device import check_threads
 from .fields import CheckpointError, Flag, check_fields, check_object
 from .files import check_file, list_folder
 from .hub import HubError, download
@@ -225,6 +226,7 @@ def shard_paths(folder: Path) -> list[Path]:
 def read_shard(path: Path) -> dict[str, mx.array]:
     """Load the tensors of a safetensors file lazily, in the order of their data, after `check_shard`."""
     names = check_shard(path)
+    check_threads()
     try:
         loaded = mx.load(str(path), format="safetensors")
         return {name: loaded[name] for name in names}

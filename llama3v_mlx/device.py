@@ -1,9 +1,11 @@
 """The device that MLX computes on. `LLAMA3V_DEVICE=cpu` or `gpu` selects it for this process and its children."""
 
+import functools
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import mlx.core as mx
 DEVICE = "LLAMA3V_DEVICE"
 # For tests: the CPU takes all GPU branches, such as half precision.
 PRETEND = "LLAMA3V_PRETEND_GPU"
+_THREADS = 8  # four that read files, and a few streams
 
 
 def select() -> None:
@@ -29,6 +32,21 @@ def select() -> None:
     if not mx.is_available(device):
         raise ValueError(f"{DEVICE} is gpu, but MLX has no GPU here; unset it, or set it to cpu")
     mx.set_default_device(device)
+
+
+@functools.cache
+def check_threads() -> None:
+    """Check that MLX's threads, which compute and read files, can be started: it would abort, or wait forever.
+
+    Raises:
+        RuntimeError: if there is no memory for their stacks.
+    """
+    done = threading.Event()
+    try:
+        for _ in range(_THREADS):
+            threading.Thread(target=done.wait, daemon=True).start()
+    finally:
+        done.set()
 
 
 def on_gpu() -> bool:

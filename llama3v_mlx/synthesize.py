@@ -167,13 +167,13 @@ def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[T
     Raises:
         ValueError: if a row has no image or no captions.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(islice(filter(str.strip, file), count), 1):
+    with path.open("rb") as file:
+        for number, line in enumerate(islice(filter(bytes.strip, file), count), 1):
             try:
                 row = json.loads(line)
                 captions = captions_of(row)
                 good = isinstance(row["image"], str) and captions and all(isinstance(c, str) for c in captions)
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 good = False
             if not good:
                 raise ValueError(f'{path}, row {number}: is not {{"image": path, "captions": [text, …]}}')
@@ -188,16 +188,17 @@ def synthesize(args: argparse.Namespace) -> None:
     note_slow_cpu()
     out, rejects = Path(args.out), Path(args.out).with_suffix(".rejected.jsonl")
     tasks = list(read_captions(Path(args.captions), args.kinds, args.n))
-    done = {row["id"] for path in (out, rejects) for row in _kept(path)}
-    known = {_digest(row) for row in _kept(out)}
+    kept = list(_kept(out, ("id", "image", "conversations")))
+    done = {row["id"] for row in [*kept, *_kept(rejects, ("id",))]}
+    known = {_digest(row) for row in kept}
     waiting = [task for task in tasks if task[0] not in done]
     counts: Counter[str] = Counter()
     written = 0
     teacher = make_teacher(args) if waiting else None
     with (
         writing(out),
-        out.open("a", encoding="utf-8") as good,
-        rejects.open("a", encoding="utf-8") as bad,
+        out.open("a", encoding="utf-8", errors="backslashreplace") as good,
+        rejects.open("a", encoding="utf-8", errors="backslashreplace") as bad,
         tqdm(total=len(waiting), unit="row", disable=None) as bar,
     ):
         for start in range(0, len(waiting), args.batch_size):
@@ -230,15 +231,27 @@ def make_teacher(args: argparse.Namespace) -> LocalTeacher | RemoteTeacher:
     return RemoteTeacher(args.teacher, args.teacher_model, key, images, **options)
 
 
-def _kept(path: Path) -> Iterator[Row]:
-    """Rows of an earlier run. A last line cut short by a kill is truncated."""
+def _kept(path: Path, keys: tuple[str, ...]) -> Iterator[Row]:
+    """Rows of an earlier run, which have these keys. A last line cut short by a kill is truncated.
+
+    Raises:
+        ValueError: if another line is damaged.
+    """
     if not path.exists():
         return
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    yield from map(json.loads, whole.splitlines())
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            good = isinstance(row["id"], str) and all(key in row for key in keys)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}:{number}: is not a row of synthesize; remove the line, and it is written again")
+        yield row
 
 
 def _digest(row: Row) -> bytes:

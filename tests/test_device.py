@@ -2,6 +2,7 @@
 
 import ast
 import os
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 
 import llama3v_mlx
 from llama3v_mlx import device, load
+from llama3v_mlx.cli import error_line
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.models import linux_cpu
@@ -79,3 +81,22 @@ def test_the_chip_has_a_name_and_memory() -> None:
     assert device.chip()
     assert 0 < device.memory_limit() <= device.memory()
     assert device.cores() >= 1
+
+
+def test_no_memory_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX would abort, or wait forever for those that were started."""
+    started, start = [], threading.Thread.start
+
+    def few(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    device.check_threads.cache_clear()
+    with pytest.raises(RuntimeError) as raised:
+        load(CHECKPOINT)
+    assert error_line(raised.value).startswith("out of memory")
+    for thread in started:
+        thread.join()

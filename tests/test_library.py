@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.features.grammar import Filters, parse_date
 from llama3v_mlx.features.library import Changes, Library, default_index
 from llama3v_mlx.features.repair import verify
+from llama3v_mlx.features.shards import FeatureError
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.search import main
 
@@ -368,6 +370,20 @@ def add(self, entries):
 writer.FeatureWriter.add = add
 library.Library(sys.argv[1], {model!r}, sys.argv[2]).update(batch_size=1)
 """
+
+
+def test_a_damaged_index_of_the_database_hides_nothing(library: Library, pictures: Path) -> None:
+    path = library.index / "store.db"
+    with sqlite3.connect(path) as db:
+        [(size,)] = db.execute("PRAGMA page_size")
+        [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'files_by_sha256'")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size + 3)
+        file.write(b"\0\0")  # the page's number of rows
+    library = Library(pictures, MODEL, library.index)
+    library.update()
+    with pytest.raises(FeatureError, match="its index lacks files.*--verify"):
+        library.rank(next(library.store.matrix())[0], 1)
 
 
 def test_a_killed_update_is_continued(pictures: Path, tmp_path: Path) -> None:

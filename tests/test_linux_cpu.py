@@ -1,7 +1,9 @@
 """The Linux CPU's fast path restores process-wide state, above all OpenBLAS's number of threads."""
 
 import ctypes
+import errno
 import json
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -119,3 +121,31 @@ for name in ("config", "corename"):
     if "DYNAMIC_ARCH" not in config:
         pytest.skip("an OpenBLAS for one CPU")
     assert core in expected
+
+
+PRODUCT = """
+import resource, llama3v_mlx, mlx.core as mx
+x = mx.ones((512, 512)) + 0
+mx.eval(x)
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 40_000_000,) * 2)
+print((x @ x)[0, 0].item())
+"""
+
+
+def test_a_product_ends_without_memory_for_buffers(run_python) -> None:
+    """OpenBLAS would wait forever for a buffer of 128 MiB."""
+    done = run_python(
+        "-c", PRODUCT, timeout=60, env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "LLAMA3V_DEVICE": "cpu"}
+    )
+    assert done.stdout == "512.0\n", done.stderr
+
+
+def test_no_memory_for_the_buffers_of_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", no_memory)
+    monkeypatch.setattr(cpu, "_THREAD", threading.local())
+    with pytest.raises(MemoryError, match="OpenBLAS"):
+        cpu.in_streams(rows, np.zeros((2, 8, 8, 3), np.uint8), 1)

@@ -105,7 +105,9 @@ def test_a_restart(tmp_path: Path) -> None:
     assert PrefixCache(10**6, tmp_path, "other model").fetch(blocks, 1000) == (0, None)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign", "header", "shape", "integers", "pipe"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut", "empty", "foreign", "header", "shape", "integers", "pipe", "link"]
+)
 def test_a_damaged_file_is_dropped(tmp_path: Path, damage: str) -> None:
     """And never believed: not its keys and values, nor what its header says."""
     blocks = with_image(b"a", 40).blocks()
@@ -126,6 +128,9 @@ def test_a_damaged_file_is_dropped(tmp_path: Path, damage: str) -> None:
         path.unlink()
         mx.save_safetensors(str(path), {"held": array})
         path = path.rename(path.with_stem(f"{blocks[1].digest}-{hashlib.sha256(path.read_bytes()).hexdigest()}"))
+    elif damage == "link":
+        path.rename(tmp_path / "outside")
+        path.symlink_to(tmp_path / "outside")
     elif damage == "pipe":
         path.unlink()
         os.mkfifo(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_store import entries, info, same
 
+from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.shards import FeatureError
 from llama3v_mlx.features.store import FeatureStore
@@ -59,6 +60,13 @@ def test_odd_values_of_the_database_are_named_and_repaired(folder: Path, change:
     same(FeatureStore(folder), entries(0, 6))
 
 
+def test_an_entry_without_rows_is_damaged(folder: Path) -> None:
+    with sqlite3.connect(folder / "store.db") as db:
+        db.execute("UPDATE entries SET rows = 0 WHERE start = 0")
+    with pytest.raises(FeatureError, match="--verify"):
+        list(FeatureStore(folder).matrix())
+
+
 @pytest.mark.parametrize("change", ["sha256 = zeroblob(32)", "grid_columns = 1"])
 def test_an_entry_that_is_not_its_shards_is_an_error(folder: Path, change: str) -> None:
     """Rows that match their checksum, but under the name of another image, or of another arrangement."""
@@ -100,3 +108,18 @@ def test_an_export_that_fails_leaves_no_folder(run_main, folder: Path, tmp_path:
     done = run_main("llama3v_mlx.embed", "--out", folder, "--export", tmp_path / "export")
     assert done.returncode == 1 and "shard-000-00000" in done.stderr
     assert not (tmp_path / "export").exists()
+
+
+def test_a_damaged_database_is_no_images_fault(run_main, tmp_path: Path) -> None:
+    command = ("llama3v_mlx.embed", "--model", SIGLIP, "--out", tmp_path / "store")
+    assert run_main(*command, IMAGES / "42.png").returncode == 0
+    path = tmp_path / "store" / "store.db"
+    with sqlite3.connect(path) as db:
+        [(size,)] = db.execute("PRAGMA page_size")
+        [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_entries_1'")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    done = run_main(*command, IMAGES / "one-purple-cross.jpg", IMAGES / "two-red-stars.jpg")
+    assert done.returncode == 1 and "failed" not in done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count(f"{path}: damaged (database disk image is malformed)") == 1

@@ -66,12 +66,15 @@ def captions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A Llama checkpoint that answers each prompt of `SAID` with its text, by construction and without training.
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def save_teacher(folder: Path) -> Path:
+    """Write a Llama checkpoint that answers each prompt of `SAID` with its text, by construction and without training.
 
     The chat template ends each known prompt with a token of its own. Embeddings are one-hot, attention and MLP add
     nothing, and the head maps every token to its one successor: texts are cut into tokens that occur only once.
     """
-    folder = tmp_path_factory.mktemp("teacher")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocabulary = {token: i for i, token in enumerate(["<|eot_id|>", *sorted(byte_level.alphabet())])}
     successors, template = {}, "{% set prompt = messages[0]['content'] %}{{ prompt }}"
@@ -170,13 +173,34 @@ def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.
         assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"captions": ["a"]}', '{"image": "a.png", "captions": []}'])
-def test_captions_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, line: str) -> None:
-    (tmp_path / "captions.jsonl").write_text(line + "\n")
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[]", b'{"captions": ["a"]}', b'{"image": "a.png", "captions": []}', b'"\xff"', b"[" * 10**5],
+)
+def test_captions_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, line: bytes) -> None:
+    (tmp_path / "captions.jsonl").write_bytes(line + b"\n")
     with pytest.raises(SystemExit):
         ask(tmp_path / "captions.jsonl", tmp_path / "out.jsonl", "/no/teacher")
     assert "captions.jsonl, row 1: is not" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.rejected.jsonl"])
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": ["a"], "image": 1, "conversations": 1}', '{"id": "\xff"}'])
+def test_a_damaged_line(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, line: str) -> None:
+    good = json.dumps({"id": "star-detail", "image": "star.png", "conversations": []})
+    (tmp_path / name).write_bytes(f"{good}\n{line}\n{good}\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        ask(captions, tmp_path / "out.jsonl", "/no/teacher")
+    assert f"error: {tmp_path / name}:2: is not a row of synthesize; remove the line" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes().count(b"\n") == 3
+
+
+def test_a_name_that_is_not_unicode(teacher: Path, tmp_path: Path) -> None:
+    row = {"id": "star", "image": "\ud800.png", "captions": [CAPTIONS["star.png"]]}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(row) + "\n")
+    ask(tmp_path / "captions.jsonl", tmp_path / "out.jsonl", teacher, "--kinds", "detail")
+    assert read(tmp_path / "out.jsonl")["star-detail"]["image"] == "\ud800.png"
 
 
 def test_kinds() -> None:

@@ -97,6 +97,19 @@ class Database:
         with self._turn():
             return self._connection.execute(query, parameters).fetchall()
 
+    def check_index(self, keys: Sequence[bytes]) -> None:
+        """Check that the index of files by SHA-256 has all files of these images, which SQLite does not.
+
+        Raises:
+            FeatureError: if it lacks one.
+        """
+        known = "SELECT id FROM files INDEXED BY files_by_sha256 WHERE sha256 = f.sha256"
+        for start in range(0, len(keys), 500):  # SQLite's limit on parameters is 999 in older versions
+            chunk = keys[start : start + 500]
+            among = f"sha256 IN ({', '.join('?' * len(chunk))})"
+            if self.rows(f"SELECT 1 FROM files f NOT INDEXED WHERE {among} AND id NOT IN ({known}) LIMIT 1", chunk):
+                raise FeatureError(f"{self.path}: damaged (its index lacks files); {REPAIR.format(self.path.parent)}")
+
     @contextlib.contextmanager
     def converting(self) -> Iterator[None]:
         """Raise a FeatureError for values of a wrong type or size, which a damaged database may have."""

@@ -262,15 +262,18 @@ class Library:
 
         Only files that are on the disk and unchanged since they were read are returned, and of equal files the first.
         """
-        matches = []
+        matches, unnamed = [], []
         with self._ranking:
             self.ranking.refresh()
             for sha256, cosine in self.ranking.best(query, self._among(filters) if filters else None):
                 path = next(self.current(sha256, filters), None)
-                if path is not None:
-                    matches.append(Match(sha256, path, cosine))
-                    if len(matches) == top:
-                        break
+                if path is None:
+                    unnamed.append(sha256)
+                    continue
+                matches.append(Match(sha256, path, cosine))
+                if len(matches) == top:
+                    break
+        self.store.database.check_index(unnamed)
         return matches
 
     def current(self, sha256: bytes, filters: Filters = ALL) -> Iterator[str]:

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..image import image_sha256, read_facts
 from .encoder import ImageEncoder
+from .shards import FeatureError
 from .sources import FileStat, Source, reason
 from .writer import FeatureWriter
 
@@ -60,8 +61,10 @@ class Pipeline:
                 waiting.append(((source.name, source.stat), self._pool.submit(self._prepare, source)))
                 if len(waiting) >= self._ahead:
                     self._take(*waiting.popleft())
-        except KeyboardInterrupt:
-            waiting.clear()  # finish only the started batches
+            while waiting:
+                self._take(*waiting.popleft())
+        except (KeyboardInterrupt, FeatureError):  # finish only the started batches
+            waiting.clear()
             raise
         finally:
             while waiting:
@@ -87,6 +90,8 @@ class Pipeline:
     def _take(self, name: tuple[str, FileStat | None], future: Future) -> None:
         try:
             sha256, tiled, facts, read, decode = future.result()
+        except FeatureError:  # of the store, not of this image
+            raise
         except (OSError, ValueError) as e:
             self.report.failed.append((name[0], reason(e, name[0])))
             self.progress(self.report)

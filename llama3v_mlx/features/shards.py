@@ -163,7 +163,7 @@ class Shard:
         Raises:
             FeatureError: if the shard does not have them.
         """
-        if start < 0 or rows < 0 or start + rows > self.num_rows:
+        if start < 0 or rows < 1 or start + rows > self.num_rows:
             raise FeatureError(f"{self.path}: cut short; {REPAIR.format(self._folder)}")
         row_bytes = self._width * self._dtype.itemsize
         first = HEADER_BYTES + start * row_bytes

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import HAS_OPENBLAS
+from .. import HAS_OPENBLAS, reserve_blas
 from ..device import cores, on_gpu
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # from glibc's malloc.h
@@ -101,6 +101,8 @@ def _streams() -> list[mx.Stream]:
     """Return one stream per core, created once per Python thread because MLX binds streams to threads."""
     if not hasattr(_THREAD, "streams"):
         _keep_memory()
+        if HAS_OPENBLAS:
+            reserve_blas(cores())
         _THREAD.streams = [mx.new_stream(mx.cpu) for _ in range(cores())]
     return _THREAD.streams
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..files import read_file
+from ..files import check_file, read_file
 from .prompts import Block
 
 log = logging.getLogger(__name__)
@@ -190,6 +190,7 @@ def fingerprint(model, settings: object) -> str:
 def _read(path: Path, block: Block, shape: tuple[int, int, int] | None) -> mx.array | None:
     """Read a block from a file; a damaged file is deleted and None returned."""
     try:
+        check_file(path)
         data = read_file(path)
         if hashlib.sha256(data).hexdigest() == path.stem.partition("-")[2]:
             array = mx.load(io.BytesIO(data), format="safetensors")["held"]

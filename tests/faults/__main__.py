@@ -4,7 +4,8 @@ Each case has a seed. A failure is repeated by `--only KIND --seed SEED --cases 
 """
 
 import argparse
-import itertools
+import contextlib
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TextIO
 
 if __name__ == "__main__":  # before MLX is imported, and not where the suite imports this
     os.environ |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -23,7 +25,8 @@ from .harness import warm_up  # noqa: E402
 from .material import Material  # noqa: E402
 from .shim import shim, start_with_shim  # noqa: E402
 
-KINDS = {name: module.case for module in (checkpoints, stores, images, calls) for name in module.KINDS}
+MODULES = {name: module for module in (checkpoints, stores, images, calls) for name in module.KINDS}
+KINDS = tuple(MODULES)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="KIND", help="kinds that begin like this")
     parser.add_argument("--seed", type=int, help="of the first case (default: random)")
     parser.add_argument("--keep", metavar="DIR", help="folder for the cases that fail")
+    parser.add_argument("--log", metavar="FILE", help="file to append each case to: kind, seed, what, problem")
     args = parser.parse_args(argv)
     kinds = [kind for kind in KINDS if not args.only or kind.startswith(tuple(args.only))]
     if not kinds:
@@ -43,39 +47,65 @@ def main(argv: list[str] | None = None) -> int:
         start_with_shim(Path(folder))
         if shim() is None:
             print("no C compiler: system calls are not disturbed", file=sys.stderr)
-            kinds = [kind for kind in kinds if KINDS[kind] is not calls.case]
+            kinds = [kind for kind in kinds if MODULES[kind] is not calls]
         os.environ["XDG_CACHE_HOME"] = folder
-        return run(kinds, seed, args.cases, 60 * minutes, Path(folder), Path(args.keep) if args.keep else None)
+        keep = Path(args.keep).absolute() if args.keep else None
+        with open(args.log or os.devnull, "a", buffering=1) as log:
+            material = Material(Path(folder) / "material")
+            with contextlib.closing(material):
+                return run(kinds, seed, args.cases, 60 * minutes, material, keep, log)
 
 
-def run(kinds: list[str], seed: int, cases: int | None, seconds: float, folder: Path, keep: Path | None) -> int:
+def run(
+    kinds: list[str], seed: int, cases: int | None, seconds: float, material: Material, keep: Path | None, log: TextIO
+) -> int:
     """Run the kinds in turn until the time is over; return the exit status."""
     warm_up()
-    material = Material(folder / "material")
     material.folder.mkdir()
     material.make()
     tried, failed, spent = Counter(), Counter(), Counter()
     end = time.monotonic() + seconds
-    for number in itertools.count(seed) if cases is None else range(seed, seed + cases):
-        for kind in kinds:
+    last = sys.maxsize if cases is None else seed + cases
+    waiting = {kind: seed for kind in kinds}
+    while waiting and time.monotonic() < end:
+        for kind, start in list(waiting.items()):
             if time.monotonic() > end:
                 break
             tic = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="case-", dir=folder) as place:
-                what, problem = KINDS[kind](kind, number, material, Path(place))
-                tried[kind] += 1
-                if problem:
-                    failed[kind] += 1
-                    print(f"FAILED {kind} --seed {number} ({what}): {problem}", flush=True)
-                    if keep:
-                        shutil.copytree(place, keep / f"{kind}-{number}", symlinks=True)
+            numbers = range(start, min(start + MODULES[kind].BATCHED.get(kind, 1), last))
+            with tempfile.TemporaryDirectory(prefix="case-", dir=material.folder.parent) as place:
+                for number, (what, problem) in zip(numbers, _cases(kind, numbers, material, Path(place)), strict=True):
+                    log.write(json.dumps([kind, number, what, problem]) + "\n")
+                    tried[kind] += 1
+                    if problem:
+                        failed[kind] += 1
+                        print(f"FAILED {kind} --seed {number} ({what}): {problem}", flush=True)
+                        if keep:
+                            with contextlib.suppress(shutil.Error):  # pipes and sockets
+                                shutil.copytree(place, keep / f"{kind}-{number}", symlinks=True)
             spent[kind] += time.monotonic() - tic
-        else:
-            continue
-        break
+            waiting[kind] = numbers.stop
+            if numbers.stop == last:
+                del waiting[kind]
     print(f"\n| kind | tried | failed | seconds |\n|---|---|---|---|\n{_rows(kinds, tried, failed, spent)}")
-    print(f"seeds {seed} to {number}")
+    for kind, count in calls.beyond.items():
+        print(f"{kind}: {count} of them ended where Python cannot catch it")
+    print(f"seeds from {seed}")
     return 1 if failed else 0
+
+
+def _cases(kind: str, numbers: range, material: Material, place: Path) -> list[tuple[str, str | None]]:
+    """Run the cases of these numbers in one child; what fails there is run again alone, as `--cases 1` does."""
+    module, results = MODULES[kind], []
+    if kind not in module.BATCHED:
+        return [module.case(kind, number, material, place) for number in numbers]
+    for number, (what, problem) in zip(numbers, module.cases(kind, numbers, material, place), strict=True):
+        if problem and len(numbers) > 1:
+            (place / "alone" / str(number)).mkdir(parents=True)
+            [(_, alone)] = module.cases(kind, range(number, number + 1), material, place / "alone" / str(number))
+            problem = alone or f"not alone, but after {numbers[0]} to {number - 1}: {problem}"
+        results.append((what, problem))
+    return results
 
 
 def _rows(kinds: list[str], tried: Counter, failed: Counter, spent: Counter) -> str:

@@ -8,12 +8,14 @@ import errno
 import random
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from . import shim
 from .harness import CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
 from .material import Material
+from .more import MORE
 from .power import Power
 from .written import WRITTEN, Written
 
@@ -24,13 +26,15 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
     (shim.SHORT, 0),
 ]
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in WRITTEN)
+COMMANDS = WRITTEN | MORE
+KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in COMMANDS)
+BATCHED: dict[str, int] = {}
 
 
 def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, str | None]:
     """Disturb one call of a command and run it again; consecutive numbers go through all calls and modes."""
     what, _, name = kind.partition(":")
-    written = WRITTEN[name]
+    written = COMMANDS[name]
     count, seconds, wanted = _undisturbed(name, written, material, place.parent)
     here = _new(material, place / name, written)
     if what in ("kills", "memory"):
@@ -41,7 +45,8 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
         room = int(4e5 * 1000**share)  # 0.4 to 400 MB
         ended = _run(written, material, here, memory=room)
         if _is_beyond_python(ended):
-            ended = replace(ended, code=-signal.SIGKILL, timed_out=False)
+            beyond[kind] += 1
+            ended = replace(ended, code=-signal.SIGKILL)
         return f"with {room / 1e6:.1f} MB more", _judge(written, material, here, ended, wanted)
     modes = {"calls": MODES, "signals": SIGNALS, "power": [(shim.SIGNAL, signal.SIGKILL)]}[what]
     at, (mode, code) = number % count + 1, modes[number // count % len(modes)]
@@ -75,14 +80,17 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
     return None if found == wanted else f"the second run's result differs: {_difference(found, wanted)}"
 
 
-def _is_beyond_python(ended: Ended) -> bool:
-    """Whether a shortage of memory ended a command where Python cannot catch it.
+beyond: Counter[str] = Counter()  # by kind
 
-    MLX aborts if it cannot start a thread or if an allocation fails on a thread of its own, OpenBLAS waits for ever for
-    its buffers, and the loader of libraries exits. Nothing may be half-written even then.
+
+def _is_beyond_python(ended: Ended) -> bool:
+    """Whether a shortage of memory ended a command where Python cannot catch it; nothing may be half-written even then.
+
+    MLX aborts if it cannot start a thread or if an allocation fails on a thread of its own, and the loader of libraries
+    exits.
     """
     aborted = ended.code == -signal.SIGABRT and "terminate called" in ended.errors
-    return aborted or ended.timed_out or ended.code == -signal.SIGSEGV or "thread-local data" in ended.errors
+    return aborted or ended.code == -signal.SIGSEGV or "thread-local data" in ended.errors
 
 
 def _interrupted(ended: Ended) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .harness import Ended, command, complaint, copy_tree, run_child
+from .harness import Task, command, complaint, copy_tree, run_batch
 from .material import QUESTION, Material
 from .mutate import mutate_file, replace_file
 
@@ -23,7 +23,8 @@ class Broken:
     names: tuple[str, ...] = ()  # names besides the copy's, one of which the error must contain
     skipped: tuple[str, ...] = ()  # files that the command does not read
     mutate: Callable[[random.Random, Path], str] = mutate_file
-    right: Callable[[Material, Path, Ended], str | None] = lambda material, broken, ended: None  # if it succeeded
+    then: Action | None = None  # what is run after it
+    right: Callable[..., str | None] = lambda material, broken, ended, then=None: None  # given how both ended
 
 
 def _generate(material: Material, broken: Path) -> Callable[[], None]:
@@ -101,37 +102,53 @@ KINDS = {
 }
 
 
-def case(
-    kind: str, number: int, material: Material, place: Path, kinds: dict[str, Broken] = KINDS
-) -> tuple[str, str | None]:
-    """Break one file and run the command on it.
+BATCHED = dict.fromkeys(KINDS, 20)  # cases per child
+
+
+def cases(
+    kind: str, numbers: range, material: Material, place: Path, kinds: dict[str, Broken] = KINDS
+) -> list[tuple[str, str | None]]:
+    """Break a file for each number and run the command on it, in one child.
 
     Returns:
         What was broken, and what is wrong with how the command ended.
     """
-    what, rng = kinds[kind], random.Random(f"{kind} {number}")
-    outside = place / "outside"
-    outside.mkdir()
-    broken = copy_tree(material / what.source, place / Path(what.source).name)
-    files = [broken] if broken.is_file() else _files(kind, rng, broken, what)
+    what, made, tasks = kinds[kind], [], []
+    for number in numbers:
+        rng, here = random.Random(f"{kind} {number}"), place / str(number)
+        outside = here / "outside"
+        outside.mkdir(parents=True)
+        broken = copy_tree(material / what.source, here / Path(what.source).name)
+        done = _break(kind, what, rng, broken, outside)
+        made.append((broken, done, {path.name for path in here.iterdir()}))
+        folder = broken if broken.is_dir() else here
+        tasks.append(Task(what.action(material, broken), folder, what.stdin(broken).encode(), outside))
+        if what.then:
+            tasks.append(Task(what.then(material, broken), folder))
+    ended = iter(run_batch(tasks, place))
+    results = []
+    for broken, done, before in made:
+        both = [next(ended) for _ in range(2 if what.then else 1)]
+        problem = complaint(both[0], (str(broken), *what.names))
+        if problem is None and both[0].code == 0:
+            problem = what.right(material, broken, *both)
+        left = {path.name for path in broken.parent.iterdir()} - before
+        if problem is None and both[0].code and any(not _is_kept(name) for name in left):
+            problem = f"failed, but left {', '.join(left)}"
+        results.append((done, problem))
+    return results
+
+
+def _break(kind: str, what: Broken, rng: random.Random, broken: Path, outside: Path) -> str:
     done = []
-    for path in files:
+    for path in [broken] if broken.is_file() else _files(kind, rng, broken, what):
         replace = rng.random() < 0.06 and broken.is_dir()
         done.append(replace_file(rng, path, outside) if replace else what.mutate(rng, path))
-    before = {path.name for path in place.iterdir()}
-    stdin = what.stdin(broken).encode()
-    ended = run_child(what.action(material, broken), broken if broken.is_dir() else place, stdin, secret=outside)
-    problem = complaint(ended, (str(broken), *what.names))
-    if problem is None and ended.code == 0:
-        problem = what.right(material, broken, ended)
-    left = {path.name for path in place.iterdir()} - before
-    if problem is None and ended.code and any(not _is_kept(name) for name in left):
-        problem = f"failed, but left {', '.join(left)}"
-    return ", ".join(done), problem
+    return ", ".join(done)
 
 
 def _is_kept(name: str) -> bool:
-    return name in ("store", "again.safetensors")  # written before the failure, and whole
+    return name in ("store", "again.safetensors", "exported")  # written before the failure, and whole
 
 
 def _files(kind: str, rng: random.Random, folder: Path, what: Broken) -> list[Path]:

@@ -8,6 +8,7 @@ import ctypes
 import faulthandler
 import importlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
@@ -88,32 +89,92 @@ def run_child(
         return Ended(code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened())
 
 
+@dataclass(frozen=True)
+class Task:
+    """An action of a batch; see `run_child` for the fields."""
+
+    action: Callable[[], None]
+    folder: Path
+    stdin: bytes = b""
+    secret: Path | None = None
+
+
+def run_batch(tasks: Sequence[Task], folder: Path) -> list[Ended]:
+    """As `run_child` for each task, but in one child, and in another from the task after one that ends it."""
+    ended: list[Ended] = []
+    while len(ended) < len(tasks):
+        rest = tasks[len(ended) :]
+        with tempfile.TemporaryDirectory(prefix="batch-", dir=folder) as name:
+            place = Path(name)
+            for i, task in enumerate(rest):
+                (place / f"{i}.0").write_bytes(task.stdin)
+            whole = run_child(lambda: _run_each(rest, place), folder, seconds=WALL_SECONDS * len(rest))  # noqa: B023
+            rows = [json.loads(line) for line in (place / "ended").read_text().splitlines()]
+            for i in range(min(len(rows) + 1, len(rest))):
+                out, errors = ((place / f"{i}.{n}").read_bytes().decode(errors="replace") for n in (1, 2))
+                if i < len(rows):
+                    ended.append(Ended(out=out, errors=errors, timed_out=False, **rows[i]))
+                else:
+                    ended.append(replace(whole, out=out, errors=errors))
+    return ended
+
+
+def _run_each(tasks: Sequence[Task], place: Path) -> None:
+    with (place / "ended").open("w", buffering=1) as rows:
+        for i, task in enumerate(tasks):
+            _enter(task.folder, [place / f"{i}.{n}" for n in range(3)])
+            faulthandler.dump_traceback_later(WALL_SECONDS, exit=True, file=2)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            tic = time.process_time()
+            with watching(task.secret) as opened:
+                row = {"code": _exit_status(task.action), "cpu_seconds": time.process_time() - tic, "reads": opened()}
+            status = Path("/proc/self/status").read_text()
+            row["resident"] = int(status.partition("VmHWM:")[2].split()[0]) << 10
+            rows.write(json.dumps(row) + "\n")
+
+
+def _enter(folder: Path, streams: Sequence[Path]) -> None:
+    """Work in a folder, with files as stdin, stdout and stderr."""
+    for descriptor, path in enumerate(streams):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    encoding = {"encoding": "utf-8", "line_buffering": True}
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), errors="surrogateescape", **encoding)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), **encoding)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", **encoding)
+    os.chdir(folder)
+    tempfile.tempdir = str(folder)
+
+
 def _be_child(action: Callable[[], None], folder: Path, streams: Sequence[Path]) -> None:
     code = CRASHED
     try:
         os.setsid()
-        for descriptor, path in enumerate(streams):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
-        encoding = {"encoding": "utf-8", "line_buffering": True}
-        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), errors="surrogateescape", **encoding)
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), **encoding)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace", **encoding)
-        os.chdir(folder)
-        tempfile.tempdir = str(folder)
+        _enter(folder, streams)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit_memory(ADDRESS_SPACE)
         faulthandler.dump_traceback_later(WALL_SECONDS - 5, file=2)  # where it hangs
+        code = _exit_status(action)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _exit_status(action: Callable[[], None]) -> int:
+    code = CRASHED
+    try:
         action()
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
     except BaseException:
         traceback.print_exc()
-    finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
 def limit_memory(more: int) -> None:

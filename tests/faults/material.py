@@ -1,5 +1,7 @@
 """Small checkpoints, images, runs and saved conversations to be broken, made once per run of the faults."""
 
+import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +18,19 @@ class Material:
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+        self._servers = contextlib.ExitStack()
+
+    def close(self) -> None:
+        self._servers.close()
+
+    @functools.cached_property
+    def teacher_url(self) -> str:
+        """Address of mlx-lm's server with the teacher, which is started."""
+        from llama3v_mlx.evaluate import served
+
+        _, port, _ = self._servers.enter_context(served("mlx_lm", "server", "--model", self / "teacher"))
+        return f"http://127.0.0.1:{port}/v1"
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -71,6 +86,7 @@ def _save_models(folder: Path) -> None:
 
     from llama3v_mlx.demo import SIGLIP
     from tests.conftest import SIGLIP_TEXT, save_siglip, save_tiny
+    from tests.test_synthesize import CAPTIONS, save_teacher
 
     SIGLIP_TEXT["vocab_size"] = 121  # of the demo's tokenizer; this is a child, where it changes nothing else
     for name, save in (("tiny", save_tiny), ("siglip", save_siglip)):
@@ -92,6 +108,8 @@ def _save_models(folder: Path) -> None:
         }
         for i, name in enumerate(("a.png", "b.jpg", "c.gif", "d.png"))
     ]
-    captions = [{"id": row["image"], "image": row["image"], "captions": ["A disk."]} for row in rows]
+    captions = [{"id": name, "image": name, "captions": [text]} for name, text in CAPTIONS.items()]
     (folder / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in captions))
+    (folder / "teacher").mkdir()
+    save_teacher(folder / "teacher")
     (folder / "rows.json").write_text(json.dumps(rows))

@@ -6,14 +6,13 @@ A command on one must end with an error line that names it, or succeed with what
 import hashlib
 import json
 import random
-import shutil
 import sqlite3
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 from .checkpoints import Broken
-from .checkpoints import case as break_and_run
+from .checkpoints import cases as break_and_run
 from .harness import Ended, command, run_child
 from .material import Material
 from .mutate import STRANGE, mutate_file, mutate_tree
@@ -133,44 +132,43 @@ def _ask(material: Material, broken: Path) -> Callable[[], None]:
     return ask_folder(material, broken / "answers.jsonl")
 
 
-def _exported(folder: Path, place: Path) -> dict[str, str] | str:
+def _export_beside(material: Material, broken: Path) -> Callable[[], None]:
+    return command("embed", "--out", broken, "--export", broken.with_name("exported"))
+
+
+def _exported(folder: Path, ended: Ended) -> dict[str, str] | str:
     """Rows by SHA-256 of a store as exported, or the error."""
     import numpy as np
 
-    export = place / "exported"
-    shutil.rmtree(export, ignore_errors=True)
-    ended = run_child(command("embed", "--out", folder, "--export", export), place)
     if ended.code:
         return ended.errors
-    rows = np.load(export / "embeddings.npy")
-    entries = [json.loads(line) for line in (export / "index.jsonl").read_text().splitlines()]
+    rows = np.load(folder / "embeddings.npy")
+    entries = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     return {entry["sha256"]: row.tobytes().hex() for entry, row in zip(entries, rows, strict=True)}
 
 
 @cache
-def _wanted(folder: Path) -> dict[str, str]:
-    return _exported(folder, folder.parent)
+def _wanted(material: Material) -> dict[str, str]:
+    ended = run_child(_export_beside(material, material / "store"), material.folder)
+    return _exported(material / "exported", ended)
 
 
-def _right_rows(material: Material, broken: Path, ended: Ended) -> str | None:
+def _right_rows(material: Material, broken: Path, ended: Ended, export: Ended) -> str | None:
     """No row under another image's SHA-256; an error of the export is right as well."""
-    wanted, found = _wanted(material / "store"), _exported(broken, broken.parent)
+    wanted, found = _wanted(material), _exported(broken.with_name("exported"), export)
     wrong = [] if isinstance(found, str) else [key for key, row in found.items() if wanted.get(key) != row]
     return f"wrong rows of {wrong}" if wrong else None
 
 
-def _repaired(material: Material, broken: Path, ended: Ended) -> str | None:
-    found = _exported(broken, broken.parent)
-    return f"not repaired: {found}" if isinstance(found, str) else _right_rows(material, broken, ended)
+def _repaired(material: Material, broken: Path, ended: Ended, export: Ended) -> str | None:
+    return f"not repaired: {export.errors}" if export.code else _right_rows(material, broken, ended, export)
 
 
 def _right_hits(material: Material, broken: Path, ended: Ended) -> str | None:
     import numpy as np
 
-    wanted, query = (
-        _wanted(material / "store"),
-        hashlib.sha256((material / "images" / "d.png").read_bytes()).hexdigest(),
-    )
+    wanted = _wanted(material)
+    query = hashlib.sha256((material / "images" / "d.png").read_bytes()).hexdigest()
     rows = {key: np.frombuffer(bytes.fromhex(row), np.float32).astype(float) for key, row in wanted.items()}
     for hit in json.loads(ended.out)["hits"]:
         if hit["sha256"] not in rows:
@@ -197,9 +195,9 @@ def _right_answers(material: Material, broken: Path, ended: Ended) -> str | None
 
 
 KINDS = {
-    "stores:export": Broken("store", _export, mutate=mutate_store, right=_right_rows),
-    "stores:embed": Broken("store", _embed, mutate=mutate_store, right=_right_rows),
-    "stores:verify": Broken("store", _verify, mutate=mutate_store, right=_repaired),
+    "stores:export": Broken("store", _export, mutate=mutate_store, then=_export_beside, right=_right_rows),
+    "stores:embed": Broken("store", _embed, mutate=mutate_store, then=_export_beside, right=_right_rows),
+    "stores:verify": Broken("store", _verify, mutate=mutate_store, then=_export_beside, right=_repaired),
     "stores:search": Broken("store", _search_store, mutate=mutate_store, right=_right_hits),
     "stores:index": Broken("index", _search, mutate=mutate_store, right=_right_folder),
     "stores:features": Broken("visual", ask_with_features, mutate=mutate_store),
@@ -208,4 +206,5 @@ KINDS = {
     ),
     "stores:prompt-cache": Broken("prompts", use_prompt_cache, mutate=mutate_prompt),
 }
-case = partial(break_and_run, kinds=KINDS)
+BATCHED = dict.fromkeys(KINDS, 20)
+cases = partial(break_and_run, kinds=KINDS)

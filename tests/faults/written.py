@@ -56,7 +56,7 @@ def _converted(material: Material, place: Path, wanted: object = None) -> dict[s
     return hashes(place)
 
 
-def _whole_or_absent(material: Material, place: Path, wanted: object) -> str | None:
+def whole_or_absent(material: Material, place: Path, wanted: object) -> str | None:
     made = {f"out/{name}": digest for name, digest in hashes(place / "out").items()}
     return f"out is not whole: {sorted(wanted.items() ^ made.items())[:3]}" if made and made != wanted else None
 
@@ -89,24 +89,6 @@ def _old_or_new(material: Material, place: Path, wanted: object) -> str | None:
     old = _sha256(material / "saved.safetensors")
     found = hashes(place).get("saved.safetensors")
     return None if found in (old, wanted["saved.safetensors"]) else "the saved conversation is neither old nor new"
-
-
-class Teacher:
-    """Writes conversations that depend on the images only."""
-
-    def write(self, tasks: list) -> list[tuple[str, bool]]:
-        return [(f"Question: What is {name}?\nAnswer: A disk.", True) for name, _, _ in tasks]
-
-
-def _synthesize(material: Material, place: Path) -> Action:
-    def run() -> None:
-        from llama3v_mlx import synthesize
-
-        synthesize.make_teacher = lambda args: Teacher()
-        files = ("--captions", material / "captions.jsonl", "--out", place / "rows.jsonl")
-        command("synthesize", "--teacher", "none", *files, "--batch-size", 2)()
-
-    return run
 
 
 def _embed(material: Material, place: Path) -> Action:
@@ -190,7 +172,7 @@ def _indexed(material: Material, place: Path) -> object:
     hits = [(hit["path"].removeprefix(photos), round(hit["cosine"], 5)) for hit in json.loads(ended.out)["hits"]]
     files = _rows(place / "index", "SELECT path, sha256 FROM files")
     files = sorted((path.decode().removeprefix(photos), sha256.hex()) for path, sha256 in files)
-    return hits, files, sorted(_rows(place / "index", "SELECT hex(sha256), rows, crc32 FROM entries"))
+    return hits, files, entries(place / "index")
 
 
 def _rows(store: Path, query: str) -> list[tuple]:
@@ -202,6 +184,11 @@ def _rows(store: Path, query: str) -> list[tuple]:
 def _compact(material: Material, place: Path) -> Action:
     options = ("--model", material / "siglip", "--index", place / "index", "--batch-size", 1, "--workers", 1)
     return command("search", _photos(place), "--compact", *options)
+
+
+def entries(store: Path) -> list[tuple]:
+    """Images of a store, with the checksums of their rows."""
+    return sorted(_rows(store, "SELECT hex(sha256), rows, crc32 FROM entries"))
 
 
 def _all_embedded(material: Material, place: Path, wanted: object) -> str | None:
@@ -258,14 +245,12 @@ def _features(material: Material, place: Path) -> Action:
 
 def _kept_features(material: Material, place: Path) -> object:
     ended = run_child(command("embed", "--verify", place / "store"), place)
-    return ended.errors or ended.out.count("\n"), sorted(
-        _rows(place / "store", "SELECT hex(sha256), crc32 FROM entries")
-    )
+    return ended.errors or ended.out.count("\n"), entries(place / "store")
 
 
 WRITTEN = {
-    "convert": Written(_convert, _converted, kept=_whole_or_absent),
-    "fuse": Written(_fuse, _converted, kept=_whole_or_absent),
+    "convert": Written(_convert, _converted, kept=whole_or_absent),
+    "fuse": Written(_fuse, _converted, kept=whole_or_absent),
     "pretrain": Written(_train("pretrain"), _trained),
     "finetune": Written(_train("finetune"), _trained),
     "chat": Written(
@@ -275,7 +260,6 @@ WRITTEN = {
         kept=_old_or_new,
         stdin=lambda place: f"What is a disk?\n/save {place / 'saved'}\n",
     ),
-    "synthesize": Written(_synthesize, _converted),
     "embed": Written(_embed, _embedded),
     "index": Written(_search, _indexed, prepare=_index, kept=_all_embedded),
     "compact": Written(_compact, _indexed, prepare=_index, kept=_present_embedded),

@@ -1,0 +1,140 @@
+"""Further commands that write, which need more than one model, a server, or an optional package."""
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from .harness import command, run_child
+from .material import QUESTION, Material
+from .written import Action, Written, entries, hashes, whole_or_absent
+
+
+def _synthesize(material: Material, place: Path, *teacher: str | Path) -> Action:
+    files = ("--captions", material / "captions.jsonl", "--out", place / "rows.jsonl")
+    return command("synthesize", "--teacher", *teacher, *files, "--batch-size", 2, "--temp", 0, "--max-tokens", 100)
+
+
+def _local(material: Material, place: Path) -> Action:
+    return _synthesize(material, place, material / "teacher")
+
+
+def _remote(material: Material, place: Path) -> Action:
+    return _synthesize(material, place, material.teacher_url, "--teacher-model", "default_model")
+
+
+def _calibrate(material: Material, place: Path) -> Action:
+    rows = ("--calibrate", material / "rows.json", "--image-folder", material / "images")
+    return command("convert", "--hf-path", material / "tiny", "--mlx-path", place / "out", "-q", *rows)
+
+
+def _rerank(material: Material, place: Path) -> Action:
+    def search() -> None:
+        from llama3v_mlx import search
+
+        search.CACHE = place / "cache"
+        options = ("--model", material / "siglip", "--llm", material / "tiny", "--index", place / "index", "--force")
+        asked = ("two red stars", "--ask", "What is it?", "--max-tokens", 2, "--json")
+        command("search", material / "images", *asked, *options, "--batch-size", 1, "--workers", 1)()
+
+    return search
+
+
+def _reranked(material: Material, place: Path) -> object:
+    ended = run_child(_rerank(material, place), place)
+    if ended.code:
+        return ended.errors
+    hits = [(Path(hit["path"]).name, round(hit["match"], 4), hit["answer"]) for hit in json.loads(ended.out)["hits"]]
+    return sorted(hits), *map(entries, _stores(place)), entries(place / "index")
+
+
+def _stores(place: Path) -> list[Path]:
+    return sorted(path.parent for path in (place / "cache").rglob("store.json"))
+
+
+def _ask_by_schema(material: Material, place: Path) -> Action:
+    schema = place.parent / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"many": {"type": "boolean"}}, "required": ["many"]}))
+    options = ("--model", material / "tiny", *QUESTION[:2], "--max-tokens", 20, "--temp", 0, "--force")
+    return command(
+        "generate", "--images", material / "images", *options, "--schema", schema, "--out", place / "a.jsonl"
+    )
+
+
+def _serve(material: Material, place: Path) -> Action:
+    """The server with a library, and a client in a thread, which looks at all pictures and then stops the server."""
+
+    def serve() -> None:
+        from llama3v_mlx.serving import library
+
+        library.CACHE = place / "cache"
+        threading.Thread(target=_look, daemon=True).start()
+        folder = ("--library", material / "images", "--library-model", material / "siglip")
+        options = ("--library-index", place / "index", "--embedding-model", material / "siglip", "--force")
+        command("server", "--model", material / "tiny", *folder, *options, "--port", 0)()
+
+    return serve
+
+
+def _look() -> None:
+    said = Path(f"/proc/self/fd/{sys.stderr.fileno()}")
+    while not (found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(errors="replace"))):
+        time.sleep(0.1)
+    problem = None
+    while (state := _get(int(found[1]), "/v1/library"))[0] == 200 and json.loads(state[1])["updating"]:
+        time.sleep(0.1)
+    status, data = _get(int(found[1]), "/v1/library/search", {"query": "two red stars", "top": 9})
+    for hit in json.loads(data)["data"] if status == 200 else ():
+        status, data = _get(int(found[1]), f"/v1/library/thumbnail/{hit['id']}")
+        if status != 200 or not data.endswith(b"\xff\xd9"):
+            problem = f"thumbnail of {hit['name']}: {status} {data[-80:]!r}"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _get(port: int, path: str, body: dict | None = None) -> tuple[int, bytes]:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        headers = {"Content-Type": "application/json"} if body else {}
+        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def _served(material: Material, place: Path) -> object:
+    """Entries of the index; a thumbnail may be missing, but none is damaged."""
+    thumbnails = (place / "cache" / "thumbnails").glob("*.jpg")
+    odd = [path.name for path in thumbnails if not path.read_bytes().endswith(b"\xff\xd9")]
+    return entries(place / "index"), odd
+
+
+def _evaluate(material: Material, place: Path) -> Action:
+    data = ("--tasks", "demo_world", "--data", material / "world", "--lmms-eval", os.environ["LMMS_EVAL_PYTHON"])
+    return command("evaluate", *data, "--limit", 4, "--concurrency", 1, "--output", place / "out")
+
+
+def _evaluated(material: Material, place: Path) -> object:
+    """The score of each question."""
+    samples = sorted((place / "out").rglob("*_samples_*.jsonl"))
+    rows = [json.loads(line) for path in samples for line in path.read_text().splitlines()]
+    return sorted((row["doc_id"], row["score"], str(row["filtered_resps"])) for row in rows)
+
+
+MORE = {
+    "synthesize": Written(_local, lambda material, place: hashes(place)),
+    "synthesize-http": Written(_remote, lambda material, place: hashes(place)),
+    "calibrate": Written(_calibrate, lambda material, place: hashes(place), kept=whole_or_absent),
+    "rerank": Written(_rerank, _reranked),
+    "server": Written(_serve, _served),
+}
+if importlib.util.find_spec("llguidance"):
+    MORE["schema"] = Written(_ask_by_schema, lambda material, place: hashes(place))
+if "LMMS_EVAL_PYTHON" in os.environ:
+    MORE["evaluate"] = Written(_evaluate, _evaluated)
