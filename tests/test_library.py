@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,11 @@ from PIL import Image
 from llama3v_mlx import files
 from llama3v_mlx import search as command
 from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.features import library as libraries
 from llama3v_mlx.features.grammar import Filters, parse_date
-from llama3v_mlx.features.library import Changes, Library, default_index
+from llama3v_mlx.features.library import Changes, Library
+from llama3v_mlx.features.location import default_index
+from llama3v_mlx.features.pipeline import Report
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.search import main
@@ -136,7 +140,7 @@ def test_most_pictures_are_gone(library: Library, pictures: Path, tmp_path: Path
 
 
 def test_a_renamed_library_keeps_its_index(pictures: Path, tmp_path: Path, read, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("llama3v_mlx.features.library.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("llama3v_mlx.features.location.CACHE", tmp_path / "cache")
     (pictures / os.fsdecode(b"\xff.png")).write_bytes(b"broken")
 
     def search(folder: Path) -> str:
@@ -156,7 +160,7 @@ def test_a_renamed_library_keeps_its_index(pictures: Path, tmp_path: Path, read,
 
 
 def test_a_damaged_index_is_not_taken_over(pictures: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("llama3v_mlx.features.library.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("llama3v_mlx.features.location.CACHE", tmp_path / "cache")
     index = Library(pictures, MODEL).index
     (index / "store.db").write_bytes(b"no database")
     (index.parent / "notes.txt").write_text("no index")
@@ -246,6 +250,22 @@ def test_a_file_replaced_at_once_by_one_of_equal_size(library: Library, pictures
     assert path.stat().st_size == old.st_size and path.stat().st_ino == old.st_ino
     assert "0/0.png" not in paths_of(library)
     assert library.update().failed or library.counts() == (12, 0)
+
+
+def test_files_are_not_all_in_memory(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3,000 files in one folder, 100 are at a time."""
+    names, stat = [f"{pictures}/{i:06}.jpg" for i in range(3000)], os.stat(pictures)
+    monkeypatch.setattr(libraries, "_CHUNK", 100)
+    monkeypatch.setattr(libraries, "scan_folder", lambda *_: ((name, stat) for name in names))
+    seen = []
+    read = SimpleNamespace(run=lambda sources: seen.extend(source.name[-10:-4] for source in sources) or Report())
+    monkeypatch.setattr(libraries, "Pipeline", lambda *_: read)
+    library = Library(pictures, MODEL, tmp_path / "index")
+    tracemalloc.start()
+    library.update()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == [f"{i:06}" for i in range(3000)] and peak < 1e6
 
 
 def test_rehash_reads_all(library: Library, pictures: Path, read, monkeypatch: pytest.MonkeyPatch) -> None:
