@@ -338,7 +338,7 @@ def test_a_folder_that_cannot_be_listed_is_kept(library: Library, pictures: Path
     changes = library.update()
     assert counts(changes) == (0, 0, 0, 0, 0)
     ((name, reason),) = changes.skipped.denied
-    assert name == str(pictures / "1") and reason.startswith("Operation not permitted; macOS's privacy protection")
+    assert name == str(pictures / "1") and reason.startswith("Operation not permitted; on a Mac, allow access")
     monkeypatch.undo()
     assert counts(library.update()) == (0, 0, 0, 0, 0) and not read()
 
