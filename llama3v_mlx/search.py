@@ -24,9 +24,9 @@ from .cli import (
 from .demo import CHECKPOINT, SIGLIP
 from .files import printable, true_path
 
-FOLDERS = """A Photos library (X.photoslibrary) in FOLDER is skipped; pass it as FOLDER to search its originals. Thumbnails
-and other pictures that Photos derives from them are never listed. The features of a deleted picture are kept for 30
-days, in case it comes back; after that, they are removed once they are most of the index. --compact removes them now."""
+FOLDERS = """A Photos library (X.photoslibrary) in FOLDER is skipped; pass it as FOLDER to search its originals.
+Pictures that Photos derives from them are never listed. The features of a deleted picture are kept for 30 days, in
+case it comes back, and removed once most of the index is older than that; --compact removes them now."""
 POLL = 2.0  # seconds between two looks at a watched folder
 
 
