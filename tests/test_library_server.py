@@ -406,6 +406,7 @@ class TestState:
             "updating": False,
             "progress": None,
             "changes": None,
+            "notes": [],
             "error": None,
         }
 
@@ -427,8 +428,9 @@ class TestState:
             assert status == 503 and message.startswith("the library's index cannot be used: ")
 
     def test_update(self, app: App, port: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In a process of its own, while the server answers; then what is new is found."""
+        """In a process of its own, while the server answers; then what is new is found, and what is skipped said."""
         monkeypatch.setattr(indexers, "NICE", 0)
+        (folder / "Photos.photoslibrary").mkdir()
         Image.new("RGB", (50, 50), "yellow").save(folder / "new.png")
         try:
             assert json.loads(request(port, UPDATE, {})[1])["updating"]
@@ -437,9 +439,12 @@ class TestState:
             assert app.library.indexer._process.pid == pid != os.getpid()
             wait_for(lambda: not state(port)["updating"])
             assert (state(port)["changes"], state(port)["error"]) == ("1 added", None)
+            assert state(port)["notes"] == ["pass a .photoslibrary to use its originals"]
             assert "new.png" in {hit["name"] for hit in search(port, "yellow", top=200)}
         finally:
             (folder / "new.png").unlink()
+            (folder / "Photos.photoslibrary").rmdir()
+            app.library.indexer.notes = []
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
