@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO
 
 PRIVACY = (
-    "macOS's privacy protection: allow it in System Settings > Privacy & Security > Files and Folders, or Full Disk "
-    "Access, for the program you type this in, and start that again"
+    "on a Mac, allow access in System Settings > Privacy & Security > Files and Folders (or Full Disk Access) for the "
+    "app that runs this, such as Terminal, and restart it"
 )
 # Locked file in a folder being written; distinguishes a leftover from a user's folder.
 MARKER = ".writing"
@@ -260,7 +260,7 @@ def read_file(path: Path) -> bytes:
 
 
 def explain_denial(text: str) -> str:
-    """Append what to do about it to a message with macOS's error for folders that its privacy settings protect."""
+    """Append a hint to a message with EPERM's text, macOS's error for what its privacy settings protect."""
     return f"{text}; {PRIVACY}" if os.strerror(errno.EPERM) in text else text
 
 

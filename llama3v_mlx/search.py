@@ -24,9 +24,9 @@ from .cli import (
 from .demo import CHECKPOINT, SIGLIP
 from .files import printable, true_path
 
-FOLDERS = """Of a Photos library (X.photoslibrary), which is searched if it is FOLDER itself, the originals are listed,
-not what Photos derives from them. The features of a deleted picture are kept for 30 days, in case it comes back; they
-are removed when most of the index is older than that, or at once by --compact."""
+FOLDERS = """A Photos library (X.photoslibrary) in FOLDER is skipped; pass it as FOLDER to search its originals.
+Pictures that Photos derives from them are never listed. The features of a deleted picture are kept for 30 days, in
+case it comes back, and removed once most of the index is older than that; --compact removes them now."""
 POLL = 2.0  # seconds between two looks at a watched folder
 
 

@@ -406,6 +406,7 @@ class TestState:
             "updating": False,
             "progress": None,
             "changes": None,
+            "notes": [],
             "error": None,
         }
 
@@ -427,10 +428,10 @@ class TestState:
             assert status == 503 and message.startswith("the library's index cannot be used: ")
 
     def test_update(self, demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In a process of its own, while the server answers; then what is new is found."""
+        """In a process of its own, while the server answers; then what is new is found, and what is skipped said."""
         monkeypatch.setattr(indexers, "NICE", 0)
         pictures, index = tmp_path / "pictures", tmp_path / "index"
-        pictures.mkdir()
+        (pictures / "Photos.photoslibrary").mkdir(parents=True)
         Image.new("RGB", (50, 50), "yellow").save(pictures / "new.png")
         with serving(*demo, embedding_model=SIGLIP, library=pictures, library_index=index) as app:
             port, indexer = app.server_port, app.library.indexer
@@ -440,6 +441,7 @@ class TestState:
             assert indexer._process.pid == pid != os.getpid()
             wait_for(lambda: not state(port)["updating"])
             assert (state(port)["changes"], state(port)["error"]) == ("1 added", None)
+            assert state(port)["notes"] == ["pass a .photoslibrary to use its originals"]
             assert [hit["name"] for hit in search(port, "yellow", top=200)] == ["new.png"]
 
 

@@ -999,8 +999,10 @@ def test_library_states(page) -> None:
     button(page, "Look for new pictures").click()
     expect(state).to_have_text("3 pictures in pictures, and 1 that cannot be read; looking for new ones")
     expect(button(page, "Look for new pictures")).to_be_disabled()
-    said["updating"] = False
+    said |= {"updating": False, "notes": ["2 in iCloud only", "/a<b> cannot be listed"]}
     expect(button(page, "Look for new pictures")).to_be_enabled()
+    notes = "2 in iCloud only; /a<b> cannot be listed"
+    expect(state).to_have_text(f"3 pictures in pictures, and 1 that cannot be read; {notes}")
     page.unroute("**/v1/library/search")
     page.unroute("**/v1/library")
     page.get_by_role("searchbox").fill('"dog" + cat')

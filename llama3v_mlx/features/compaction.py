@@ -54,13 +54,12 @@ def compact(store: FeatureStore, all_dead: bool) -> int:
             note_dead(db)
         writer.start_shard()
         idle = {writer.number}
-        for path in list_folder(store.folder, "writer-*.lock"):
-            if (number := number_of(path)) not in idle and (held := claim(store.folder, number)):
+        for number in {number for number, _ in _places(store)} - idle:
+            if held := claim(store.folder, number):
                 claims.enter_context(held)
                 idle.add(number)
-        for path in list_folder(store.folder, "shard-*"):
-            place = int(path.name.split("-")[1]), number_of(path)
-            if place[0] in idle and place != writer.place and path.suffix in (SEALED, OPEN):
+        for place in sorted(_places(store) - {writer.place}):
+            if place[0] in idle:
                 _compact_shard(store, writer, *place, since)
     return before - _size(store)
 
@@ -83,9 +82,19 @@ def _compact_shard(store: FeatureStore, writer: FeatureWriter, number: int, shar
         flush(store.folder)
 
 
+def _places(store: FeatureStore) -> set[tuple[int, int]]:
+    """Numbers of the writers and shards of a store."""
+    paths = (path for kind in (SEALED, OPEN) for path in list_folder(store.folder, f"shard-*{kind}"))
+    return {(int(path.name.split("-")[1]), number_of(path)) for path in paths}
+
+
 def _long_ago() -> float:
     return time.time() - 86400 * KEPT_DAYS
 
 
 def _size(store: FeatureStore) -> int:
-    return sum(path.stat().st_size for path in list_folder(store.folder, "shard-*"))
+    size = 0
+    for path in list_folder(store.folder, "shard-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process seals or removes it
+            size += path.stat().st_size
+    return size

@@ -7,7 +7,6 @@ continued by the next; until then they are no hits, because each hit is compared
 """
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections import Counter
@@ -20,21 +19,21 @@ from sqlite3 import Connection
 
 import numpy as np
 
-from ..checkpoint import find_checkpoint, name_of
-from ..cli import CACHE
+from ..checkpoint import find_checkpoint
 from ..files import true_path
 from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF
-from .adoption import adopt
 from .compaction import compact, compaction_is_due, note_dead
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
+from .location import adopt, default_index
 from .pipeline import Pipeline, Report
 from .ranking import Ranking
 from .sources import FileStat, Skipped, Source, file_of, file_stat, scan_folder
 from .store import FeatureError, FeatureStore
 from .writer import FeatureWriter
 
+_CHUNK = 5000  # files in memory at once: a folder may have millions
 _STAT = "size, mtime_ns, ctime_ns, inode"
 _FACTS = "taken, width, height"
 _SAME = " AND ".join(f"f.{name} = s.{name}" for name in ("path", *_STAT.split(", ")))
@@ -48,7 +47,7 @@ _FIND_FRESH = f"""INSERT INTO fresh SELECT * FROM scan s WHERE NOT EXISTS (SELEC
     AND (f.sha256 = X'' OR f.sha256 IN (SELECT sha256 FROM entries)))"""
 _FIND_GONE = f"""INSERT INTO gone SELECT id, path, sha256, {_STAT}, {_FACTS} FROM files f
     WHERE NOT EXISTS (SELECT 1 FROM scan s WHERE {_SAME})"""
-_LIST_FRESH = f"SELECT path, {_STAT} FROM fresh ORDER BY path"
+_LIST_FRESH = f"SELECT path, {_STAT} FROM fresh WHERE path > ? ORDER BY path LIMIT ?"
 # Files whose folder was renamed, or which kept their times otherwise, are known without being read.
 _FIND_RENAMED = f"""SELECT gone.sha256, fresh.path, {_STAT}, {_FACTS} FROM fresh JOIN gone USING ({_STAT})
     WHERE gone.sha256 IN (SELECT sha256 FROM entries) AND gone.path NOT IN (SELECT path FROM scan)
@@ -168,16 +167,17 @@ class Library:
             if rehash:
                 db.execute("UPDATE files SET size = -1")
             renamed = self._compare(db, changes.skipped)
-        fresh = {_decoded(path): tuple(stat) for path, *stat in database.rows(_LIST_FRESH)}
-        if fresh:
+        ((total,),) = database.rows("SELECT count(*) FROM fresh")
+        if total:
             unreadable: set[str] = set()
-            sources = _sources(fresh, unreadable)
+            sources = _sources(self._fresh(), unreadable)
             with FeatureWriter(self.store) as writer:
-                read = Pipeline(self.encoder, writer, batch_size, workers, lambda report: progress(report, len(fresh)))
+                read = Pipeline(self.encoder, writer, batch_size, workers, lambda report: progress(report, total))
                 report = read.run(sources)
                 for path, _ in report.failed:
                     if path not in unreadable:  # a failing disk is no property of the picture
-                        writer.name(b"", path, fresh[path])
+                        (stat,) = database.rows(f"SELECT {_STAT} FROM fresh WHERE path = ?", (_encoded(path),))
+                        writer.name(b"", path, stat)
             changes.failed, changes.embedded = report.failed, report.new
         with database.transaction() as db:
             self._count(db, changes, renamed)
@@ -206,7 +206,7 @@ class Library:
                 db.execute(statement)
         found = ((path, file_stat(stat)) for path, stat in scan_folder(Path(self.folder), skipped))
         pictures = ((_encoded(name), *stat) for path, stat in found for name in self._names_of(path, stat))
-        while chunk := list(islice(pictures, 5000)):
+        while chunk := list(islice(pictures, _CHUNK)):
             with self.store.database.transaction("DEFERRED") as db:
                 db.executemany("INSERT OR REPLACE INTO scan VALUES (?, ?, ?, ?, ?)", chunk)
 
@@ -239,6 +239,14 @@ class Library:
         db.executemany(f"DELETE FROM files WHERE id IN (SELECT id FROM gone WHERE {same})", old)
         db.executemany(f"DELETE FROM gone WHERE {same}", old)
         return len(renamed)
+
+    def _fresh(self) -> Iterator[tuple[str, FileStat]]:
+        """Yield the path and stat of files to be read."""
+        last = b""
+        while found := self.store.database.rows(_LIST_FRESH, (last, _CHUNK)):
+            for path, *stat in found:
+                yield _decoded(path), tuple(stat)
+            last = found[-1][0]
 
     def _count(self, db: Connection, changes: Changes, renamed: int) -> None:
         """Classify what was read."""
@@ -306,17 +314,10 @@ class Library:
         return {sha256 for (sha256,) in self.store.database.rows(query, parameters)}
 
 
-def default_index(folder: str, model: str) -> Path:
-    """Return the folder of the index in the cache: one per resolved folder of pictures and model."""
-    digest = hashlib.sha256(f"{folder}\0{name_of(model)}".encode("utf-8", "surrogatepass")).hexdigest()
-    name = "".join(c if c.isalnum() else "-" for c in os.path.basename(folder))[:40]
-    return CACHE / "libraries" / f"{name.encode('ascii', 'ignore').decode()}-{digest[:16]}"
-
-
-def _sources(fresh: dict[str, FileStat], unreadable: set[str]) -> Iterator[Source]:
+def _sources(fresh: Iterator[tuple[str, FileStat]], unreadable: set[str]) -> Iterator[Source]:
     """Yield the pictures to be read; those that cannot be are added to `unreadable`."""
     pdf, pages = "", {}
-    for name, stat in fresh.items():
+    for name, stat in fresh:
         if name.lower().endswith(PDF) or file_of(name) != name:
             if file_of(name) != pdf:
                 pdf, pages = file_of(name), _pages(file_of(name))

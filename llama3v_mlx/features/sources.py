@@ -59,6 +59,10 @@ class Skipped:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common())
+        return "; ".join(filter(None, [counts, *self.hints()]))
+
+    def hints(self) -> list[str]:
+        """Return what to do about pictures that were skipped, except for folders that cannot be listed."""
         hints = []
         for suffix in LIBRARIES & self.suffixes.keys():
             hints.append(f"pass a {suffix} to use its originals")
@@ -66,12 +70,16 @@ class Skipped:
             hints.append(f"{len(self.remote)} in iCloud only: choose Download Now in Finder, or brctl download FILE")
         if self.suffixes[PDF] and not can_read_pdf():
             hints.append("PDF files need pypdfium2: pip install pypdfium2 (the pdf extra)")
-        return "; ".join(filter(None, [counts, *hints]))
+        return hints
 
     def details(self) -> str:
         """Format everything that was skipped, to follow a message."""
         found = f"; skipped: {self}" if self.suffixes else ""
-        return found + "".join(f"; {name} cannot be listed ({reason})" for name, reason in self.denied)
+        return found + "".join(f"; {line}" for line in self.unlisted())
+
+    def unlisted(self) -> list[str]:
+        """Return a line for each folder that cannot be listed."""
+        return [f"{name} cannot be listed ({reason})" for name, reason in self.denied]
 
     def folder(self, error: OSError) -> None:
         """Record a folder that cannot be listed."""

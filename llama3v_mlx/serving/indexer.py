@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli import run
@@ -39,6 +40,7 @@ class Indexer:
         self.ended: float | None = None  # when the last update ended, by time.monotonic
         self.progress: tuple[int, int] | None = None  # files read, and to be read, of the running update
         self.changes: str | None = None  # found by the last update
+        self.notes: list[str] = []  # of the last update, on pictures that it skipped
         self.error: str | None = None  # of the last update
 
     @property
@@ -83,7 +85,7 @@ class Indexer:
         for line in process.stdout:
             last = line.decode("utf-8", "replace").strip() or last
             try:
-                self.progress, self.changes = _report(**json.loads(last))
+                self.progress, self.changes, self.notes = _report(**json.loads(last))
             except (ValueError, TypeError):
                 log.info("%s", last)
         status = process.wait()
@@ -95,8 +97,8 @@ class Indexer:
             self.progress, self.ended, self._process = None, time.monotonic(), None
 
 
-def _report(progress: tuple[int, int] | None = None, changes: str | None = None):
-    return progress and tuple(progress), changes
+def _report(progress: tuple[int, int] | None = None, changes: str | None = None, notes: Sequence[str] = ()):
+    return progress and tuple(progress), changes, list(notes)
 
 
 def update(folder: str, model: str, index: str) -> None:
@@ -112,7 +114,8 @@ def update(folder: str, model: str, index: str) -> None:
             print(json.dumps({"progress": [read.seen, total]}), flush=True)
 
     changes = Library(folder, model, index).update(report)
-    print(json.dumps({"changes": str(changes)}), flush=True)
+    notes = [*changes.skipped.hints(), *changes.skipped.unlisted()]
+    print(json.dumps({"changes": str(changes), "notes": notes}), flush=True)
 
 
 def _end_with_server() -> None:

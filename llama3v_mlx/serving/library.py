@@ -91,6 +91,7 @@ class ServedLibrary:
             "updating": indexer.running,
             "progress": progress and {"read": progress[0], "total": progress[1]},
             "changes": indexer.changes,
+            "notes": list(map(printable, indexer.notes)),
             "error": error and printable(error),
         }
 

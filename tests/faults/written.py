@@ -138,7 +138,7 @@ def _old_saved(material: Material, place: Path) -> None:
 
 
 def _photos(place: Path) -> Path:
-    return place.parent / "photos"  # outside of the folder whose calls are disturbed
+    return place.parent / f"{place.name}-photos"  # outside of the folder whose calls are disturbed
 
 
 def search_folder(material: Material, photos: Path, index: Path) -> Action:

@@ -1,15 +1,25 @@
-"""The index of a folder of pictures that was renamed or moved: it goes with the folder, which is not read again."""
+"""Where the index of a folder of pictures is: it goes with a folder that is renamed, which is not read again."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
+from ..checkpoint import name_of
+from ..cli import CACHE
 from ..files import list_folder
 from .growing import claim, number_of
 from .sources import file_of, file_stat
 from .store import FeatureStore, StoreInfo
 
 _SAMPLE = 20  # files that are looked at
+
+
+def default_index(folder: str, model: str) -> Path:
+    """Return the folder of the index in the cache: one per resolved folder of pictures and model."""
+    digest = hashlib.sha256(f"{folder}\0{name_of(model)}".encode("utf-8", "surrogatepass")).hexdigest()
+    name = "".join(c if c.isalnum() else "-" for c in os.path.basename(folder))[:40]
+    return CACHE / "libraries" / f"{name.encode('ascii', 'ignore').decode()}-{digest[:16]}"
 
 
 def adopt(index: Path, folder: str, info: StoreInfo) -> None:
