@@ -11,12 +11,12 @@ import io
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import struct
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +107,8 @@ def run_batch(tasks: Sequence[Task], folder: Path) -> list[Ended]:
         with tempfile.TemporaryDirectory(prefix="batch-", dir=folder) as name:
             place = Path(name)
             for i, task in enumerate(rest):
-                (place / f"{i}.0").write_bytes(task.stdin)
+                if task.stdin:
+                    (place / f"{i}.0").write_bytes(task.stdin)
             whole = run_child(lambda: _run_each(rest, place), folder, seconds=WALL_SECONDS * len(rest))  # noqa: B023
             rows = [json.loads(line) for line in (place / "ended").read_text().splitlines()]
             for i in range(min(len(rows) + 1, len(rest))):
@@ -120,20 +121,23 @@ def run_batch(tasks: Sequence[Task], folder: Path) -> list[Ended]:
 
 
 def _run_each(tasks: Sequence[Task], place: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    faulthandler.register(signal.SIGALRM, file=2, chain=True)  # where it hangs; then the signal ends it
     with (place / "ended").open("w", buffering=1) as rows:
         for i, task in enumerate(tasks):
-            _enter(task.folder, [place / f"{i}.{n}" for n in range(3)])
-            faulthandler.dump_traceback_later(WALL_SECONDS, exit=True, file=2)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            tic = time.process_time()
+            _enter(task.folder, [place / f"{i}.0" if task.stdin else os.devnull, place / f"{i}.1", place / f"{i}.2"])
+            signal.alarm(WALL_SECONDS)
+            before = resource.getrusage(resource.RUSAGE_SELF)
             with watching(task.secret) as opened:
-                row = {"code": _exit_status(task.action), "cpu_seconds": time.process_time() - tic, "reads": opened()}
-            status = Path("/proc/self/status").read_text()
-            row["resident"] = int(status.partition("VmHWM:")[2].split()[0]) << 10
+                code = _exit_status(task.action)
+                after = resource.getrusage(resource.RUSAGE_SELF)
+                cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                grown = after.ru_maxrss if after.ru_maxrss > before.ru_maxrss else 0  # it is the highest so far
+                row = {"code": code, "cpu_seconds": cpu_seconds, "reads": opened(), "resident": grown << 10}
             rows.write(json.dumps(row) + "\n")
 
 
-def _enter(folder: Path, streams: Sequence[Path]) -> None:
+def _enter(folder: Path, streams: Sequence[Path | str]) -> None:
     """Work in a folder, with files as stdin, stdout and stderr."""
     for descriptor, path in enumerate(streams):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -184,18 +188,13 @@ def limit_memory(more: int) -> None:
 
 
 def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
-    deadline, timed_out = time.monotonic() + seconds, False
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # what it may have left running
-            return os.waitstatus_to_exitcode(status), usage, timed_out
-        if time.monotonic() > deadline and not timed_out:
-            timed_out = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        time.sleep(0.002)
+    ended = os.pidfd_open(pid)
+    timed_out = not select.select([ended], [], [], seconds)[0]
+    os.close(ended)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # and what it may have left running
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage, timed_out
 
 
 @contextlib.contextmanager
