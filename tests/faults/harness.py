@@ -17,12 +17,14 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
+OUTLIVE_SECONDS = 20
 ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
 RESIDENT = 1 << 30  # bytes above what the parent holds
 ALLOWED = "\n\r\t\xa0\u202f\u200b\u200c\u200d"  # characters that a terminal does not obey; tqdm writes \r
@@ -57,6 +59,7 @@ class Ended:
     timed_out: bool
     resident: int  # peak, bytes
     reads: tuple[str, ...] = ()  # files opened in the folder that must not be read
+    outlived: bool = False  # by something that it had started, seconds after it was killed
 
 
 def run_child(
@@ -84,9 +87,11 @@ def run_child(
         pid = os.fork()
         if not pid:
             _be_child(action, folder, streams)
-        code, usage, timed_out = _wait(pid, seconds)
+        code, usage, timed_out, outlived = _wait(pid, seconds)
         out, errors = (path.read_bytes().decode(errors="replace") for path in streams[1:])
-        return Ended(code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened())
+        return Ended(
+            code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened(), outlived
+        )
 
 
 @dataclass(frozen=True)
@@ -187,14 +192,29 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
 
 
-def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
+def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool, bool]:
     ended = os.pidfd_open(pid)
     timed_out = not select.select([ended], [], [], seconds)[0]
     os.close(ended)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # and what it may have left running
+    if timed_out:
+        os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), usage, timed_out
+    outlived = timed_out and not _is_empty(pid, OUTLIVE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status), usage, timed_out, outlived
+
+
+def _is_empty(group: int, seconds: float) -> bool:
+    """Wait for the end of a group of processes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @contextlib.contextmanager
@@ -229,14 +249,18 @@ def command(module: str, *args: object) -> Callable[[], None]:
     return lambda: importlib.import_module(PREFIX + module).main([*map(str, args)])
 
 
-def complaint(ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT) -> str | None:
+def complaint(
+    ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT, seconds: float = CPU_SECONDS
+) -> str | None:
     """Say what is wrong with how a command ended; None if nothing is.
 
     It must succeed, or end with status 1 and exactly one `error:` line, which names one of `names`.
     """
+    if ended.outlived:
+        return "what it had started goes on"
     if ended.reads:
         return f"read {', '.join(ended.reads)} outside the folder"
-    if ended.timed_out or ended.cpu_seconds > CPU_SECONDS:
+    if ended.timed_out or ended.cpu_seconds > seconds:
         where = ended.errors[-1500:] if ended.timed_out else ""
         return f"took {ended.cpu_seconds:.1f} s of CPU time" + f" and was still running: {where}" * ended.timed_out
     if ended.resident > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + resident:

@@ -137,4 +137,4 @@ MORE = {
 if importlib.util.find_spec("llguidance"):
     MORE["schema"] = Written(_ask_by_schema, lambda material, place: hashes(place))
 if "LMMS_EVAL_PYTHON" in os.environ:
-    MORE["evaluate"] = Written(_evaluate, _evaluated)
+    MORE["evaluate"] = Written(_evaluate, _evaluated, slow=20)
