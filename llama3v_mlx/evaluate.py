@@ -23,9 +23,21 @@ from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 from .files import list_folder
 
-INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3, then --lmms-eval lmms/bin/python"
+INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3 'filelock<4', then --lmms-eval lmms/bin/python"
 # All but the bundled model's own benchmark.
 PUBLISHED = [task for task in BENCHMARKS if task != "demo_world"]
+# Runs a module that ends with this process, however that ends: then the pipe at its stdin is closed.
+FOLLOWING = """
+import os, runpy, sys, threading
+
+def end():
+    os.read(0, 1)
+    os._exit(1)
+
+threading.Thread(target=end, daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 SCORING = Path(__file__).parent / "evaluation" / "tasks.py"
 
 
@@ -113,12 +125,16 @@ def check_columns(path: Path, task: str, python: str) -> None:
 
 @contextlib.contextmanager
 def served(*command: str | Path, **options) -> Iterator[tuple[subprocess.Popen, int, list[str]]]:
-    """Start `python -m COMMAND…`, a server, on a free port of 127.0.0.1; yield process, port and lines of stderr."""
+    """Start `python -m COMMAND…`, a server, on a free port of 127.0.0.1; yield process, port and lines of stderr.
+
+    It ends with this process, even if that is killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", *map(str, command), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
+    command = [sys.executable, "-c", FOLLOWING, *map(str, command), "--port", str(port)]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    server = subprocess.Popen(command, text=True, **streams, **options)
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(iter(server.stderr.readline, "")), daemon=True)
     reader.start()
@@ -132,6 +148,7 @@ def served(*command: str | Path, **options) -> Iterator[tuple[subprocess.Popen, 
     finally:
         server.terminate()
         server.wait()
+        server.stdin.close()
         reader.join()
 
 
@@ -144,7 +161,7 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
     out.mkdir(exist_ok=True)
     fresh = not (out / "cache").exists()
     names = ",".join(PREFIX + task for task in args.tasks)
-    command = [args.lmms_eval, "-m", "lmms_eval", "--model", "openai", "--tasks", names]
+    command = [args.lmms_eval, "-c", FOLLOWING, "lmms_eval", "--model", "openai", "--tasks", names]
     command += ["--include_path", str(tasks), "--output_path", str(out / "results"), "--log_samples"]
     command += ["--use_cache", str(out / "cache"), "--verbosity", "ERROR"]
     command += ["--limit", str(args.limit)] if args.limit else []
@@ -159,7 +176,8 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
         # Its judges need a key even if unused; with this address no request can leave the machine.
         env = {**os.environ, "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": options["base_url"]}
         env |= {"HF_HUB_OFFLINE": "1"} if args.data else {}
-        harness = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=env)
+        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+        harness = subprocess.Popen(command, cwd=out, env=env, **streams)
         try:
             while harness.poll() is None and server.poll() is None:
                 time.sleep(0.1)
@@ -169,6 +187,7 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
         finally:
             harness.terminate()
             harness.wait()
+            harness.stdin.close()
     if harness.returncode or not list_folder(out / "results", "**/*_results.json"):  # it may fail with status 0
         reason = re.findall(r"Error during evaluation: (.*?)\.* Please set", (out / "lmms-eval.log").read_text())
         raise EvaluationError(f"lmms-eval failed on {model}: {' '.join(reason)} ({out / 'lmms-eval.log'})")

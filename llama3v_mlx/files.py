@@ -48,7 +48,8 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     try:
         with (partial / MARKER).open("w") as marker:
             _take(marker, partial)
-            yield partial
+            with naming(path):  # a full disk's error names no file
+                yield partial
             with writing(path):
                 for file in partial.rglob("*"):
                     flush(file)

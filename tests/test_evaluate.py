@@ -8,6 +8,7 @@ import http.server
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from llama3v_mlx import evaluate
 from llama3v_mlx.demo import CHECKPOINT
@@ -74,6 +76,36 @@ def test_bad_input(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         assert "pip install lmms-eval" in said("--lmms-eval", sys.executable)
     assert not (tmp_path / "out").exists()
+
+
+SERVE = """
+import os, signal
+from llama3v_mlx.evaluate import served
+with served("listening") as (server, port, said):
+    print(server.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_server_ends_with_a_killed_command(run_python, tmp_path: Path) -> None:
+    lines = "import socket, sys, time", "s = socket.create_server(('127.0.0.1', int(sys.argv[-1])))", "time.sleep(600)"
+    (tmp_path / "listening.py").write_text("\n".join(lines))
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    done = run_python("-c", SERVE, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    # A zombie of a parent that reaps nothing has ended as well.
+    state = Path(f"/proc/{done.stdout.strip()}/stat") if sys.platform == "linux" else None
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(done.stdout), 0)
+            if state and state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except OSError:
+            return
+        time.sleep(0.01)
+    os.kill(int(done.stdout), signal.SIGKILL)
+    pytest.fail("the server goes on")
 
 
 # Rows by task: what is asked for, what the model says, and its score by the benchmark's published rule.

@@ -253,3 +253,9 @@ def test_out_of_memory_is_said_so(error: Exception) -> None:
 
 def test_an_error_is_one_harmless_line() -> None:
     assert error_line(ValueError("a\x1b[2J\nb")) == "a\\x1b[2J b"
+
+
+def test_a_full_disk_is_named_by_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=str(tmp_path / "out")), files.new_folder(tmp_path / "out", 0):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not any(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import shim
-from .harness import CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
+from .harness import CPU_SECONDS, CRASHED, WALL_SECONDS, Ended, complaint, limit_memory, run_child
 from .material import Material
 from .more import MORE
 from .power import Power
@@ -62,7 +62,12 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
 
 def _judge(written: Written, material: Material, place: Path, ended: Ended, wanted: object) -> str | None:
     names = (str(place), "out of memory", "failed to map segment")
-    problem = complaint(ended, names) if ended.timed_out or ended.code in (0, 1, CRASHED) else _interrupted(ended)
+    seconds = written.slow * CPU_SECONDS
+    problem = (
+        complaint(ended, names, seconds=seconds)
+        if ended.timed_out or ended.code in (0, 1, CRASHED)
+        else _interrupted(ended)
+    )
     problem = problem or written.kept(material, place, wanted)
     if problem:
         return problem
@@ -94,6 +99,8 @@ def _is_beyond_python(ended: Ended) -> bool:
 
 
 def _interrupted(ended: Ended) -> str | None:
+    if ended.outlived:
+        return "what it had started goes on"
     if ended.code not in (130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP) or "Traceback" in ended.errors:
         return f"exit status {ended.code}: {ended.errors[-300:]!r}"
     return None
@@ -137,7 +144,7 @@ def _run(
     mode: int = shim.OFF,
     at: int = 0,
     code: int = 0,
-    seconds: float = WALL_SECONDS,
+    seconds: float | None = None,
     memory: int | None = None,
     kept: Path | None = None,
 ) -> Ended:
@@ -150,4 +157,4 @@ def _run(
             limit_memory(memory)
         action()
 
-    return run_child(disturbed, place, written.stdin(place).encode(), seconds)
+    return run_child(disturbed, place, written.stdin(place).encode(), seconds or written.slow * WALL_SECONDS)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
+OUTLIVE_SECONDS = 20
 ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
 RESIDENT = 1 << 30  # bytes above what the parent holds
 ALLOWED = "\n\r\t\xa0\u202f\u200b\u200c\u200d"  # characters that a terminal does not obey; tqdm writes \r
@@ -57,6 +59,7 @@ class Ended:
     timed_out: bool
     resident: int  # peak, bytes
     reads: tuple[str, ...] = ()  # files opened in the folder that must not be read
+    outlived: bool = False  # by something that it had started, seconds after it was killed
 
 
 def run_child(
@@ -84,9 +87,11 @@ def run_child(
         pid = os.fork()
         if not pid:
             _be_child(action, folder, streams)
-        code, usage, timed_out = _wait(pid, seconds)
+        code, usage, timed_out, outlived = _wait(pid, seconds)
         out, errors = (path.read_bytes().decode(errors="replace") for path in streams[1:])
-        return Ended(code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened())
+        return Ended(
+            code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened(), outlived
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ def run_batch(tasks: Sequence[Task], folder: Path) -> list[Ended]:
         with tempfile.TemporaryDirectory(prefix="batch-", dir=folder) as name:
             place = Path(name)
             for i, task in enumerate(rest):
-                (place / f"{i}.0").write_bytes(task.stdin)
+                if task.stdin:
+                    (place / f"{i}.0").write_bytes(task.stdin)
             whole = run_child(lambda: _run_each(rest, place), folder, seconds=WALL_SECONDS * len(rest))  # noqa: B023
             rows = [json.loads(line) for line in (place / "ended").read_text().splitlines()]
             for i in range(min(len(rows) + 1, len(rest))):
@@ -120,20 +126,23 @@ def run_batch(tasks: Sequence[Task], folder: Path) -> list[Ended]:
 
 
 def _run_each(tasks: Sequence[Task], place: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    faulthandler.register(signal.SIGALRM, file=2, chain=True)  # where it hangs; then the signal ends it
     with (place / "ended").open("w", buffering=1) as rows:
         for i, task in enumerate(tasks):
-            _enter(task.folder, [place / f"{i}.{n}" for n in range(3)])
-            faulthandler.dump_traceback_later(WALL_SECONDS, exit=True, file=2)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            tic = time.process_time()
+            _enter(task.folder, [place / f"{i}.0" if task.stdin else os.devnull, place / f"{i}.1", place / f"{i}.2"])
+            signal.alarm(WALL_SECONDS)
+            before = resource.getrusage(resource.RUSAGE_SELF)
             with watching(task.secret) as opened:
-                row = {"code": _exit_status(task.action), "cpu_seconds": time.process_time() - tic, "reads": opened()}
-            status = Path("/proc/self/status").read_text()
-            row["resident"] = int(status.partition("VmHWM:")[2].split()[0]) << 10
+                code = _exit_status(task.action)
+                after = resource.getrusage(resource.RUSAGE_SELF)
+                cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                grown = after.ru_maxrss if after.ru_maxrss > before.ru_maxrss else 0  # it is the highest so far
+                row = {"code": code, "cpu_seconds": cpu_seconds, "reads": opened(), "resident": grown << 10}
             rows.write(json.dumps(row) + "\n")
 
 
-def _enter(folder: Path, streams: Sequence[Path]) -> None:
+def _enter(folder: Path, streams: Sequence[Path | str]) -> None:
     """Work in a folder, with files as stdin, stdout and stderr."""
     for descriptor, path in enumerate(streams):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -183,19 +192,29 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
 
 
-def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
-    deadline, timed_out = time.monotonic() + seconds, False
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # what it may have left running
-            return os.waitstatus_to_exitcode(status), usage, timed_out
-        if time.monotonic() > deadline and not timed_out:
-            timed_out = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        time.sleep(0.002)
+def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool, bool]:
+    ended = os.pidfd_open(pid)
+    timed_out = not select.select([ended], [], [], seconds)[0]
+    os.close(ended)
+    if timed_out:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    outlived = timed_out and not _is_empty(pid, OUTLIVE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status), usage, timed_out, outlived
+
+
+def _is_empty(group: int, seconds: float) -> bool:
+    """Wait for the end of a group of processes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @contextlib.contextmanager
@@ -230,14 +249,18 @@ def command(module: str, *args: object) -> Callable[[], None]:
     return lambda: importlib.import_module(PREFIX + module).main([*map(str, args)])
 
 
-def complaint(ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT) -> str | None:
+def complaint(
+    ended: Ended, names: Sequence[str] = (), resident: int = RESIDENT, seconds: float = CPU_SECONDS
+) -> str | None:
     """Say what is wrong with how a command ended; None if nothing is.
 
     It must succeed, or end with status 1 and exactly one `error:` line, which names one of `names`.
     """
+    if ended.outlived:
+        return "what it had started goes on"
     if ended.reads:
         return f"read {', '.join(ended.reads)} outside the folder"
-    if ended.timed_out or ended.cpu_seconds > CPU_SECONDS:
+    if ended.timed_out or ended.cpu_seconds > seconds:
         where = ended.errors[-1500:] if ended.timed_out else ""
         return f"took {ended.cpu_seconds:.1f} s of CPU time" + f" and was still running: {where}" * ended.timed_out
     if ended.resident > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + resident:

@@ -113,3 +113,8 @@ def _save_models(folder: Path) -> None:
     (folder / "teacher").mkdir()
     save_teacher(folder / "teacher")
     (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "world" / "demo_world").mkdir(parents=True)
+    asked = [
+        {"image": str(folder / "images" / row["image"]), "question": "What is it?", "answer": "A disk."} for row in rows
+    ]
+    (folder / "world" / "demo_world" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in asked))

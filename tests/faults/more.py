@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -117,7 +118,13 @@ def _served(material: Material, place: Path) -> object:
 
 def _evaluate(material: Material, place: Path) -> Action:
     data = ("--tasks", "demo_world", "--data", material / "world", "--lmms-eval", os.environ["LMMS_EVAL_PYTHON"])
-    return command("evaluate", *data, "--limit", 4, "--concurrency", 1, "--output", place / "out")
+    evaluate = command("evaluate", *data, "--limit", 4, "--concurrency", 1, "--output", place / "out")
+
+    def unlimited() -> None:  # torch, which lmms-eval imports, maps more than it uses
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        evaluate()
+
+    return unlimited
 
 
 def _evaluated(material: Material, place: Path) -> object:
@@ -132,9 +139,9 @@ MORE = {
     "synthesize-http": Written(_remote, lambda material, place: hashes(place)),
     "calibrate": Written(_calibrate, lambda material, place: hashes(place), kept=whole_or_absent),
     "rerank": Written(_rerank, _reranked),
-    "server": Written(_serve, _served),
+    "server": Written(_serve, _served, slow=10),
 }
 if importlib.util.find_spec("llguidance"):
     MORE["schema"] = Written(_ask_by_schema, lambda material, place: hashes(place))
 if "LMMS_EVAL_PYTHON" in os.environ:
-    MORE["evaluate"] = Written(_evaluate, _evaluated)
+    MORE["evaluate"] = Written(_evaluate, _evaluated, slow=20)

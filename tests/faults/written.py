@@ -25,6 +25,7 @@ class Written:
     prepare: Callable[[Material, Path], object] = lambda material, place: None  # what exists before
     kept: Callable[[Material, Path, object], str | None] = lambda material, place, wanted: None  # after a disturbance
     stdin: Callable[[Path], str] = lambda place: ""
+    slow: int = 1  # how many times as long as others it may take
 
 
 def hashes(folder: Path) -> dict[str, str]:
