@@ -65,7 +65,8 @@ def _choose_kernels() -> None:
 def _prefer_openblas() -> bool:
     """Load OpenBLAS so that its `cblas_*` take precedence over the reference BLAS in MLX's Linux CPU wheel.
 
-    Only works before `mlx.core` is imported; makes float32 matmul 40 to 80 times faster.
+    Only works before `mlx.core` is imported. Per core, float32 products of over 100 rows are 40 to 50 times as fast, of
+    4 rows 4 times, and of 1 row, when tokens are generated, 1.4 times.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return False

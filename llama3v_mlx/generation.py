@@ -220,11 +220,11 @@ def stream_generate(
     if context:
         room = context - cached - length
         max_tokens = room if max_tokens < 0 else min(max_tokens, room)
+    kwargs = {"sampler": sampling.sampler(), **kwargs, "logits_processors": processors}
     if draft_model is not None:
         if not isinstance(draft_model, DraftModel):
             draft_model = load_draft_model(draft_model, processor, model.language_model.args.vocab_size)
-        # A sampler that was passed draws from an unknown distribution.
-        draft_model.sampling = Sampling(temperature=0) if "sampler" in kwargs else sampling
+        draft_model.sampler = kwargs["sampler"]
     drafters: list[Drafter] = [] if draft_model is None else [draft_model]
     if draft is not None:
         forced = [] if matcher is None else [Forced(matcher, len(history) + length)]
@@ -235,7 +235,6 @@ def stream_generate(
         if draft_model is not None:
             raise ValueError("a draft model needs a cache from which tokens can be removed, not a rotating one")
         drafters = []
-    kwargs = {"sampler": sampling.sampler(), **kwargs, "logits_processors": processors}
     if drafters:
         options = {"known": history, **kwargs}
         answer = drafted_stream_generate(model, processor.tokenizer, ids, drafters, max_tokens, **options)

@@ -24,32 +24,16 @@ class Sampling:
         return cls(**own if config.get("do_sample", True) else {**own, "temperature": 0.0})
 
     def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
-        """Sample from log-probabilities (1, vocab_size), in Hugging Face's order: temperature, top-k, top-p, min-p.
-
-        It draws by the Gumbel-max trick, with noise of each token's own: from the same random state, two models that
-        agree on most of the probability mostly draw the same token.
+        """Sampler of log-probabilities (1, vocab_size), greedy at temperature 0.
 
         Args:
-            key: random key of this sampler; by default it uses MLX's global random state.
+            key: its random key; by default one is drawn from MLX's global random state.
         """
         if self.temperature == 0:
             return greedy_sampler
+        return Sampler(self, mx.random.randint(0, 2**32 - 1, (2,), mx.uint32) if key is None else key)
 
-        def sample(logprobs: mx.array) -> mx.array:
-            nonlocal key
-            tokens, filtered = self._filter(logprobs)
-            own = None
-            if key is not None:
-                key, own = mx.random.split(key)
-            noise = mx.random.gumbel(logprobs.shape, key=own)
-            if tokens is None:
-                return mx.argmax(filtered + noise, axis=-1)
-            drawn = mx.argmax(filtered + mx.take_along_axis(noise, tokens, axis=-1), axis=-1, keepdims=True)
-            return mx.take_along_axis(tokens, drawn, axis=-1)[..., 0]
-
-        return sample
-
-    def _filter(self, logprobs: mx.array) -> tuple[mx.array | None, mx.array]:
+    def filter(self, logprobs: mx.array) -> tuple[mx.array | None, mx.array]:
         """Return the tokens to sample from, None for the whole vocabulary, and their log-probabilities."""
         logits = logprobs.astype(mx.float32) / self.temperature
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -70,6 +54,39 @@ class Sampling:
             return []
         penalize = make_repetition_penalty(self.repetition_penalty, context_size=2**31 - 1)
         return [on_generated(penalize, num_prompt_tokens)]
+
+
+class Sampler:
+    """Sampler of log-probabilities (1, vocab_size), in Hugging Face's order: temperature, top-k, top-p, min-p.
+
+    It draws by the Gumbel-max trick, with noise of each token's own: with the same key, two models that agree on most
+    of the probability mostly draw the same token.
+
+    Args:
+        sampling: parameters, with a temperature above 0.
+        key: random key, which each draw replaces.
+    """
+
+    def __init__(self, sampling: Sampling, key: mx.array):
+        self.sampling, self.key = sampling, key
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        return self.draw(logprobs)[0]
+
+    def draw(self, logprobs: mx.array) -> tuple[mx.array, mx.array]:
+        """Draw a token (1,); also return the scores (1, N) of the tokens left, the highest of which has won."""
+        self.key, own = mx.random.split(self.key)
+        noise = mx.random.gumbel(logprobs.shape, key=own)
+        tokens, scores = self.sampling.filter(logprobs)
+        if tokens is None:
+            scores = scores + noise
+            return mx.argmax(scores, axis=-1), scores
+        scores = scores + mx.take_along_axis(noise, tokens, axis=-1)
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        return mx.take_along_axis(tokens, best, axis=-1)[..., 0], scores
+
+    def copy(self) -> "Sampler":
+        return Sampler(self.sampling, self.key)
 
 
 def on_generated(process: Callable, num_prompt_tokens: int) -> Callable:

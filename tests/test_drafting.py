@@ -20,13 +20,13 @@ from llama3v_mlx import generate, stream_generate
 from llama3v_mlx.checkpoint import CheckpointError
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES
-from llama3v_mlx.drafting import budget
+from llama3v_mlx.drafting import budget, verify
 from llama3v_mlx.drafting.budget import Budget
 from llama3v_mlx.drafting.draft_model import DraftModel, load_draft_model
 from llama3v_mlx.drafting.drafters import Forced, NGrams
 from llama3v_mlx.drafting.verify import drafted_steps
 from llama3v_mlx.generation import statistics
-from llama3v_mlx.sampling import Sampling
+from llama3v_mlx.sampling import Sampler, Sampling
 
 QUESTION = "What is this image?"
 ANSWER = "Three blue circles on a white background."
@@ -255,6 +255,18 @@ def test_ties_are_decided_by_a_pass_of_one_token(processed: bool) -> None:
     assert all(tokens == [0, *expected][: len(tokens)] for tokens in seen)
 
 
+def test_random_ties_are_decided_by_a_pass_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a seed draws the same tokens where blocks round otherwise."""
+    monkeypatch.setitem(verify.CLOSE, mx.float32, 0.05)
+    logits = np.random.default_rng(0).normal(size=(20, 20)) * 2
+    answers = []
+    for chain in (Chain(logits), Chain(logits, rounding=0.005)):
+        guess = Always(lambda last, most: [int(logits[last].argmax())] * min(most, 1)) if answers else None
+        answers.append(follow(chain, 300, guess, sampler=Sampling(0.7, 1.0, 0).sampler(mx.random.key(5))))
+    assert answers[0] == answers[1]
+    assert chain.blocks.count(2) > 20
+
+
 def test_a_wrong_drafter_changes_nothing_and_is_given_up() -> None:
     logits = np.random.default_rng(0).normal(size=(50, 50)) * 3
     expected = follow(Chain(logits), 1000, None)
@@ -303,7 +315,7 @@ LIMIT = 4.0  # standard deviations: with the seeds below, values from -1 to 2
 
 def distribution(sampling: Sampling, logits: mx.array) -> mx.array:
     """Probabilities (1, vocab_size) that are left by the filters, whose order and effect test_generation.py checks."""
-    tokens, filtered = sampling._filter(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    tokens, filtered = sampling.filter(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     probs = mx.softmax(filtered, axis=-1)
     return probs if tokens is None else mx.put_along_axis(mx.zeros(logits.shape), tokens, probs, axis=-1)
 
@@ -339,19 +351,20 @@ def test_an_answer_of_blocks_has_the_distribution(at_random: bool) -> None:
     drafts = logits + drafts / 4
     sampling = Sampling(0.9, 0.95, 4, 0.01)
 
-    def draft(last: int, most: int) -> list[int]:
-        draw = sampling.sampler(mx.random.state[0])
-        tokens = [last]
-        for _ in range(most):
-            row = mx.array(drafts[tokens[-1]][None])
-            tokens.append((draw(row - mx.logsumexp(row)) if at_random else mx.argmax(row, axis=-1)).item())
-        return tokens[1:]
-
     answers, chains = [], []
-    for drafter in (None, Always(draft)):
-        mx.random.seed(2)
+    for drafting in (False, True):
+        sampler = sampling.sampler(mx.random.key(2))
+
+        def draft(last: int, most: int, sampler: Sampler = sampler) -> list[int]:
+            draw = sampler.copy()
+            tokens = [last]
+            for _ in range(most):
+                row = mx.array(drafts[tokens[-1]][None])
+                tokens.append((draw(row - mx.logsumexp(row)) if at_random else mx.argmax(row, axis=-1)).item())
+            return tokens[1:]
+
         chains.append(Chain(logits))
-        answers.append([0, *follow(chains[-1], 1000, drafter, sampler=sampling.sampler())])
+        answers.append([0, *follow(chains[-1], 1000, Always(draft) if drafting else None, sampler=sampler)])
     assert answers[0] == answers[1]
     assert max(chains[1].blocks) > 2 and len(chains[1].blocks) < (500 if at_random else 900)
     counts = np.zeros((5, 5))

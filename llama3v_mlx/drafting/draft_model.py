@@ -1,11 +1,12 @@
 """A small Llama of the same vocabulary as a drafter; it reads the conversation without its images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
 from tokenizers import Tokenizer
 
 from ..checkpoint import CONFIG, CheckpointError, cast, check_tensors, find_checkpoint, read_tensors
@@ -13,7 +14,7 @@ from ..config import check_heads, check_quantization, llama_config, one_line, re
 from ..device import on_gpu
 from ..loading import quantize_as_saved
 from ..prompt import Processor
-from ..sampling import Sampling
+from ..sampling import Sampler
 from ..tokenizer import TOKENIZER
 from .budget import MOST, Budget
 
@@ -26,14 +27,14 @@ class DraftModel:
     Args:
         model: mlx-lm's Llama.
         placeholder: id of an image's tokens, which it does not read.
-        sampling: how the model draws; greedily at temperature 0.
+        sampler: what the model draws with; it also draws with a copy of a `Sampler`, and otherwise greedily.
     """
 
     waits = True
 
-    def __init__(self, model: llama.Model, placeholder: int, sampling: Sampling | None = None):
+    def __init__(self, model: llama.Model, placeholder: int, sampler: Callable[[mx.array], mx.array] = greedy_sampler):
         self._model, self._placeholder = model, placeholder
-        self.sampling = sampling or Sampling(temperature=0)
+        self.sampler = sampler
         self._cache = make_prompt_cache(model)
         self._read: list[int] = []  # tokens in the cache
         self.begin()
@@ -54,8 +55,8 @@ class DraftModel:
         if not self._text or not self.hopes():
             return []
         logits = self._catch_up()
-        # The model will draw with the same random numbers, so it draws the same tokens where it expects the same.
-        sampler = self.sampling.sampler(mx.random.state[0])
+        # With the same random numbers as the model will: where both expect the same, they draw the same tokens.
+        sampler = self.sampler.copy() if isinstance(self.sampler, Sampler) else greedy_sampler
         tokens: list[mx.array] = []
         for i in range(most):
             if i:

@@ -19,6 +19,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 
+from ..sampling import Sampler
 from .drafters import Drafter
 
 # A pass of several tokens may round otherwise than a pass of one. A token whose lead over the second most likely one is
@@ -123,8 +124,7 @@ class Decoder:
 
     def _draw(self, logits: mx.array) -> Iterator[tuple[int | None, mx.array]]:
         """Draw the tokens of a block in turn from logits (1, 1 + drafted, vocab_size); None: undecided."""
-        greedy = self._sampler is greedy_sampler
-        if greedy and not self._processors:
+        if self._sampler is greedy_sampler and not self._processors:
             logprobs = self._process(logits[0], None)
             tokens, close = self._sampler(logprobs), _close(logprobs, logits[0])
             mx.eval(tokens, close, logprobs)
@@ -134,8 +134,20 @@ class Decoder:
             return
         for i in range(logits.shape[1]):
             row = self._process(logits[:, i], self._tokens)
-            undecided = greedy and _close(row, logits[:, i]).item()
-            yield None if undecided else self._sampler(row).item(), row[0]
+            yield self._decide(row, logits[:, i]), row[0]
+
+    def _decide(self, logprobs: mx.array, logits: mx.array) -> int | None:
+        """Draw a token of a block; None, and the random key unchanged, if rounding may decide."""
+        if self._sampler is greedy_sampler:
+            return None if _close(logprobs, logits).item() else self._sampler(logprobs).item()
+        if not isinstance(self._sampler, Sampler):
+            return self._sampler(logprobs).item()
+        key = self._sampler.key
+        token, scores = self._sampler.draw(logprobs)
+        if _close(scores * self._sampler.sampling.temperature, logits).item():
+            self._sampler.key = key
+            return None
+        return token.item()
 
     def _forward(self, tokens: mx.array, embedding: mx.array | None = None) -> mx.array:
         self.passes += 1
@@ -155,11 +167,11 @@ class Decoder:
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _close(logprobs: mx.array, logits: mx.array) -> mx.array:
-    """Whether rounding may decide between the two most likely tokens, (L,) for (L, vocab_size)."""
-    best = mx.argmax(logprobs, axis=-1, keepdims=True)
-    others = mx.put_along_axis(logprobs, best, mx.array(-mx.inf, logprobs.dtype), axis=-1)
-    lead = mx.take_along_axis(logprobs, best, axis=-1)[:, 0] - mx.max(others, axis=-1)
+def _close(scores: mx.array, logits: mx.array) -> mx.array:
+    """Whether rounding of logits (L, vocab_size) may decide between the two highest scores, (L,) for (L, …)."""
+    best = mx.argmax(scores, axis=-1, keepdims=True)
+    others = mx.put_along_axis(scores, best, mx.array(-mx.inf, scores.dtype), axis=-1)
+    lead = mx.take_along_axis(scores, best, axis=-1)[:, 0] - mx.max(others, axis=-1)
     return lead <= CLOSE[logits.dtype] * mx.max(mx.abs(logits), axis=-1)
 
 
