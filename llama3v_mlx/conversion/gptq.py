@@ -65,7 +65,8 @@ class Inputs:
             # MLX has neither on a GPU. On a CPU they are LAPACK's, in float32: on a Mac, Accelerate's.
             lower = mx.linalg.cholesky(damped, stream=mx.cpu)
             del damped  # each of these is 0.8 GB for an 8B
-            if not (mx.diag(lower) > 0).all().item():  # not positive definite in float32; MLX does not say so
+            pivots = mx.diag(lower)
+            if not ((pivots > 0) & (pivots < mx.inf)).all().item():  # not positive definite; MLX does not say so
                 continue
             inverse = mx.linalg.tri_inv(lower, stream=mx.cpu)
             del lower
