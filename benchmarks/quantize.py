@@ -12,6 +12,8 @@ products that `layer_flops` counts. The tower is offered in 8 bits only if they 
 times what float16 does.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import platform
@@ -19,8 +21,14 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -131,57 +139,61 @@ def measure_layer(tokens: int) -> dict:
 
 
 def measure_tower(layers: int) -> list[dict]:
-    """Relative L2 error of so400m's patch features, of random weights: computed in float16, and from 8 bits."""
+    """Compare a tower in float16 and in 8 bits: the demo's visual tokens, and patch features of random so400m's."""
     import mlx.core as mx
     import numpy as np
-    from mlx.utils import tree_map_with_path
 
+    from llama3v_mlx import load
+    from llama3v_mlx.demo import CHECKPOINT, IMAGES
     from llama3v_mlx.models.siglip import VisionConfig, VisionTower
 
-    def is_matrix(path: str, array: mx.array) -> bool:
-        return array.ndim == 2 and "position" not in path
+    model, processor = load(CHECKPOINT, dtype=mx.float32)
+    images = [processor.encode("", [path]).images[0] for path in sorted(IMAGES.iterdir())]
+    results = [compare_tower("demo", model.vision_tower, lambda: mx.concatenate(model.encode_image(images)))]
+    pixels = mx.array(np.random.default_rng(0).integers(0, 256, (1, 112, 112, 3), dtype=np.uint8))
+    channels, factors = mx.arange(0, 1152, 144), mx.array(np.geomspace(20, 100, 8).astype(np.float32))
+    for outliers in ("without outliers", "outliers in the residual", "outliers in the weights"):
+        mx.random.seed(0)
+        tower = VisionTower(VisionConfig(num_hidden_layers=layers))
+        for layer in tower.encoder.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            readers = (attention.v_proj, mlp.fc1)  # not queries and keys: softmax would saturate, float16 be 0.4 off
+            for linear in (attention.q_proj, attention.k_proj, *readers, attention.out_proj, mlp.fc2):
+                linear.weight = mx.random.normal(linear.weight.shape) / linear.weight.shape[1] ** 0.5
+            if outliers == "outliers in the residual":
+                for linear in (attention.out_proj, mlp.fc2):  # what is added to it
+                    linear.weight[channels] *= factors[:, None]
+            elif outliers == "outliers in the weights":
+                for linear in readers:  # columns, each in a group of its own
+                    linear.weight[:, channels] *= factors
+        results.append(compare_tower(f"so400m, {outliers}", tower, lambda tower=tower: tower(pixels)))
+    return results
+
+
+def compare_tower(name: str, tower: nn.Module, run: Callable[[], mx.array]) -> dict:
+    """Errors of what `run` computes with a tower of weights in float16, computed in float32 elsewhere."""
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
 
     def rounded(path: str, array: mx.array) -> mx.array:
         """Round a matrix to 8 bits in groups of 64; fc2's 4304 columns are padded, as MLX would need it."""
-        if not is_matrix(path, array):
+        if array.ndim != 2 or "position" in path:
             return array
         padded = mx.pad(array, [(0, 0), (0, -array.shape[1] % 64)]).astype(mx.float16)
         packed = mx.quantize(padded, group_size=64, bits=8)
         return mx.dequantize(*packed, group_size=64, bits=8)[:, : array.shape[1]].astype(mx.float32)
 
-    def normal(path: str, array: mx.array) -> mx.array:
-        return mx.random.normal(array.shape) / array.shape[1] ** 0.5 if is_matrix(path, array) else array
-
-    def error(features: mx.array, exact: mx.array) -> float:
-        difference = features.astype(mx.float32) - exact
-        return (mx.linalg.norm(difference) / mx.linalg.norm(exact)).item()
-
-    pixels = mx.array(np.random.default_rng(0).integers(0, 256, (1, 112, 112, 3), dtype=np.uint8))
-    channels, factors = mx.arange(0, 1152, 144), mx.array(np.geomspace(20, 100, 8).astype(np.float32))
-    results = []
-    for outliers in ("none", "in the residual", "in the weights"):
-        mx.random.seed(0)
-        tower = VisionTower(VisionConfig(num_hidden_layers=layers))
-        tower.update(tree_map_with_path(normal, tower.parameters()))
-        for layer in tower.encoder.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            if outliers == "in the residual":  # outputs that are added to it
-                for linear in (attention.out_proj, mlp.fc2):
-                    linear.weight[channels] *= factors[:, None]
-            elif outliers == "in the weights":  # columns of what reads it, each in a group of its own
-                for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1):
-                    linear.weight[:, channels] *= factors
-        half = tree_map_with_path(lambda path, w: w.astype(mx.float16), tower.parameters())
-        weights = tree_map_with_path(lambda path, w: w.astype(mx.float32), half)
-        features = []
-        for own in (weights, half, tree_map_with_path(rounded, weights)):
-            tower.update(own)
-            features.append(tower(pixels))
-            mx.eval(features[-1])
-        in_half, in_eight = (error(each, features[0]) for each in features[1:])
-        results.append({"outliers": outliers, "layers": layers, "float16": in_half, "8 bits": in_eight})
-        print(f"outliers {outliers}: float16 {in_half:.1e}, 8 bits {in_eight:.1e}, {in_eight / in_half:.1f} times")
-    return results
+    half = tree_map_with_path(lambda path, w: w.astype(mx.float16), tower.parameters())
+    weights = tree_map_with_path(lambda path, w: w.astype(mx.float32), half)
+    outputs = []
+    for own in (weights, half, tree_map_with_path(rounded, weights)):
+        tower.update(own)
+        outputs.append(run().astype(mx.float32))
+        mx.eval(outputs[-1])
+    norms = [mx.linalg.norm(output - outputs[0]).item() for output in outputs[1:]]
+    in_half, in_eight = (norm / mx.linalg.norm(outputs[0]).item() for norm in norms)
+    print(f"{name}: float16 {in_half:.1e}, 8 bits {in_eight:.1e}, {in_eight / in_half:.1f} times", flush=True)
+    return {"name": name, "layers": len(tower.encoder.layers), "float16": in_half, "8 bits": in_eight}
 
 
 def main() -> None:

@@ -321,7 +321,12 @@ def test_no_more_rows_are_read_than_are_used(tiny: Path, tmp_path: Path, monkeyp
     assert sum(len(row.ids) for row in used) <= 25 and 0 < len(used) < 3 and len(held_out) == 2
 
 
-def test_values_beyond_float16() -> None:
+def test_values_beyond_float16_and_float32() -> None:
     plan = Plan(mx.float16, {"layer": {"group_size": 32, "bits": 4, "mode": "affine"}}, {}, 0)
-    with pytest.raises(CheckpointError, match="layer: has values that .*float16 cannot represent"):
-        calibrating.Quantizer(plan, ShardWriter(Path()))("layer", Tensor(mx.full((4, 32), 1e6)), None)
+    quantizer = calibrating.Quantizer(plan, ShardWriter(Path()))
+    with pytest.raises(CheckpointError, match="layer: has values that float16 cannot represent"):
+        quantizer("layer", Tensor(mx.full((4, 32), 1e6)), None)
+    inputs = Inputs()
+    inputs.add(mx.full((8, 32), 1e30), mx.ones((8, 32)))
+    with pytest.raises(CheckpointError, match="layer: cannot be calibrated: the inputs are not finite"):
+        quantizer("layer", Tensor(mx.ones((4, 32))), inputs)

@@ -61,16 +61,18 @@ class Inputs:
         back, diagonal = self.order[::-1], mx.arange(len(self.order))
         mean = mx.maximum(mx.diag(self.hessian).mean(), 1e-12)
         for damping in DAMPINGS:
-            # MLX has neither on a GPU. On a CPU they are LAPACK's: Accelerate's on a Mac, in float32 either way.
-            with mx.stream(mx.cpu):
-                lower = mx.linalg.cholesky(self.hessian[back][:, back].at[diagonal, diagonal].add(damping * mean))
-                if not (mx.diag(lower) > 0).all().item():  # not positive definite in float32; MLX does not say so
-                    continue
-                factor = mx.linalg.tri_inv(lower)
-                del lower
-                factor = mx.contiguous(factor[::-1, ::-1])
-                mx.eval(factor)
-                return factor
+            damped = self.hessian[back][:, back].at[diagonal, diagonal].add(damping * mean)
+            # MLX has neither on a GPU. On a CPU they are LAPACK's, in float32: on a Mac, Accelerate's.
+            lower = mx.linalg.cholesky(damped, stream=mx.cpu)
+            del damped  # each of these is 0.8 GB for an 8B
+            pivots = mx.diag(lower)
+            if not ((pivots > 0) & (pivots < mx.inf)).all().item():  # not positive definite; MLX does not say so
+                continue
+            inverse = mx.linalg.tri_inv(lower, stream=mx.cpu)
+            del lower
+            factor = mx.contiguous(inverse[::-1, ::-1])
+            mx.eval(factor)
+            return factor
         raise ArithmeticError("the inputs are not finite")
 
     @functools.cached_property
@@ -165,5 +167,5 @@ def _round(
         errors.append((x[0] - (codes[-1] * scales[k] + biases[k])) / factor[k, k])
         x = x[1:] - factor[k, k + 1 :, None] * errors[-1]
     codes, errors = mx.stack(codes).astype(mx.uint8), mx.stack(errors)
-    mx.eval(codes, errors)
+    mx.async_eval(codes, errors)
     return codes, errors
