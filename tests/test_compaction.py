@@ -126,6 +126,15 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compact(store, all_dead=True) > 0 and len(store) == 10
 
 
+def test_scattered_entries_are_moved_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each addition waits for the disk."""
+    store = fill(tmp_path / "store", 30, shard_bytes=1 << 20)
+    written, write = [], OpenShard.write
+    monkeypatch.setattr(OpenShard, "write", lambda *arguments: written.append(1) or write(*arguments))
+    assert compact(store, all_dead=True) > 0 and len(written) == 1
+    same(store, entries(0, 30)[::3])
+
+
 def test_shards_of_a_process_that_writes_are_left_alone(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 30, writers=2)
     with FeatureWriter(store) as writer:

@@ -199,7 +199,7 @@ class FeatureStore:
     def blocks(
         self, writer: int, shard: int, condition: str = "1", parameters: Sequence = ()
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield (records, values, scales) of the entries of a shard as they are stored, in contiguous blocks.
+        """Yield (records, values, scales) of the entries of a shard as they are stored, in blocks of a bounded size.
 
         Args:
             writer: number of the shard's writer.
@@ -211,8 +211,9 @@ class FeatureStore:
         found = self.database.rows(f"{query} ORDER BY start", (writer, shard, *parameters))
         with self.database.converting():
             records = to_records(found)
-        for block in self._contiguous(records):
-            yield block, *self._stored(writer, block)
+        for block in np.split(records, np.flatnonzero(np.diff(self._block_of(records))) + 1) if found else ():
+            stored = [self._stored(writer, part) for part in self._contiguous(block)]
+            yield block, *map(np.concatenate, zip(*stored, strict=True))
 
     def _contiguous(self, table: np.ndarray) -> list[np.ndarray]:
         """Split entries in the order of the shards into blocks that are contiguous on disk, of a bounded size."""
@@ -222,8 +223,12 @@ class FeatureStore:
         apart = (table["start"][1:] != ends[:-1]) | (np.diff(table["shard"]) != 0)
         if "writer" in table.dtype.names:
             apart |= np.diff(table["writer"]) != 0
-        apart |= np.diff(np.cumsum(table["rows"], dtype=np.int64) * self.info.width // _BLOCK) != 0
+        apart |= np.diff(self._block_of(table)) != 0
         return np.split(table, np.flatnonzero(apart) + 1)
+
+    def _block_of(self, table: np.ndarray) -> np.ndarray:
+        """Number entries by the block of a bounded size that each is in."""
+        return np.cumsum(table["rows"], dtype=np.int64) * self.info.width // _BLOCK
 
     def names(self) -> Iterator[tuple[bytes, str]]:
         """Yield (SHA-256, file name) in the order added; an image may have several names, and one name repeatedly."""
