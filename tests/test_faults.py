@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from tests.faults.__main__ import KINDS
+from tests.faults.more import MORE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and watches files by inotify")
 
@@ -25,11 +26,14 @@ def test_a_sample(run_python) -> None:
     """One case of most kinds, on another file or call each."""
     slow = ("memory:", "kills:", "power:pre", "power:fine", "signals:pre", "signals:fine", "calls:fine")
     slow += ("calls:index", "calls:ask", "signals:index", "signals:ask", "signals:features", "power:features")
-    kinds = [kind for kind in KINDS if not kind.startswith(slow)]
+    slow += ("power:index", "power:ask", "power:synthesize", "signals:synthesize")
+    big = MORE.keys() - {"synthesize"}
+    kinds = [kind for kind in KINDS if not kind.startswith(slow) and kind.partition(":")[2] not in big]
     out = run(run_python, "--cases", 1, "--seed", 20, *(word for kind in kinds for word in ("--only", kind)))
     assert f"| {kinds[0]} | 1 | 0 |" in out
 
 
 @pytest.mark.faults
 def test_ten_minutes(run_python) -> None:
-    print(run(run_python, "--minutes", 10))
+    """What is made for the cases, and the last case, take the rest of the ten."""
+    print(run(run_python, "--minutes", 8))

@@ -95,6 +95,14 @@ def test_verify_copies_no_device(folder: Path) -> None:
         verify(folder)
 
 
+def test_verify_locks_no_file_elsewhere(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    (folder / "writer-000.lock").unlink()
+    (folder / "writer-000.lock").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="writer-000.lock"):
+        verify(folder)
+
+
 def test_no_writer_follows_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"mine")
     (folder / "shard-000-00001.open").symlink_to(tmp_path / "other")

@@ -36,7 +36,7 @@ def claim(folder: Path, writer: int) -> FileIO | None:
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
         created = True
-    held = _open_unbuffered(path)
+    held = open_unbuffered(path)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
@@ -94,8 +94,8 @@ class OpenShard:
         self._path = shard_path(folder, writer, number).with_suffix(OPEN)
         self._row_bytes = width * np.dtype(DTYPES[dtype]).itemsize
         # Unbuffered: written data is in the system's cache, and survives a kill.
-        self._file = _open_unbuffered(self._path)
-        self._scales = _open_unbuffered(self._path.with_suffix(SCALES)) if dtype == "int8" else None
+        self._file = open_unbuffered(self._path)
+        self._scales = open_unbuffered(self._path.with_suffix(SCALES)) if dtype == "int8" else None
 
     @property
     def rows_found(self) -> int:
@@ -174,7 +174,7 @@ def unseal(folder: Path, writer: int, number: int, width: int, dtype: str, recor
     return True
 
 
-def _open_unbuffered(path: Path) -> FileIO:
+def open_unbuffered(path: Path) -> FileIO:
     """Open a file for reading and writing, creating it if necessary; a link to one is refused."""
     more = os.O_CREAT | os.O_NOFOLLOW
     return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | more, 0o666))

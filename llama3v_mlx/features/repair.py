@@ -10,7 +10,7 @@ import numpy as np
 
 from ..files import check_file, list_folder, lock
 from .database import Database, connect_readonly, create_database
-from .growing import number_of
+from .growing import number_of, open_unbuffered
 from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
 from .store import FeatureStore, StoreInfo, read_info
 from .version1 import VERSION
@@ -48,7 +48,7 @@ def verify(folder: str | Path) -> Verdict:
         raise reason
     with contextlib.ExitStack() as stack:
         for path in list_folder(folder, "writer-*.lock"):
-            if not lock(stack.enter_context(path.open("r+b")), wait=False):
+            if not lock(stack.enter_context(open_unbuffered(path)), wait=False):
                 raise FeatureError(f"{folder}: a process is writing to it; verify when it is done")
         database = _open_or_rebuild(folder, verdict)
         places = set(database.rows("SELECT DISTINCT writer, shard FROM entries"))

@@ -33,12 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, help="time for all kinds together (default: 10, unless --cases)")
     parser.add_argument("--cases", type=int, help="cases per kind")
-    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="kinds that begin like this")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="kinds that begin like this (default: all but the slow)",
+    )
     parser.add_argument("--seed", type=int, help="of the first case (default: random)")
     parser.add_argument("--keep", metavar="DIR", help="folder for the cases that fail")
     parser.add_argument("--log", metavar="FILE", help="file to append each case to: kind, seed, what, problem")
     args = parser.parse_args(argv)
-    kinds = [kind for kind in KINDS if not args.only or kind.startswith(tuple(args.only))]
+    kinds = [kind for kind in KINDS if kind.startswith(tuple(args.only)) or not (args.only or kind in calls.SLOW)]
     if not kinds:
         parser.error(f"no such kind; there are {', '.join(KINDS)}")
     seed = random.SystemRandom().randrange(10**9) if args.seed is None else args.seed

@@ -28,6 +28,7 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 COMMANDS = WRITTEN | MORE
 KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in COMMANDS)
+SLOW = {kind for kind in KINDS if COMMANDS[kind.partition(":")[2]].slow > 1}
 BATCHED: dict[str, int] = {}
 
 

@@ -136,7 +136,7 @@ def _evaluated(material: Material, place: Path) -> object:
 
 MORE = {
     "synthesize": Written(_local, lambda material, place: hashes(place)),
-    "synthesize-http": Written(_remote, lambda material, place: hashes(place)),
+    "teacher-server": Written(_remote, lambda material, place: hashes(place)),
     "calibrate": Written(_calibrate, lambda material, place: hashes(place), kept=whole_or_absent),
     "rerank": Written(_rerank, _reranked),
     "server": Written(_serve, _served, slow=10),
