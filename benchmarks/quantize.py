@@ -12,26 +12,36 @@ products that `layer_flops` counts. The tower is offered in 8 bits only if they 
 times what float16 does.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-import platform
+import os
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-    import mlx.nn as nn
+from embed import machine  # first: it loads OpenBLAS before MLX
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map_with_path
+from mlx_lm.models.llama import ModelArgs, TransformerBlock
+
+from llama3v_mlx import load
+from llama3v_mlx.checkpoint import read_config, read_tensors
+from llama3v_mlx.conversion.agreement import verify_rows
+from llama3v_mlx.conversion.calibrate import MATRICES, MAX_TOKENS, Quantizer, _quantize_layer, working_bytes
+from llama3v_mlx.conversion.rows import read_sets
+from llama3v_mlx.conversion.shard_writer import Plan
+from llama3v_mlx.convert import convert
+from llama3v_mlx.demo import CHECKPOINT, IMAGES
+from llama3v_mlx.models.siglip import VisionConfig, VisionTower
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tools.demo
 
 PLAIN = {f"{bits} bits": {"q_bits": bits} for bits in (2, 3, 4, 5)}
 SENSITIVE = {
@@ -58,11 +68,6 @@ def write_rows(folder: Path, count: int, questions: int) -> tuple[Path, Path]:
 
 def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     """Convert and compare; one dict per row of the table, printed as it comes."""
-    from llama3v_mlx.checkpoint import read_config, read_tensors
-    from llama3v_mlx.conversion.agreement import verify_rows
-    from llama3v_mlx.conversion.rows import read_sets
-    from llama3v_mlx.convert import convert
-    from llama3v_mlx.demo import CHECKPOINT
     from tools.demo.evaluate import evaluate
 
     calibration, held_out = write_rows(folder, args.rows, args.prompts)
@@ -103,11 +108,6 @@ def layer_flops(tokens: int) -> float:
 
 def measure_layer(tokens: int) -> dict:
     """Quantize one decoder layer of Llama-3-8B's size, of random weights; CPU seconds and peak memory."""
-    import mlx.core as mx
-    from mlx_lm.models.llama import ModelArgs, TransformerBlock
-
-    from llama3v_mlx.conversion.calibrate import MATRICES, MAX_TOKENS, Quantizer, _quantize_layer, working_bytes
-    from llama3v_mlx.conversion.shard_writer import Plan
 
     class Sink:
         """A `ShardWriter` that keeps nothing."""
@@ -140,12 +140,6 @@ def measure_layer(tokens: int) -> dict:
 
 def measure_tower(layers: int) -> list[dict]:
     """Compare a tower in float16 and in 8 bits: the demo's visual tokens, and patch features of random so400m's."""
-    import mlx.core as mx
-    import numpy as np
-
-    from llama3v_mlx import load
-    from llama3v_mlx.demo import CHECKPOINT, IMAGES
-    from llama3v_mlx.models.siglip import VisionConfig, VisionTower
 
     model, processor = load(CHECKPOINT, dtype=mx.float32)
     images = [processor.encode("", [path]).images[0] for path in sorted(IMAGES.iterdir())]
@@ -172,8 +166,6 @@ def measure_tower(layers: int) -> list[dict]:
 
 def compare_tower(name: str, tower: nn.Module, run: Callable[[], mx.array]) -> dict:
     """Errors of what `run` computes with a tower of weights in float16, computed in float32 elsewhere."""
-    import mlx.core as mx
-    from mlx.utils import tree_map_with_path
 
     def rounded(path: str, array: mx.array) -> mx.array:
         """Round a matrix to 8 bits in groups of 64; fc2's 4304 columns are padded, as MLX would need it."""
@@ -205,7 +197,7 @@ def main() -> None:
     parser.add_argument("--full-size", type=int, metavar="TOKENS", help="measure one layer of an 8B's size instead")
     parser.add_argument("--tower", type=int, metavar="LAYERS", help="measure so400m's tower in 8 bits instead")
     args = parser.parse_args()
-    figures = {"machine": platform.platform(), "versions": {name: version(name) for name in ("mlx", "mlx-lm")}}
+    figures = {"machine": machine(), "kernels": os.environ.get("OPENBLAS_CORETYPE")}
     if args.full_size:
         figures["layer"] = measure_layer(args.full_size)
     elif args.tower:
@@ -217,6 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import llama3v_mlx  # noqa: F401  (loads OpenBLAS, which must come before mlx.core)
-
     main()

@@ -125,7 +125,7 @@ def convert(
     Args:
         hf_path: a folder, or a Hub repository, of llama3v, MiniCPM-Llama3-V-2.5, or an unquantized conversion.
         mlx_path: the new folder; it must not exist.
-        quantize: quantize the language model; tower and projector never are.
+        quantize: quantize the language model; tower and projector never are, see `Model.quant_predicate`.
         q_bits: bits per weight (default: 4, or the bits of `q_mode`).
         q_group_size: weights that share a scale (default: 64, or the group size of `q_mode`).
         q_mode: affine, mxfp4, nvfp4 or mxfp8.

@@ -315,7 +315,7 @@ def test_rows_to_verify_with_are_not_calibrated_with(tiny: Path, prompts: Path, 
 def test_no_more_rows_are_read_than_are_used(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     """The whole of a training set may be given: the images of what is not used are not even looked for."""
     rows = [{"prompt": "What?"}] * 3 + [{"image": "gone.png", "prompt": "What?"}] + [{"prompt": "What?"}] * 2
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8-sig")  # as Windows saves it
     monkeypatch.setattr("llama3v_mlx.conversion.rows.MAX_TOKENS", 25)
     used, held_out = read_sets(tiny, read_config(tiny), True, tmp_path / "rows.json", None, None, 2)
     assert sum(len(row.ids) for row in used) <= 25 and 0 < len(used) < 3 and len(held_out) == 2
