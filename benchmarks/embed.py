@@ -33,8 +33,8 @@ from llama3v_mlx.device import chip, cores, matmul_peak, on_gpu
 from llama3v_mlx.features.encoder import ImageEncoder, load_encoder, published_tensors
 from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
 from llama3v_mlx.features.writer import FeatureWriter
-from llama3v_mlx.image import TiledImage
 from llama3v_mlx.models.siglip import SigLIP, VisionConfig
+from llama3v_mlx.tiling import TiledImage
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -31,8 +31,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from llama3v_mlx.features.encoder import ImageEncoder
 from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
 from llama3v_mlx.features.writer import FeatureWriter
-from llama3v_mlx.image import ImageConfig
 from llama3v_mlx.models.llama3v import Model, ModelArgs
+from llama3v_mlx.tiling import ImageConfig
 from llama3v_mlx.training.batch import collate, count_answers
 from llama3v_mlx.training.data import Dialogue
 from llama3v_mlx.training.trainer import Trainer

@@ -29,11 +29,12 @@ from .features.image_files import ImageFile, look_up
 from .features.lookup import FeatureCache
 from .features.sources import Skipped, Source, count_sources, find_sources, reason
 from .generation import load
-from .image import ImageConfig, TiledImage, image_sha256, tile_image
+from .image import image_sha256, tile_image
 from .memory import footprint, num_answers
 from .schema import Schemas
 from .serving.batch import Settings
 from .serving.prefix_cache import fingerprint
+from .tiling import ImageConfig, TiledImage
 
 WORKERS = min(4, os.cpu_count() or 1)  # threads that decode images
 AHEAD = 2 * WORKERS  # images being decoded, or waiting for the batch

@@ -104,7 +104,8 @@ class Chat:
         """Add images to the next question: all of them, or none if one is unusable."""
         from PIL.Image import Image
 
-        from .image import expand, image_size, plan_tiles
+        from .image import expand, image_size
+        from .tiling import plan_tiles
 
         processor = self.conversation.processor
         images = [image for source in sources for image in expand(source)]

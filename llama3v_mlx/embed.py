@@ -24,7 +24,7 @@ def best_batch_size(encoder) -> int:
     import numpy as np
 
     from .device import chip, cores, on_gpu
-    from .image import TiledImage
+    from .tiling import TiledImage
 
     side = encoder.config.image_size if encoder.image_config is None else encoder.image_config.scale_resolution
     c = encoder.config

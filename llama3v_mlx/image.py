@@ -1,7 +1,6 @@
 """Images to tiles: load any source as upright RGB and cut it into the overview and slices that Llama3-V sees.
 
-The slicing matches the released code bit for bit: Pillow's bicubic on uint8, Python's half-to-even rounding, ties
-resolved by the order of the candidate grids. Needs only numpy and Pillow.
+The tiles match those of the released code bit for bit: Pillow's bicubic on uint8. Needs only numpy and Pillow.
 """
 
 import base64
@@ -10,7 +9,6 @@ import hashlib
 import io
 import math
 import os
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from .files import find_path, printable, read_file
 from .pdf import PdfError, PdfPage, find_pages
+from .tiling import RELEASED, ImageConfig, TiledImage, plan_tiles
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
 
@@ -54,51 +53,6 @@ class ImageError(ValueError):
     """Raised for an unusable image; the message says which one and why, in one line."""
 
 
-@dataclass(frozen=True)
-class ImageConfig:
-    """Slicing of images into tiles."""
-
-    scale_resolution: int = 448  # a tile has about this many pixels, squared
-    patch_size: int = 14  # tile sides are multiples of this
-    max_slice_nums: int = 9  # maximum number of slices besides the overview; 1: never slice
-    square: bool = False  # one square tile of scale_resolution, ignoring the aspect ratio, as for Google's SigLIP
-
-    def with_max_tiles(self, max_tiles: int | None) -> "ImageConfig":
-        """Return a copy with at most `max_tiles` tiles per image, including the overview (1: only the overview)."""
-        if max_tiles is None:
-            return self
-        if max_tiles < 1:
-            raise ValueError(f"an image needs at least 1 tile, not {max_tiles}")
-        slices = min(self.max_slice_nums, max(1, max_tiles - 1))
-        return replace(self, max_slice_nums=slices)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Layout of the tiles of an image; sizes are (width, height) in pixels."""
-
-    overview: tuple[int, int]  # size of the whole image, resized
-    grid: tuple[int, int] | None = None  # (columns, rows) of slices; None: only the overview
-    cell: tuple[int, int] | None = None  # size of a slice
-
-    @property
-    def num_tiles(self) -> int:
-        return 1 + (self.grid[0] * self.grid[1] if self.grid else 0)
-
-
-@dataclass(frozen=True)
-class TiledImage:
-    """An image as the model sees it."""
-
-    tiles: tuple[np.ndarray, ...]  # uint8 (height, width, 3) RGB: the overview, then slices row by row
-    grid: tuple[int, int] | None  # (columns, rows) of the slices
-    sha256: bytes | None = None  # of the file; if a feature store has the image, `tiles` may be empty
-
-    @property
-    def num_tiles(self) -> int:
-        return 1 + (self.grid[0] * self.grid[1] if self.grid else 0)
-
-
 class ImageFacts(NamedTuple):
     """What the header of an image says."""
 
@@ -108,7 +62,7 @@ class ImageFacts(NamedTuple):
 
 
 def load_image(
-    source: ImageSource, draft: tuple[int, int] | None = None, config: ImageConfig = ImageConfig()
+    source: ImageSource, draft: tuple[int, int] | None = None, config: ImageConfig = RELEASED
 ) -> Image.Image:
     """Load an image as a new, upright, 8-bit RGB image without metadata.
 
@@ -149,7 +103,7 @@ def read_size(source: ImageSource) -> tuple[int, int]:
     Raises:
         ImageError: if the header is unusable, or the image is over the limit of `load_image`.
     """
-    _, image = _open_bounded(source, ImageConfig())
+    _, image = _open_bounded(source, RELEASED)
     width, height = image.size
     return (height, width) if (_orientation(image) or 1) in _SIDEWAYS else (width, height)
 
@@ -209,31 +163,7 @@ def image_size(source: ImageSource, config: ImageConfig) -> tuple[int, int]:
     return source.pixels(page_zoom(source, config)) if isinstance(source, PdfPage) else load_image(source).size
 
 
-def plan_tiles(width: int, height: int, config: ImageConfig = ImageConfig()) -> Tiling:
-    """Plan the tiles of an image of `width` × `height` pixels, as in the released model's training."""
-    scale, patch = config.scale_resolution, config.patch_size
-    if config.square:
-        return Tiling((scale, scale))
-    wanted = min(math.ceil(width * height / (scale * scale)), config.max_slice_nums)
-    overview = _fit(width, height, scale, patch)
-    if wanted <= 1:
-        return Tiling(overview)
-
-    log_ratio = math.log(width / height)
-    grids = [
-        (columns, n // columns)
-        for n in (wanted - 1, wanted, wanted + 1)
-        if 1 < n <= config.max_slice_nums
-        for columns in range(1, n + 1)
-        if n % columns == 0
-    ]
-    # `min` keeps the first of equals, like the released code.
-    columns, rows = min(grids, key=lambda grid: abs(log_ratio - math.log(grid[0] / grid[1])))
-    cell = _fit(_snap(width, columns) / columns, _snap(height, rows) / rows, scale, patch)
-    return Tiling(overview, (columns, rows), cell)
-
-
-def tile_image(source: ImageSource, config: ImageConfig = ImageConfig()) -> TiledImage:
+def tile_image(source: ImageSource, config: ImageConfig = RELEASED) -> TiledImage:
     """Cut an image into tiles: the overview, then the slices row by row.
 
     Args:
@@ -253,18 +183,6 @@ def tile_image(source: ImageSource, config: ImageConfig = ImageConfig()) -> Tile
         cells = refined.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
         tiles += [np.ascontiguousarray(cell) for row in cells for cell in row]
     return TiledImage(tuple(tiles), tiling.grid)
-
-
-def _snap(length: float, step: int) -> int:
-    return max(round(length / step) * step, step)
-
-
-def _fit(width: float, height: float, scale: int, patch: int) -> tuple[int, int]:
-    """Return a size of about scale² pixels with this aspect ratio; the height is truncated first, the width derived."""
-    ratio = width / height
-    fitted_height = int(scale / math.sqrt(ratio))
-    fitted_width = int(fitted_height * ratio)
-    return _snap(fitted_width, patch), _snap(fitted_height, patch)
 
 
 def _one_page(source: ImageSource) -> ImageSource:

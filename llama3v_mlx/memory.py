@@ -10,10 +10,10 @@ import mlx.core as mx
 from .checkpoint import find_checkpoint, read_config, read_tensors
 from .device import memory, memory_limit, on_gpu
 from .drafting.draft_model import read_draft_config
-from .image import ImageConfig
 from .models.llama3v import ModelArgs, tile_batch_size, tile_bytes
 from .models.released import rename
 from .prompt_tokens import PromptTokens
+from .tiling import ImageConfig
 
 PREFILL_STEP = 2048  # tokens per prefill step of mlx-lm
 CONTEXT = 8192  # tokens, of a config that does not say

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
-from .image import ImageConfig, ImageSource, TiledImage, Tiling, page_zoom, plan_tiles, tile_image
+from .image import ImageSource, page_zoom, tile_image
 from .pdf import PdfPage
 from .prompt_tokens import BOS, EOT, HEADER_END, HEADER_START, PromptTokens
 from .sampling import Sampling
+from .tiling import ImageConfig, TiledImage, Tiling, plan_tiles
 
 ROLES = ("system", "user", "assistant")
 

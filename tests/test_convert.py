@@ -24,8 +24,9 @@ import llama3v_mlx
 from llama3v_mlx import load
 from llama3v_mlx.checkpoint import CheckpointError, read_config
 from llama3v_mlx.conversion import shard_writer as streaming
+from llama3v_mlx.conversion.options import check_quantization
 from llama3v_mlx.conversion.verify import first_token_logprobs, verify
-from llama3v_mlx.convert import check_quantization, convert, main
+from llama3v_mlx.convert import convert, main
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.loading import load_model
 from llama3v_mlx.models.llama3v import Model

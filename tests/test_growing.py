@@ -21,7 +21,7 @@ from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.sources import Source
 from llama3v_mlx.features.store import Features, FeatureStore
 from llama3v_mlx.features.writer import FeatureWriter
-from llama3v_mlx.image import ImageConfig, TiledImage
+from llama3v_mlx.tiling import ImageConfig, TiledImage
 
 PACKAGE = Path(llama3v_mlx.__file__).parent
 STORE = ("features/store.py", "features/writer.py", "features/database.py", "features/growing.py", "features/shards.py")

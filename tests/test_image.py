@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
 
-from llama3v_mlx.image import ImageConfig, ImageError, load_image, plan_tiles, tile_image
+from llama3v_mlx.image import ImageError, load_image, tile_image
+from llama3v_mlx.tiling import ImageConfig, plan_tiles
 
 SMALL = ImageConfig(scale_resolution=56, patch_size=8, max_slice_nums=4)
 

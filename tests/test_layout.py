@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("device",),
     ("llama3v_mlx",),
-    ("files", "hub"),
+    ("files", "hub", "tiling"),
     ("pdf",),
     ("image",),
     ("sampling", "prompt_tokens"),

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from llama3v_mlx.image import TiledImage
 from llama3v_mlx.models import llama3v as model_module
 from llama3v_mlx.models.llama3v import Model, ModelArgs
 from llama3v_mlx.models.released import rename
+from llama3v_mlx.tiling import TiledImage
 
 UNK, IMAGE_START, IMAGE_END, SLICE_START, SLICE_END, NEWLINE = 90, 91, 92, 93, 94, 10
 QUERIES = 4

@@ -23,17 +23,9 @@ from llama3v_mlx.demo import CHECKPOINT, IMAGES
 from llama3v_mlx.features.sources import Skipped, count_sources, find_sources, read_named
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.files import find_path, list_folder, new_folder
-from llama3v_mlx.image import (
-    ImageConfig,
-    ImageError,
-    expand,
-    image_sha256,
-    image_size,
-    load_image,
-    plan_tiles,
-    tile_image,
-)
+from llama3v_mlx.image import ImageError, expand, image_sha256, image_size, load_image, tile_image
 from llama3v_mlx.pdf import PdfError, find_pages
+from llama3v_mlx.tiling import ImageConfig, plan_tiles
 
 CIRCLES = IMAGES / "three-blue-circles.png"
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llama3v_mlx.image import TiledImage
 from llama3v_mlx.prompt import Processor
 from llama3v_mlx.prompt_tokens import PromptTokens
+from llama3v_mlx.tiling import TiledImage
 
 RED = Image.new("RGB", (50, 50), "red")  # 50² pixels are one tile for the demo
 WIDE = Image.new("RGB", (400, 100), "blue")  # four slices in a row

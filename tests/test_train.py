@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
 from llama3v_mlx.features.store import FeatureStore
-from llama3v_mlx.image import TiledImage, load_image
+from llama3v_mlx.image import load_image
+from llama3v_mlx.tiling import TiledImage
 from llama3v_mlx.training.batch import collate
 from llama3v_mlx.training.data import DataError, Dialogues, StoredTiler, messages_of
 from llama3v_mlx.training.prepare import say_rejected

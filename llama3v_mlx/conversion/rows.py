@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..generation import check_length
-from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
+from ..tiling import TiledImage
 from ..tokenizer import load_tokenizer
 from ..training.data import DataError, messages_of
 from .verify import Weights

@@ -18,11 +18,12 @@ from mlx_lm.models.base import create_attention_mask
 from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, check_tensors, read_config, read_tensors
-from ..image import ImageSource, TiledImage, load_image
+from ..image import ImageSource, load_image
 from ..loading import build_model
 from ..models.llama3v import Model
 from ..models.released import lay_out
 from ..prompt import Processor
+from ..tiling import TiledImage
 from ..tokenizer import load_tokenizer
 from .shard_writer import row_slices
 

@@ -18,10 +18,11 @@ from ..config import SIGLIP_TEXT, VISION, check_heads, one_line
 from ..device import on_gpu
 from ..fields import CheckpointError, Choice, check_fields, check_object
 from ..files import check_file
-from ..image import ImageConfig, ImageSource, TiledImage, load_image, tile_image
+from ..image import ImageSource, load_image, tile_image
 from ..models import linux_cpu
 from ..models.released import lay_out
 from ..models.siglip import SigLIP, TextConfig, VisionConfig, encode_by_size
+from ..tiling import ImageConfig, TiledImage
 from .store import FeatureError, Features, FeatureStore, StoreInfo
 
 SIGLIP_TYPES = ("siglip", "siglip_vision_model")

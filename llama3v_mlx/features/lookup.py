@@ -6,8 +6,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..image import ImageConfig, ImageSource, TiledImage, image_sha256
+from ..image import ImageSource, image_sha256
 from ..models.llama3v import Model
+from ..tiling import ImageConfig, TiledImage
 from .encoder import ImageEncoder
 from .store import STORE, FeatureError, Features, FeatureStore
 from .writer import FeatureWriter

@@ -10,8 +10,8 @@ from mlx_lm.models import llama
 from mlx_lm.models.base import BaseModelArgs
 
 from ..device import memory_limit, on_gpu
-from ..image import TiledImage
 from ..prompt_tokens import PromptTokens
+from ..tiling import TiledImage
 from .projector import ProjectorConfig, build_projector
 from .released import relayout, rename
 from .siglip import VisionConfig, VisionTower, encode_by_size

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..image import TiledImage
+from ..tiling import TiledImage
 from . import linux_cpu
 from .base import Config
 

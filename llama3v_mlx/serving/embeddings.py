@@ -11,7 +11,8 @@ import numpy as np
 
 from ..checkpoint import find_checkpoint
 from ..features.encoder import TextEncoder, load_encoder
-from ..image import ImageError, TiledImage
+from ..image import ImageError
+from ..tiling import TiledImage
 from .checks import bad
 from .prompts import DECODING
 from .requests import Limits, RequestImage, read_image

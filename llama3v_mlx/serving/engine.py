@@ -17,9 +17,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..image import TiledImage
 from ..models.llama3v import Model
 from ..prompt import Processor
+from ..tiling import TiledImage
 from . import batch as mlx_lm
 from .batch import BatchAnswer
 from .checks import RequestError

@@ -4,7 +4,7 @@ import queue
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..image import TiledImage
+from ..tiling import TiledImage
 from .batch import Settings
 from .checks import RequestError
 from .prompts import Block, RequestPrompt

@@ -22,7 +22,8 @@ from ..features.query import combine, match_probability
 from ..features.sources import file_of
 from ..features.store import FeatureError
 from ..files import find_path, printable
-from ..image import ImageConfig, ImageError, ImageSource, expand, image_sha256, load_image
+from ..image import ImageError, ImageSource, expand, image_sha256, load_image
+from ..tiling import ImageConfig
 from .checks import RequestError, bad
 from .embeddings import Embedder
 from .indexer import Indexer

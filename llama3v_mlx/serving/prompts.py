@@ -9,9 +9,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..image import ImageError, TiledImage, Tiling, plan_tiles, tile_image
+from ..image import ImageError, tile_image
 from ..prompt import Processor
 from ..prompt_tokens import BOS
+from ..tiling import TiledImage, Tiling, plan_tiles
 from .checks import RequestError, bad
 from .requests import ChatRequest, CompletionRequest, Limits, RequestImage, read_images
 

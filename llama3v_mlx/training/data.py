@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..features.store import FeatureStore
-from ..image import ImageError, TiledImage
+from ..image import ImageError
 from ..prompt import Processor
+from ..tiling import TiledImage
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 MARK = "<image>"

@@ -103,7 +103,8 @@ def cases(kind: str, numbers: range, material: Material, place: Path) -> list[tu
 
 def _tile(path: Path) -> Callable[[], None]:
     def look() -> None:
-        from llama3v_mlx.image import ImageConfig, expand, image_sha256, image_size, tile_image
+        from llama3v_mlx.image import expand, image_sha256, image_size, tile_image
+        from llama3v_mlx.tiling import ImageConfig
 
         config = ImageConfig(scale_resolution=56)  # small tiles, because decoding is to be tried, not resizing
         for page in expand(path)[:3]:

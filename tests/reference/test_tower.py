@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llama3v_mlx.image import ImageConfig, tile_image
+from llama3v_mlx.image import tile_image
 from llama3v_mlx.models.llama3v import Model
 from llama3v_mlx.models.siglip import VisionConfig, VisionTower, strip_ids
+from llama3v_mlx.tiling import ImageConfig
 
 from .parity import below, randomize, relative_error, released
 

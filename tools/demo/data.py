@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from llama3v_mlx.image import ImageConfig, Tiling, plan_tiles, tile_image
+from llama3v_mlx.image import tile_image
+from llama3v_mlx.tiling import ImageConfig, Tiling, plan_tiles
 
 from . import world
 

@@ -28,8 +28,8 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 
 from llama3v_mlx.demo import CHECKPOINT, IMAGES
-from llama3v_mlx.image import ImageConfig
 from llama3v_mlx.models.llama3v import Model, ModelArgs
+from llama3v_mlx.tiling import ImageConfig
 
 from . import world
 from .data import Batch, Batches, draw_batch, draw_easy_batch, split_arrays
