@@ -9,10 +9,12 @@ import pytest
 from test_store import entries, info, same
 
 from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.features.encoder import load_encoder_of
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.shards import FeatureError
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.features.writer import FeatureWriter
+from llama3v_mlx.fields import CheckpointError
 
 
 @pytest.fixture
@@ -35,6 +37,13 @@ def test_odd_values_of_store_json_are_named(folder: Path, key: str, value: objec
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=str(path)):
         FeatureStore(folder)
+
+
+def test_a_store_whose_model_is_gone_is_named(folder: Path) -> None:
+    path = folder / "store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "a\nb"}))
+    with pytest.raises(CheckpointError, match=f"(?s){folder}.*no such folder"):
+        load_encoder_of(FeatureStore(folder))
 
 
 @pytest.mark.parametrize(

@@ -250,10 +250,13 @@ def load_encoder_of(store: FeatureStore) -> tuple[ImageEncoder, Path]:
 
     Raises:
         FeatureError: if the checkpoint has changed since.
-        CheckpointError: if it no longer exists.
+        CheckpointError: if it no longer exists, or has no such features.
     """
     info = store.info
-    encoder = load_encoder(info.model, info.kind, getattr(mx, info.compute_dtype), info.draft)
+    try:
+        encoder = load_encoder(info.model, info.kind, getattr(mx, info.compute_dtype), info.draft)
+    except ValueError as e:
+        raise CheckpointError(f"{store.folder}: the model of this store cannot be loaded: {e}") from e
     if encoder.fingerprint() != info.fingerprint:
         raise FeatureError(f"{store.folder}: {info.model} has changed since the store was made; embed again")
     return encoder, find_checkpoint(info.model)
