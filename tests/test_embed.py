@@ -447,3 +447,10 @@ def test_a_disk_that_fails_is_named(photos: Path, tmp_path: Path, siglip: Path, 
         main([str(photos), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and error.startswith("error: ") and str(tmp_path / "store") in error
+
+
+@pytest.mark.parametrize("line", ['{"image": 3}', '{"path": ["a.png", {}]}', "[" * 10**5])
+def test_a_line_of_a_list_that_names_no_image(tmp_path: Path, line: str) -> None:
+    (tmp_path / "list.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="list.jsonl:1: must be a JSON object"):
+        list(find_sources([str(tmp_path / "list.jsonl")]))

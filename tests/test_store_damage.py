@@ -11,7 +11,7 @@ from test_store import entries, info, same
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.features.encoder import load_encoder_of
 from llama3v_mlx.features.repair import verify
-from llama3v_mlx.features.shards import FeatureError
+from llama3v_mlx.features.shards import HEADER_BYTES, FeatureError
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.features.writer import FeatureWriter
 from llama3v_mlx.fields import CheckpointError
@@ -140,3 +140,11 @@ def test_a_damaged_database_is_no_images_fault(run_main, tmp_path: Path) -> None
     done = run_main(*command, IMAGES / "one-purple-cross.jpg", IMAGES / "two-red-stars.jpg")
     assert done.returncode == 1 and "failed" not in done.stderr
     assert done.stderr.count("error: ") == done.stderr.count(f"{path}: damaged (database disk image is malformed)") == 1
+
+
+def test_a_header_nested_too_deeply_is_damaged(folder: Path) -> None:
+    with (folder / "shard-000-00000.safetensors").open("r+b") as file:
+        file.seek(8)
+        file.write(b"[" * (HEADER_BYTES - 8))
+    with pytest.raises(FeatureError, match="shard-000-00000.*damaged"):
+        list(FeatureStore(folder))

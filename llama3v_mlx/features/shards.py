@@ -126,7 +126,7 @@ class Shard:
                     return
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, KeyError, TypeError) as e:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
                 raise FeatureError(f"{self.path}: damaged or cut short; {REPAIR.format(folder)}") from e
         raise FeatureError(f"{sealed}: is missing; {REPAIR.format(folder)}")
 

@@ -252,10 +252,12 @@ def _in_list(path: Path) -> Iterator[Source]:
                 try:
                     entry = json.loads(name)
                     name = entry.get("path") or entry["image"]
-                except (ValueError, KeyError, AttributeError):
+                    files = [path.parent / one for one in (name if isinstance(name, list) else [name])]
+                except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                     raise ValueError(f'{path}:{number}: must be a JSON object with "path" or "image"') from None
-            for one in name if isinstance(name, list) else [name]:
-                file = path.parent / one
+            else:
+                files = [path.parent / name]
+            for file in files:
                 if not is_junk(file.name):
                     yield from _images_of(str(file))
 

@@ -27,7 +27,9 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
 ]
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 COMMANDS = WRITTEN | MORE
-KINDS = tuple(f"{what}:{name}" for what in ("calls", "signals", "power", "kills", "memory") for name in COMMANDS)
+WHATS = ("calls", "signals", "power", "kills", "memory")
+NOT_TRIED = ("memory:server",)  # its client is in the same process
+KINDS = tuple(kind for what in WHATS for name in COMMANDS if (kind := f"{what}:{name}") not in NOT_TRIED)
 SLOW = {kind for kind in KINDS if COMMANDS[kind.partition(":")[2]].slow > 1}
 BATCHED: dict[str, int] = {}
 
