@@ -454,3 +454,13 @@ def test_a_line_of_a_list_that_names_no_image(tmp_path: Path, line: str) -> None
     (tmp_path / "list.jsonl").write_text(line)
     with pytest.raises(ValueError, match="list.jsonl:1: must be a JSON object"):
         list(find_sources([str(tmp_path / "list.jsonl")]))
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.jsonl"])
+def test_lists_of_other_systems(tmp_path: Path, name: str) -> None:
+    """With a byte order mark, and with a name that is not UTF-8, which a disk of Linux may have."""
+    line = b'{"image": "\xe9.png"}' if name.endswith("l") else b"\xe9.png"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    assert [source.name for source in find_sources([str(tmp_path / name)])] == [
+        os.fsdecode(bytes(tmp_path) + b"/\xe9.png")
+    ]

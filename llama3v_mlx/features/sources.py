@@ -243,7 +243,7 @@ def _in_folder(folder: Path, skipped: Skipped) -> Iterator[Source]:
 
 def _in_list(path: Path) -> Iterator[Source]:
     """Read a path or a JSON object with "path" or "image" per line; relative paths are relative to the list."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # file names may be any bytes
         for number, line in enumerate(lines, 1):
             name = line.strip()
             if not name:
