@@ -9,7 +9,6 @@ demo's. The last line is one JSON object with all figures.
 
 import argparse
 import json
-import os
 import random
 import resource
 import shutil
@@ -21,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llama3v_mlx import HAS_OPENBLAS  # noqa: F401  (first: it loads OpenBLAS before MLX)
+from embed import machine, say  # first: it loads OpenBLAS before MLX
 
 # isort: split
 import mlx.core as mx
@@ -43,10 +42,6 @@ library = Library(*sys.argv[1:4])
 print("begun", flush=True)
 library.update(batch_size=32)
 """
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def timed(action: Callable) -> tuple[object, float, float]:
@@ -202,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="rows of a store to be queried (default: none)")
     parser.add_argument("--width", type=int, default=1152, help="their width (default: 1152)")
     args = parser.parse_args()
-    figures = {"load": round(os.getloadavg()[0], 2)}
+    figures = {"benchmark": "library", "machine": machine()}
     with tempfile.TemporaryDirectory() as temporary:
         if args.files:
             figures |= follow(args.files, args.distinct or args.files, args.kills, args.kill_seconds, Path(temporary))
