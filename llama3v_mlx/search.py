@@ -15,6 +15,7 @@ from .cli import (
     DEMO_NOTE,
     DEMO_SIGLIP_NOTE,
     add_memory_options,
+    error_line,
     loading_options,
     note_slow_cpu,
     positive,
@@ -121,12 +122,18 @@ def update(library, args: argparse.Namespace):
 
 
 def watch(library, args: argparse.Namespace) -> None:
-    """Keep a library up to date until Ctrl-C, and print what changed."""
-    args.rehash = False
+    """Keep a library up to date until Ctrl-C, and print what changed; a disk may be ejected and come back."""
+    args.rehash, problem = False, ""
     try:
         while True:
             time.sleep(POLL)
-            changes = update(library, args)
+            try:
+                changes, now = update(library, args), ""
+            except (OSError, ValueError) as e:
+                changes, now = "no changes", error_line(e)
+            if now and now != problem:
+                print(f"note: {now}", file=sys.stderr)
+            problem = now
             if str(changes) != "no changes":
                 print(f"{time.strftime('%H:%M:%S')}  {changes}", flush=True)
     except KeyboardInterrupt:
@@ -321,7 +328,10 @@ def _search_folder(args: argparse.Namespace) -> None:
         else:
             print(f"no near duplicates (cosine {args.near_duplicates} or more)", file=sys.stderr)
     elif args.text or args.image:
-        if not library.counts()[0]:
+        pictures, broken = library.counts()
+        if not pictures and broken:
+            raise ValueError(f"{args.store}: none of {broken} pictures could be read; --rehash tries again")
+        if not pictures:
             raise ValueError(f"{args.store}: has no pictures" + (" in the index" if args.no_update else ""))
         _print_hits(search_library(library, args), args)
     if args.watch:

@@ -523,18 +523,21 @@ def test_open_shows_the_hits(pictures: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_watch(library: Library, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Between looks at the folder a picture is deleted, nothing happens, two are added, and then comes Ctrl-C."""
+    """Between looks a picture is deleted, the disk is ejected and comes back, two are added, and then comes Ctrl-C."""
+    away = pictures.with_name("away")
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    happens = [(pictures / "0" / "0.png").unlink, lambda: None]
+    happens = [(pictures / "0" / "0.png").unlink, lambda: pictures.rename(away), lambda: None]
+    happens += [lambda: away.rename(pictures)]
     happens += [lambda: [draw(pictures / f"new{i}.png", 100 + i) for i in range(2)], interrupt]
     monkeypatch.setattr(command.time, "sleep", lambda _: happens.pop(0)())
     main([str(pictures), "--watch", "--index", str(library.index)])
     said = capsys.readouterr()
     assert [line.split(maxsplit=1)[1] for line in said.out.splitlines()] == ["1 deleted", "2 added"]
     assert "12 pictures; no changes" in said.err and not happens and library.counts() == (13, 0)
+    assert said.err.count("note: ") == 2 and f"note: {pictures}: " in said.err  # and the one about the demo
 
 
 def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> None:
@@ -546,6 +549,8 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
 
     (tmp_path / "empty").mkdir()
     assert "empty: has no pictures" in error(tmp_path / "empty", "words")
+    (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
+    assert "none of 1 pictures could be read" in error(tmp_path / "empty", "words")
     assert "no-dir: no such folder" in error(pictures, "words", "--in", tmp_path / "no-dir")
     assert "nowhere: no such folder" in error(tmp_path / "nowhere", "words")
     assert "is a text; in a sum, put" in error(pictures, '"dog" + cat')
