@@ -76,6 +76,16 @@ def test_an_entry_without_rows_is_damaged(folder: Path) -> None:
         list(FeatureStore(folder).matrix())
 
 
+@pytest.mark.parametrize("value", ["X'2E2E'", "'x'", "1 << 40", "-1"])
+def test_an_odd_grid_is_damaged(folder: Path, value: str) -> None:
+    """It is read without the entry's features, before an image is asked about."""
+    with sqlite3.connect(folder / "store.db") as db:
+        db.execute(f"UPDATE entries SET grid_rows = {value}")
+    store = FeatureStore(folder)
+    with pytest.raises(FeatureError, match="--verify"):
+        store.grid(store.keys()[0].tobytes())
+
+
 @pytest.mark.parametrize("change", ["sha256 = zeroblob(32)", "grid_columns = 1"])
 def test_an_entry_that_is_not_its_shards_is_an_error(folder: Path, change: str) -> None:
     """Rows that match their checksum, but under the name of another image, or of another arrangement."""

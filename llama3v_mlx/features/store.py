@@ -185,8 +185,10 @@ class FeatureStore:
 
     def grid(self, sha256: bytes) -> tuple[int, int] | None:
         """Return the grid (columns, rows) of slices of a stored image, without reading its features."""
-        ((*grid,),) = self.database.rows("SELECT grid_columns, grid_rows FROM entries WHERE sha256 = ?", (sha256,))
-        return tuple(grid) if grid[0] else None
+        (grid,) = self.database.rows("SELECT grid_columns, grid_rows FROM entries WHERE sha256 = ?", (sha256,))
+        with self.database.converting():
+            columns, rows = np.array(grid, np.uint16).tolist()
+        return (columns, rows) if columns else None
 
     def matrix(self) -> Iterator[np.ndarray]:
         """Yield all rows in the order of iteration, float32 (n, width), in blocks that are contiguous on disk.
