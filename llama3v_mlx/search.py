@@ -330,7 +330,9 @@ def _search_folder(args: argparse.Namespace) -> None:
     elif args.text or args.image:
         pictures, broken = library.counts()
         if not pictures and broken:
-            raise ValueError(f"{args.store}: none of {broken} pictures could be read; --rehash tries again")
+            raise ValueError(
+                f"{args.store}: none of {broken} pictures could be read, says {library.index}; --rehash tries again"
+            )
         if not pictures:
             raise ValueError(f"{args.store}: has no pictures" + (" in the index" if args.no_update else ""))
         _print_hits(search_library(library, args), args)
