@@ -12,8 +12,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from .files import explain_denial, printable
+
+Number = TypeVar("Number", int, float)
 
 DEMO_NOTE = (
     "note: this is the bundled demo model, which knows plain shapes and handwritten numbers and nothing else; for the "
@@ -196,10 +199,7 @@ def generation_options(args: argparse.Namespace) -> dict:
 
 def positive(text: str) -> int:
     """Parse a positive integer option."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+    return _checked(int(text), 1, math.inf, "is not 1 or more")
 
 
 def size(text: str) -> int:
@@ -211,31 +211,25 @@ def size(text: str) -> int:
 
 def share(text: str) -> float:
     """Parse an option from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 1")
-    return value
+    return _checked(float(text), 0, 1, "is not from 0 to 1")
 
 
 def share_or_more(text: str) -> float:
     """Parse a finite option of 0 or more."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not 0 or more, and finite")
-    return value
+    return _checked(float(text), 0, sys.float_info.max, "is not 0 or more, and finite")
 
 
 def count(text: str) -> int:
     """Parse a whole option of 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
+    return _checked(int(text), 0, math.inf, "is below 0")
 
 
 def seed(text: str) -> int:
     """Parse a seed of MLX's random numbers."""
-    value = int(text)
-    if not 0 <= value < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2^64 - 1")
+    return _checked(int(text), 0, 2**64 - 1, "is not from 0 to 2^64 - 1")
+
+
+def _checked(value: Number, least: float, most: float, problem: str) -> Number:
+    if not least <= value <= most:  # nor is it NaN
+        raise argparse.ArgumentTypeError(f"{value} {problem}")
     return value

@@ -26,7 +26,6 @@ from ..models.released import rename
 from ..prompt_tokens import BOS, PromptTokens
 from ..tokenizer import TOKENIZER, TOKENIZER_CONFIG, token_ids, tokenizer_config
 
-PROJECTORS = ("resampler", "self-attention")
 NUM_QUERIES = 96  # of a resampler, as in the released one
 RESERVED = "<|reserved_special_token_"
 # Llama 3's reserved tokens that the released tokenizer renames, by their offset from BOS.
