@@ -188,9 +188,8 @@ class Library:
                 note_dead(db)
                 is_due = compaction_is_due(db)
         if is_due:
-            with contextlib.suppress(
-                OSError, FeatureError
-            ):  # no space, or damaged: the pictures are found all the same
+            # Without space, or if the index is damaged, the pictures are found all the same.
+            with contextlib.suppress(OSError, FeatureError):
                 compact(self.store, all_dead=False)
         return changes
 

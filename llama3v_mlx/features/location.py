@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
@@ -40,9 +41,8 @@ def adopt(index: Path, folder: str, info: StoreInfo) -> None:
 
 def _has_moved(store: FeatureStore, folder: str) -> bool:
     """Return True if no picture is at its old path, but one is in `folder`, with the same inode and times."""
-    query = f"SELECT path, size, mtime_ns, ctime_ns, inode FROM files WHERE size IS NOT NULL LIMIT {_SAMPLE}"
-    rows = store.database.rows(query)
-    files = {file_of(path.decode("utf-8", "surrogatepass")): tuple(stat) for path, *stat in rows}
+    rows = itertools.islice(store.files_where("size IS NOT NULL"), _SAMPLE)
+    files = {file_of(path): stat for _, path, stat, _ in rows}
     if any(map(os.path.lexists, files)):
         return False
     for file, stat in files.items():

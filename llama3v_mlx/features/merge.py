@@ -18,12 +18,11 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> FeatureStore:
     """
     stores = [FeatureStore(part) for part in parts]
     for store in stores:
-        for name in ("kind", "fingerprint", "width", "dtype"):
-            if getattr(store.info, name) != getattr(stores[0].info, name):
-                raise FeatureError(
-                    f"{store.folder}: was made with another model, --kind, --dtype or --store-dtype than "
-                    f"{stores[0].folder}, or with another preprocessing ({name} differs)"
-                )
+        if name := store.info.difference(stores[0].info):
+            raise FeatureError(
+                f"{store.folder}: was made with another model, --kind, --dtype or --store-dtype than "
+                f"{stores[0].folder}, or with another preprocessing ({name} differs)"
+            )
     merged = FeatureStore.create(out, stores[0].info)
     with FeatureWriter(merged) as writer:
         for store in stores:

@@ -44,6 +44,11 @@ class StoreInfo:
     draft: bool = False  # whether large JPEGs were decoded at a smaller scale
     format: int = FORMAT  # versions of this package that know only version 1 refuse this key
 
+    def difference(self, other: "StoreInfo") -> str | None:
+        """Return the name of a field because of which a store cannot hold the other's features, or None."""
+        names = ("kind", "fingerprint", "width", "dtype")
+        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -124,15 +129,15 @@ class FeatureStore:
                     create_database(folder)
                     write_beside(folder / STORE, (json.dumps(asdict(info), indent=2) + "\n").encode())
         store = cls(folder)
-        for name in ("kind", "fingerprint", "width", "dtype"):
+        name = store.info.difference(info)
+        if name == "fingerprint":
+            raise FeatureError(
+                f"{folder}: was made with other weights, compute dtype or preprocessing ({store.info.model}) than "
+                f"{info.model} has now; use another folder"
+            )
+        if name is not None:
             old, new = getattr(store.info, name), getattr(info, name)
-            if old != new and name == "fingerprint":
-                raise FeatureError(
-                    f"{folder}: was made with other weights, compute dtype or preprocessing ({store.info.model}) than "
-                    f"{info.model} has now; use another folder"
-                )
-            if old != new:
-                raise FeatureError(f"{folder}: holds {name} {old}, not {new}; use another folder")
+            raise FeatureError(f"{folder}: holds {name} {old}, not {new}; use another folder")
         return store
 
     def refresh(self) -> None:
