@@ -10,12 +10,11 @@ import reprlib
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 from .config import read_json
 from .features.sources import FileStat
-from .files import append, cut_half_line, lock, write_beside
+from .files import append, cut_half_line, open_locked, write_beside
 
 
 class AnswersError(ValueError):
@@ -72,13 +71,14 @@ class AnswerFile:
         notes: saved with the settings for information; they may differ when the file is continued.
 
     Raises:
-        AnswersError: if the file cannot be continued, see `check_settings`, or another process writes to it.
+        AnswersError: if the file cannot be continued, see `check_settings`.
+        OSError: if another process writes to it.
     """
 
     def __init__(self, path: Path, settings: dict, notes: dict | None = None):
         self.path = path
         check_settings(path, settings)
-        self._file = _open_locked(path)
+        self._file = open_locked(path)
         try:
             check_settings(path, settings)  # nothing can change it any more
             cut_half_line(self._file)
@@ -172,15 +172,3 @@ def _checked(row: dict) -> dict:
 def to_line(row: dict) -> bytes:
     """Format a row as a line of JSON in UTF-8; bytes of a path that are not UTF-8 become lone surrogates, escaped."""
     return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-
-
-def _open_locked(path: Path) -> FileIO:
-    while True:
-        file = path.open("a+b", buffering=0)
-        if not lock(file, wait=False):
-            file.close()
-            raise AnswersError(f"{path}: is being written by another process")
-        # Another process may just have replaced the file by a sorted one.
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file
-        file.close()

@@ -83,8 +83,8 @@ def _take(marker: IO, partial: Path) -> None:
         raise FileExistsError(f"{partial} is being written by another process")
 
 
-def lock(file: IO, wait: bool = True) -> bool:
-    """Lock an open file until it is closed; return False if another process holds it and `wait` is not set.
+def lock(file: IO | int, wait: bool = True) -> bool:
+    """Lock an open file or folder until it is closed; return False if another process holds it and `wait` is not set.
 
     On a file system without locks it always succeeds.
     """
@@ -95,6 +95,25 @@ def lock(file: IO, wait: bool = True) -> bool:
     except OSError:
         pass
     return True
+
+
+def open_locked(path: Path) -> FileIO:
+    """Open a file to append to, created if it does not exist, and lock it until it is closed.
+
+    Raises:
+        OSError: if another process holds it, or it is not a regular file.
+    """
+    while True:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("a+b", buffering=0))
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(f"{path}: is not a regular file")
+            if not lock(file, wait=False):
+                raise OSError(f"{path}: is being written by another process")
+            with contextlib.suppress(FileNotFoundError):  # another process may just have replaced or removed it
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    stack.pop_all()
+                    return file
 
 
 def flush(path: Path) -> None:

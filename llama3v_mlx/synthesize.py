@@ -6,6 +6,7 @@ can be sent the images too. Its output is checked row by row. A second run conti
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import mimetypes
@@ -21,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from .cli import note_slow_cpu, positive, run
-from .files import printable, writing
+from .files import open_locked, printable, writing
 
 KINDS = {
     "conversation": (
@@ -183,11 +184,35 @@ def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[T
 
 def synthesize(args: argparse.Namespace) -> None:
     """Request missing conversations, check them, append them."""
+    note_slow_cpu()
+    tasks = list(read_captions(Path(args.captions), args.kinds, args.n))
+    out = Path(args.out)
+    with _locked(out):
+        written, counts = _append_missing(tasks, out, args)
+    existed = len(tasks) - written - counts.total()
+    print(f"{out}: {written} rows written, {existed} existed already, {counts.total()} rejected")
+    for reason, count in counts.most_common():
+        print(f"  {count} {printable(reason)}")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Lock the output against other runs; if this one fails before its first row, leave no new file."""
+    is_new = not out.exists()
+    with open_locked(out) as file:
+        try:
+            yield
+        except BaseException:
+            if is_new and not os.fstat(file.fileno()).st_size:
+                os.unlink(os.path.realpath(out))
+            raise
+
+
+def _append_missing(tasks: list[Task], out: Path, args: argparse.Namespace) -> tuple[int, Counter[str]]:
+    """Return the number of rows written, and the counts of rejected ones by reason."""
     from tqdm import tqdm
 
-    note_slow_cpu()
-    out, rejects = Path(args.out), Path(args.out).with_suffix(".rejected.jsonl")
-    tasks = list(read_captions(Path(args.captions), args.kinds, args.n))
+    rejects = out.with_suffix(".rejected.jsonl")
     kept = list(_kept(out, ("id", "image", "conversations")))
     done = {row["id"] for row in [*kept, *_kept(rejects, ("id",))]}
     known = {_digest(row) for row in kept}
@@ -217,9 +242,7 @@ def synthesize(args: argparse.Namespace) -> None:
             good.flush()
             bad.flush()
             bar.update(len(batch))
-    print(f"{out}: {written} rows written, {len(tasks) - len(waiting)} existed already, {counts.total()} rejected")
-    for reason, count in counts.most_common():
-        print(f"  {count} {printable(reason)}")
+    return written, counts
 
 
 def make_teacher(args: argparse.Namespace) -> LocalTeacher | RemoteTeacher:

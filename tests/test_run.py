@@ -72,6 +72,7 @@ def test_ctrl_c_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 run.save(4, best=4)
         except KeyboardInterrupt:
             interrupted = True
+        del run
         run = Run(tmp_path / str(line), resume=True)
         newest = run.state["step"]
         assert newest in (3, 4) and mx.array_equal(run.model.weight, mx.full((2, 2), float(newest))), line
@@ -110,6 +111,7 @@ def test_a_damaged_line_of_the_metrics_is_dropped(tmp_path: Path, damage: bytes)
     run.save(2, best=2)
     lines = run.folder.metrics.read_bytes().splitlines(keepends=True)
     run.folder.metrics.write_bytes(lines[0] + damage + b"\n" + b"".join(lines[1:]) + damage)
+    del run
     run = Run(tmp_path / "run", resume=True)
     assert [json.loads(line)["step"] for line in run.folder.metrics.read_text().splitlines()] == [1, 2]
 
@@ -162,6 +164,16 @@ def test_a_run_killed_while_it_is_created_begins_again(tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json.999999999.partial.json").write_text('{"se')
     Run(tmp_path / "run", resume=True).save(1, best=1)
     assert sorted(os.listdir(tmp_path / "run")) == ["best", "checkpoints", "run.json"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_process_at_a_time(tmp_path: Path, resume: bool) -> None:
+    run = Run(tmp_path / "run")
+    run.folder.log({"step": 1})
+    run.folder.metrics.open("a").write('{"step": 2')  # that it is just writing
+    with pytest.raises(OSError, match="run: is being written by another process"):
+        Run(tmp_path / "run", resume)
+    assert run.folder.metrics.read_text() == '{"step": 1}\n{"step": 2'
 
 
 def test_metrics_are_flushed_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

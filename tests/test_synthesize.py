@@ -1,6 +1,7 @@
 """A teacher's conversations: what is taken of them, and the command with a teacher checkpoint, here and served."""
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama3v_mlx import synthesize
 from llama3v_mlx.evaluate import served
+from llama3v_mlx.files import open_locked
 from llama3v_mlx.synthesize import KINDS, Rejected, conversation_of, prompt_of
 
 GOOD = "Question: What is it?\nAnswer: A red star.\nQuestion: How many?\nAnswer: One."
@@ -194,6 +196,33 @@ def test_a_damaged_line(captions: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ask(captions, tmp_path / "out.jsonl", "/no/teacher")
     assert f"error: {tmp_path / name}:2: is not a row of synthesize; remove the line" in capsys.readouterr().err
     assert (tmp_path / name).read_bytes().count(b"\n") == 3
+
+
+def test_a_second_run_beside_the_first(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "rows.jsonl"
+    with open_locked(out) as first:
+        first.write(b'{"id": "star-detail", "ima')  # a row that the first run is just writing
+        with pytest.raises(SystemExit, match="1"):
+            ask(captions, out, "/no/teacher")
+    assert capsys.readouterr().err == f"error: {out}: is being written by another process\n"
+    assert out.read_bytes() == b'{"id": "star-detail", "ima'
+
+
+def test_a_teacher_that_cannot_be_loaded(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for out in (tmp_path / "rows.jsonl", tmp_path / "link.jsonl"):
+        (tmp_path / "link.jsonl").symlink_to("elsewhere.jsonl")
+        with pytest.raises(SystemExit, match="1"):
+            ask(captions, out, tmp_path / "teacher")
+        assert "error: " in capsys.readouterr().err
+        (tmp_path / "link.jsonl").unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_a_pipe(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(SystemExit, match="1"):
+        ask(captions, tmp_path / "rows.jsonl", "/no/teacher")
+    assert "rows.jsonl: is not a regular file" in capsys.readouterr().err
 
 
 def test_a_name_that_is_not_unicode(teacher: Path, tmp_path: Path) -> None:

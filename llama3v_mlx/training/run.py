@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
 from ..fields import CheckpointError, Number, check_fields
-from ..files import beside, check_file, flush, list_folder, new_folder, write_beside, writing
+from ..files import beside, check_file, flush, list_folder, lock, new_folder, write_beside, writing
 from ..generation import ADAPTER_CONFIG, ADAPTERS
 
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
@@ -43,6 +44,7 @@ class RunFolder:
 
     Raises:
         ValueError: if the folder has a run and `resume` is not set, or a run with other options.
+        OSError: if another process writes to it.
     """
 
     def __init__(self, folder: str | Path, options: dict, resume: bool, writes: bool, notes: dict | None = None):
@@ -50,6 +52,13 @@ class RunFolder:
         if not writes:
             return  # the writing rank may have started already
         path = self.folder / RUN
+        if self.folder.is_file():
+            raise ValueError(f"{folder}: is a file; use another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, held)
+        if not lock(held, wait=False):
+            raise OSError(f"{folder}: is being written by another process")
         if path.exists():
             if not resume:
                 raise ValueError(f"{folder}: contains a run; continue it with --resume, or use another --out")
@@ -57,10 +66,9 @@ class RunFolder:
             if differing := [key for key in options if old.get(key) != options[key]]:
                 was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
                 raise ValueError(f"{folder}: --resume needs the same data and options; {was}")
-        elif self.folder.is_file() or any(not path.name.startswith(RUN) for path in list_folder(self.folder)):
+        elif any(not path.name.startswith(RUN) for path in list_folder(self.folder)):
             raise ValueError(f"{folder}: is not empty and contains no run; use another --out")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_beside(path, (json.dumps({**(notes or {}), **options}, indent=2) + "\n").encode())
 
     def newest_step(self) -> int:
