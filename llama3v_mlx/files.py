@@ -36,18 +36,17 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
         num_bytes: bytes to be written, which must be free on the disk.
 
     Raises:
-        OSError: if the disk is too full, or `path`.partial is in use by another process or not a leftover.
+        OSError: if `path` exists, the disk is too full, or `path`.partial is in use by another process or no leftover.
     """
     partial = path.absolute().with_name(f"{path.name}.partial")
-    if os.path.lexists(partial):
-        _remove_leftover(partial)
-    free = shutil.disk_usage(next(parent for parent in partial.parents if parent.exists())).free
-    if free < num_bytes:
-        raise OSError(f"{path}: needs {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
-    partial.mkdir(parents=True)
-    try:
-        with (partial / MARKER).open("w") as marker:
-            _take(marker, partial)
+    if not os.path.lexists(partial):  # else after what is left in it has been removed
+        _check_room(path, next(parent for parent in partial.parents if parent.exists()), num_bytes)
+    with _take(partial):
+        try:
+            _empty(partial)
+            if os.path.lexists(path):  # nobody else can make it any more
+                raise FileExistsError(f"{path} exists already; remove it, or choose another name")
+            _check_room(path, partial, num_bytes)
             with naming(path):  # a full disk's error names no file
                 yield partial
             with writing(path):
@@ -55,32 +54,45 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
                     flush(file)
                 flush(partial)
                 os.rename(partial, path)
-                try:
-                    (path / MARKER).unlink()
-                    flush(partial.parent)
-                except OSError:
-                    shutil.rmtree(path, ignore_errors=True)
-                    raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _empty(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        with writing(path):
+            try:
+                (path / MARKER).unlink()
+                flush(partial.parent)
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
 
 
-def _remove_leftover(partial: Path) -> None:
-    """Remove the leftovers of a killed process; raise FileExistsError for anything else or if still being written."""
-    if not partial.is_dir() or (list_folder(partial) and not (partial / MARKER).is_file()):
-        raise FileExistsError(f"{partial} is in the way and was not left by an earlier run; move it away")
-    with contextlib.suppress(FileNotFoundError), (partial / MARKER).open() as marker:
-        _take(marker, partial)
-        for path in partial.iterdir():
-            if path.name != MARKER:  # removed last, so that the leftover is still recognized if this is killed
-                path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its file
-    shutil.rmtree(partial)
+def _check_room(path: Path, folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(f"{path}: needs {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
 
 
-def _take(marker: IO, partial: Path) -> None:
-    if not lock(marker, wait=False):
-        raise FileExistsError(f"{partial} is being written by another process")
+def _take(partial: Path) -> FileIO:
+    """Create a folder with a locked marker, or lock that of a leftover; return the open marker."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed or removed it
+            is_folder = stat.S_ISDIR(os.lstat(partial).st_mode)
+            names = [path.name for path in list_folder(partial)] if is_folder else []
+            if not is_folder or (names and MARKER not in names):
+                raise FileExistsError(f"{partial} is in the way and was not left by an earlier run; move it away")
+            return open_locked(partial / MARKER)
+
+
+def _empty(partial: Path) -> None:
+    """Remove all files but the marker, without which a folder is taken for a user's."""
+    for path in partial.iterdir():
+        if path.name != MARKER:
+            path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its file
 
 
 def lock(file: IO | int, wait: bool = True) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -118,6 +119,55 @@ def test_a_file_that_can_be_neither_written_nor_cut_is_named(tmp_path: Path, mon
         monkeypatch.setattr(os, "pwrite", refuse(errno.EIO))
         with pytest.raises(OSError, match=str(tmp_path / "lines")):
             files.append(file, b"another")
+
+
+def test_one_process_makes_a_folder(tmp_path: Path) -> None:
+    """The others end with an error and disturb nothing, whenever they come: before, while and after it is written."""
+    make = functools.partial(files.new_folder, tmp_path / "new", 0)
+    with make() as partial:
+        (partial / "file").write_text("data")
+        with pytest.raises(OSError, match="is being written by another process"), make():
+            pass
+    with pytest.raises(FileExistsError, match="new exists already"), make():
+        pass
+    assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "file").read_text() == "data"
+
+
+def test_a_folder_renamed_while_another_process_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker that the other has opened is that of the finished folder: it must neither use nor remove that."""
+    lock, other = files.lock, []
+
+    def renaming(file, wait: bool) -> bool:
+        if not other:
+            other.append(os.rename(tmp_path / "new.partial", tmp_path / "new"))
+        return lock(file, wait)
+
+    (tmp_path / "new.partial").mkdir()
+    for name in (files.MARKER, "file"):
+        (tmp_path / "new.partial" / name).touch()
+    monkeypatch.setattr(files, "lock", renaming)
+    with pytest.raises(FileExistsError, match="new exists already"), files.new_folder(tmp_path / "new", 0):
+        pass
+    assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "file").exists()
+
+
+def test_a_cleanup_that_is_interrupted_leaves_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker goes last, or the next run would take the folder for the user's."""
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)  # as a kill before the last step
+    with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "new", 0) as partial:
+        for name in "abc":
+            (partial / name).touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "new.partial") == [files.MARKER]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "folder"])
+def test_a_link_in_the_way_of_a_folder(tmp_path: Path, target: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "new.partial").symlink_to(target)
+    with pytest.raises(FileExistsError, match="new.partial is in the way"), files.new_folder(tmp_path / "new", 0):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["folder", "new.partial"]
 
 
 def test_macos_flushes_the_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
