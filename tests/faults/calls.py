@@ -78,7 +78,7 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
         found = written.result(material, place)
         if found == wanted:
             return None  # the call did not matter
-        if not written.stdin(place):  # a chat goes on after Ctrl-C
+        if not written.goes_on(ended):
             return f"succeeded, but the result differs: {_difference(found, wanted)}"
     again = _run(written, material, place)
     is_done = ended.code != 1 and "exists already" in again.errors  # stopped after the last step, the new name

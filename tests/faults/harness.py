@@ -25,6 +25,7 @@ from pathlib import Path
 
 CPU_SECONDS, WALL_SECONDS = 10, 40  # per command; wall time only to end one that waits forever
 OUTLIVE_SECONDS = 20
+PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl: a process whose parent has ended becomes a child of this one
 ADDRESS_SPACE = 4 << 30  # bytes above what the parent has mapped
 RESIDENT = 1 << 30  # bytes above what the parent holds
 ALLOWED = "\n\r\t\xa0\u202f\u200b\u200c\u200d"  # characters that a terminal does not obey; tqdm writes \r
@@ -59,7 +60,7 @@ class Ended:
     timed_out: bool
     resident: int  # peak, bytes
     reads: tuple[str, ...] = ()  # files opened in the folder that must not be read
-    outlived: bool = False  # by something that it had started, seconds after it was killed
+    outlived: bool = False  # by something that it had started, by seconds
 
 
 def run_child(
@@ -84,10 +85,12 @@ def run_child(
             path.write_bytes(data)
         sys.stdout.flush()
         sys.stderr.flush()
+        others = _children()
         pid = os.fork()
         if not pid:
             _be_child(action, folder, streams)
-        code, usage, timed_out, outlived = _wait(pid, seconds)
+        code, usage, timed_out = _wait(pid, seconds)
+        outlived = not _end_rest(others, OUTLIVE_SECONDS)
         out, errors = (path.read_bytes().decode(errors="replace") for path in streams[1:])
         return Ended(
             code, out, errors, usage.ru_utime + usage.ru_stime, timed_out, usage.ru_maxrss << 10, opened(), outlived
@@ -192,29 +195,43 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
 
 
-def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool, bool]:
+def _wait(pid: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
     ended = os.pidfd_open(pid)
     timed_out = not select.select([ended], [], [], seconds)[0]
     os.close(ended)
     if timed_out:
         os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    outlived = timed_out and not _is_empty(pid, OUTLIVE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(status), usage, timed_out, outlived
+    return os.waitstatus_to_exitcode(status), usage, timed_out
 
 
-def _is_empty(group: int, seconds: float) -> bool:
-    """Wait for the end of a group of processes."""
+def _end_rest(others: set[int], seconds: float) -> bool:
+    """Wait for the end of all that a child has started, in whatever session, and then kill it.
+
+    Args:
+        others: children of this process that were there before.
+        seconds: how long to wait.
+
+    Returns:
+        Whether nothing had to be killed.
+    """
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
+    while rest := _children() - others:
+        is_late = time.monotonic() > deadline
+        for pid in rest:
+            if is_late:
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0 if is_late else os.WNOHANG)
+        if is_late:
+            return False
         time.sleep(0.01)
-    return False
+    return True
+
+
+def _children() -> set[int]:
+    """Processes whose parent is this one, or has ended and was started by one of them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
 
 
 @contextlib.contextmanager

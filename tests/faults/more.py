@@ -15,7 +15,10 @@ from pathlib import Path
 
 from .harness import command, run_child
 from .material import QUESTION, Material
+from .shim import disturb_started
 from .written import Action, Written, entries, hashes, whole_or_absent
+
+NOT_UPDATED = "note: the library is not up to date: "  # what the server's client prints
 
 
 def _synthesize(material: Material, place: Path, *teacher: str | Path) -> Action:
@@ -75,6 +78,7 @@ def _serve(material: Material, place: Path) -> Action:
     def serve() -> None:
         from llama3v_mlx.serving import library
 
+        disturb_started()  # the process that updates the index
         library.CACHE = place / "cache"
         threading.Thread(target=_look, daemon=True).start()
         folder = ("--library", material / "images", "--library-model", material / "siglip")
@@ -85,20 +89,33 @@ def _serve(material: Material, place: Path) -> Action:
 
 
 def _look() -> None:
+    """Wait for the library, update it again if that failed, and look at its pictures; then stop the server."""
     said = Path(f"/proc/self/fd/{sys.stderr.fileno()}")
     while not (found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(errors="replace"))):
         time.sleep(0.1)
-    problem = None
-    while (state := _get(int(found[1]), "/v1/library"))[0] == 200 and json.loads(state[1])["updating"]:
-        time.sleep(0.1)
-    status, data = _get(int(found[1]), "/v1/library/search", {"query": "two red stars", "top": 9})
+    port, problem = int(found[1]), None
+    if _updated(port):
+        _get(port, "/v1/library/update", {})
+        if error := _updated(port):
+            print(f"{NOT_UPDATED}{error}", file=sys.stderr)
+    status, data = _get(port, "/v1/library/search", {"query": "two red stars", "top": 9})
     for hit in json.loads(data)["data"] if status == 200 else ():
-        status, data = _get(int(found[1]), f"/v1/library/thumbnail/{hit['id']}")
+        status, data = _get(port, f"/v1/library/thumbnail/{hit['id']}")
         if status != 200 or not data.endswith(b"\xff\xd9"):
             problem = f"thumbnail of {hit['name']}: {status} {data[-80:]!r}"
     if problem:
         print(f"error: {problem}", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _updated(port: int) -> str | None:
+    """Wait for the end of an update, and return its error."""
+    while True:
+        status, data = _get(port, "/v1/library")
+        state = json.loads(data)
+        if status != 200 or not state["updating"]:
+            return state["error"]
+        time.sleep(0.1)
 
 
 def _get(port: int, path: str, body: dict | None = None) -> tuple[int, bytes]:
@@ -139,7 +156,7 @@ MORE = {
     "teacher-server": Written(_remote, lambda material, place: hashes(place)),
     "calibrate": Written(_calibrate, lambda material, place: hashes(place), kept=whole_or_absent),
     "rerank": Written(_rerank, _reranked),
-    "server": Written(_serve, _served, slow=10),
+    "server": Written(_serve, _served, goes_on=lambda ended: NOT_UPDATED in ended.errors, slow=10),
 }
 if importlib.util.find_spec("llguidance"):
     MORE["schema"] = Written(_ask_by_schema, lambda material, place: hashes(place))

@@ -1,7 +1,7 @@
 /* Make the n-th system call that changes files under a folder fail, be cut short, or be hit by a signal.
 
    Loaded by LD_PRELOAD, so that it sees the calls of Python, MLX, SQLite and safetensors alike. The counter and the log
-   are in shared memory: the parent of a forked child reads them after its end. */
+   are in a file that all processes map: also one that a disturbed process executes with LD_PRELOAD still set. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,19 +18,31 @@
 
 enum { OFF, COUNT, FAIL, FAIL_ALL, SHORT, SIGNAL };
 
-static struct { int mode, error; long at, seen; char folder[4096], kept[4096], log[1 << 20]; size_t used; } *shared;
-
-static pid_t owner; /* is never disturbed itself, only the children that it forks */
+static struct {
+  pid_t owner, child; /* the owner is never disturbed itself; its child is what it runs */
+  int mode, error;
+  long at, seen;
+  size_t used;
+  char folder[4096], kept[4096], log[1 << 20];
+} *shared;
 
 __attribute__((constructor)) static void start(void) {
-  owner = getpid();
-  shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  const char *name = getenv("LLAMA3V_FAULTS_STATE");
+  int file = name ? open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
+  if (file < 0 || ftruncate(file, sizeof *shared)) return;
+  void *mapped = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  if (mapped == MAP_FAILED) return;
+  shared = mapped;
+  if (!shared->owner) shared->owner = getpid();
 }
 
 void faults_arm(const char *folder, const char *kept, int mode, long at, int error) {
   snprintf(shared->folder, sizeof shared->folder, "%s", folder);
   snprintf(shared->kept, sizeof shared->kept, "%s", kept);
+  memset(shared->log, 0, sizeof shared->log);
   shared->seen = shared->used = 0;
+  shared->child = getpid();
   shared->at = at, shared->error = error, shared->mode = mode;
 }
 
@@ -53,16 +65,25 @@ static int path_of(int fd, char *path) {
 static __thread long number; /* of the thread's last call */
 
 static void note(const char *call, const char *one, const char *other) {
-  size_t room = sizeof shared->log - shared->used - 1;
-  int n = snprintf(shared->log + shared->used, room, "%ld\t%s\t%s\t%s\n", number, call, one, other);
-  if (n > 0 && (size_t)n < room) shared->used += n;
+  char line[9000];
+  int n = snprintf(line, sizeof line, "%ld\t%s\t%s\t%s\n", number, call, one, other);
+  size_t start = __atomic_fetch_add(&shared->used, n, __ATOMIC_SEQ_CST);
+  if (start + n < sizeof shared->log) memcpy(shared->log + start, line, n);
+}
+
+/* Send the signal to this process; where files are kept, power is lost, and no other process goes on either. */
+static void raise_it(const char *path) {
+  note("signal", path, "");
+  if (shared->kept[0]) kill(shared->child, shared->error);
+  kill(getpid(), shared->error);
 }
 
 /* Whether this call is to fail; for SIGNAL the signal arrives before the call. */
 static int hit(const char *call, const char *one, const char *other) {
   long n = number = __atomic_add_fetch(&shared->seen, 1, __ATOMIC_SEQ_CST);
-  int now = shared->mode == FAIL_ALL ? n >= shared->at : n == shared->at;
-  if (now && shared->mode == SIGNAL) { note("signal", one, ""); kill(getpid(), shared->error); now = 0; }
+  int ends_all = shared->mode == FAIL_ALL || (shared->mode == SIGNAL && shared->kept[0]);
+  int now = ends_all ? n >= shared->at : n == shared->at;
+  if (now && shared->mode == SIGNAL) { raise_it(one); now = 0; }
   if (now && (shared->mode == FAIL || shared->mode == FAIL_ALL)) { note("failed", one, call); errno = shared->error; return 1; }
   if (!now || shared->mode != SHORT) note(call, one, other);
   return now && shared->mode == SHORT ? 2 : 0;
@@ -81,7 +102,7 @@ static void keep(const char *path, int copies) {
 }
 
 #define NEXT(name) static __typeof__(&name) next; if (!next) next = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
-#define ACTIVE (shared && shared->mode != OFF && getpid() != owner)
+#define ACTIVE (shared && shared->mode != OFF && getpid() != shared->owner)
 
 #define WRITE(name, offset_type, declare, pass)                                                   \
   ssize_t name(int fd, const void *data, size_t size declare) {                                   \

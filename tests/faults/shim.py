@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 OFF, COUNT, FAIL, FAIL_ALL, SHORT, SIGNAL = range(6)
-_LOADED = "LLAMA3V_FAULTS_SHIM"
+_LOADED, _STATE = "LLAMA3V_FAULTS_SHIM", "LLAMA3V_FAULTS_STATE"
 
 
 def start_with_shim(folder: Path) -> None:
@@ -20,7 +20,7 @@ def start_with_shim(folder: Path) -> None:
     library = folder / "shim.so"
     source = Path(__file__).with_name("shim.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, source, "-ldl"], check=True)
-    environment = os.environ | {_LOADED: str(library), "LD_PRELOAD": str(library)}
+    environment = os.environ | {_LOADED: str(library), "LD_PRELOAD": str(library), _STATE: str(folder / "state")}
     os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], environment)
 
 
@@ -29,12 +29,17 @@ def shim() -> ctypes.CDLL | None:
     """The preloaded shim, or None."""
     if _LOADED not in os.environ:
         return None
-    os.environ.pop("LD_PRELOAD", None)  # not for what the commands start
+    os.environ.pop("LD_PRELOAD", None)  # not for what the commands start, but see `disturb_started`
     library = ctypes.CDLL(os.environ[_LOADED])
     library.faults_seen.restype = ctypes.c_long
     library.faults_log.restype = ctypes.c_char_p
     library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
     return library
+
+
+def disturb_started() -> None:
+    """Disturb also what this process will start."""
+    os.environ["LD_PRELOAD"] = os.environ[_LOADED]
 
 
 def arm(folder: Path, mode: int, at: int = 0, error: int = 0, kept: Path | None = None) -> None:

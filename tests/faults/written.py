@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama3v_mlx.files import MARKER
 
-from .harness import command, run_child
+from .harness import Ended, command, run_child
 from .material import QUESTION, Material
 
 Action = Callable[[], None]
@@ -25,6 +25,7 @@ class Written:
     prepare: Callable[[Material, Path], object] = lambda material, place: None  # what exists before
     kept: Callable[[Material, Path, object], str | None] = lambda material, place, wanted: None  # after a disturbance
     stdin: Callable[[Path], str] = lambda place: ""
+    goes_on: Callable[[Ended], bool] = lambda ended: False  # has said what it could not do, and succeeded otherwise
     slow: int = 1  # how many times as long as others it may take
 
 
@@ -260,6 +261,7 @@ WRITTEN = {
         prepare=_old_saved,
         kept=_old_or_new,
         stdin=lambda place: f"What is a disk?\n/save {place / 'saved'}\n",
+        goes_on=lambda ended: True,  # after Ctrl-C
     ),
     "embed": Written(_embed, _embedded),
     "index": Written(_search, _indexed, prepare=_index, kept=_all_embedded),
