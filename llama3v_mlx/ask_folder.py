@@ -28,6 +28,7 @@ from .demo import CHECKPOINT
 from .features.image_files import ImageFile, look_up
 from .features.lookup import FeatureCache
 from .features.sources import Skipped, Source, count_sources, find_sources, reason
+from .files import printable
 from .generation import load
 from .image import image_sha256, tile_image
 from .memory import footprint, num_answers
@@ -236,7 +237,8 @@ def ask_folder(args: argparse.Namespace, prompt: str, schema: dict | None) -> No
         except KeyboardInterrupt:
             bar.close()
             if out:
-                print(f"stopped with {len(answers)} answers in {out}; the same command continues", file=sys.stderr)
+                stopped = f"stopped with {len(answers)} answers in {printable(str(out))}"
+                print(f"{stopped}; the same command continues", file=sys.stderr)
             raise
         seconds = time.perf_counter() - start
         if out:
@@ -249,11 +251,11 @@ def ask_folder(args: argparse.Namespace, prompt: str, schema: dict | None) -> No
 def report(asking: Asking, skipped: Skipped, seconds: float) -> None:
     """Print what failed, counts and speed to stderr."""
     for path, why in asking.failed:
-        print(f"failed: {path}: {why}", file=sys.stderr)
+        print(f"failed: {printable(path)}: {printable(why)}", file=sys.stderr)
     for path, why in skipped.denied:
-        print(f"failed: {path}: the folder cannot be listed ({why})", file=sys.stderr)
+        print(f"failed: {printable(path)}: the folder cannot be listed ({why})", file=sys.stderr)
     counts = f"{asking.new} images answered, {asking.known} already answered, {len(asking.failed)} failed"
     speed = f"{asking.new / seconds:.2f} images/s, {asking.tokens / seconds:.1f} tokens/s"
     print(f"{counts}; {speed}", file=sys.stderr)
     if skipped.suffixes:
-        print(f"skipped: {skipped}", file=sys.stderr)
+        print(f"skipped: {printable(str(skipped))}", file=sys.stderr)

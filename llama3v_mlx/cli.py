@@ -40,6 +40,7 @@ def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -
     With `debug`, a failure shows its traceback instead of that line, and library warnings are shown. With `awake`, a
     Mac does not sleep until the command has ended.
     """
+    _open_closed_streams()
     _leave_torch_out()
     if not debug:
         _hush_libraries()
@@ -104,6 +105,16 @@ def note_slow_cpu() -> None:
             "libopenblas0-pthread",
             file=sys.stderr,
         )
+
+
+def _open_closed_streams() -> None:
+    """Connect closed standard streams (`>&-`) to /dev/null.
+
+    Otherwise the next files opened get their descriptors: MLX reads no file as 0, and libraries print to 1 and 2.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _leave_torch_out() -> None:

@@ -22,7 +22,7 @@ from .checkpoint import check_shard, check_tensors
 from .config import TOKEN_ID, one_line
 from .features.lookup import FeatureCache
 from .fields import Items, Object, Text, check_fields
-from .files import beside
+from .files import beside, check_name
 from .generation import GenerationResponse, stream_generate
 from .image import ImageSource
 from .models.llama3v import Model
@@ -132,6 +132,7 @@ class Conversation:
         """Write the turns, the cache and the model's `name` to a safetensors file."""
         talk = {"model": name, "system_prompt": self.system_prompt, "ids": self.ids}
         talk["turns"] = list(map(asdict, self.turns))
+        check_name(path)
         with beside(path) as partial:
             save_prompt_cache(str(partial), self._cache, {"conversation": json.dumps(talk)})
 

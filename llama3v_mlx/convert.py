@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from .cli import positive, run
 from .conversion.options import DTYPES, MODES, RECIPES, SENSITIVE, check_prompts, check_quantization, check_sources
-from .files import new_folder, write_beside, writing
+from .files import new_folder, printable, write_beside, writing
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -182,7 +182,7 @@ def convert(
             num_shards, used = _write(folder, partial, tensors, plan, _texts(folder, config), rows)
             (partial / CARD).write_text(card(used), encoding="utf-8")
     print(
-        f"{mlx_path}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' if num_shards > 1 else ''}, "
+        f"{printable(str(mlx_path))}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' * (num_shards > 1)}, "
         f"{8 * plan.num_bytes / plan.num_parameters:.2f} bits per weight, {time.perf_counter() - tic:.1f} s, "
         f"peak memory {_peak_memory() / 1e9:.2f} GB"
     )
@@ -321,7 +321,7 @@ def _upload(folder: Path, repo: str) -> None:
         api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model")
     except OSError as e:  # Hugging Face's HTTP errors are OSErrors
         raise OSError(f"{folder} is complete, but was not uploaded to {repo}: {e}") from e
-    print(f"uploaded to {url}")
+    print(f"uploaded to {printable(str(url))}")
 
 
 def _peak_memory() -> int:

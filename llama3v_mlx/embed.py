@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cli import CACHE, DEMO_SIGLIP_NOTE, note_slow_cpu, positive, run
 from .demo import SIGLIP
-from .files import printable, write_beside
+from .files import beside, naming, printable, write_beside
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZES_FILE = CACHE / "batch_sizes.json"
@@ -133,7 +133,7 @@ def table(figures: dict) -> str:
     """Format the figures of a run as text."""
     lines = [
         f"{figures['new']} images embedded, {figures['known']} already stored, {figures['failed']} failed; "
-        f"{figures['store']} has {figures['rows']}",
+        f"{printable(figures['store'])} has {figures['rows']}",
         f"{figures['images_per_second']:.1f} images/s, {figures['tflops']:.3f} TFLOP/s, "
         f"batches of {figures['batch_size']}",
     ]
@@ -159,35 +159,29 @@ def export(store_folder: str, folder: Path, json_only: bool) -> None:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     matrix, index = folder / "embeddings.npy", folder / "index.jsonl"
-    partial = [path.with_name(f"{path.name}.partial") for path in (matrix, index)]
     try:
-        with partial[0].open("wb") as file:
-            shape = (store.num_rows, store.info.width)
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for rows in store.matrix():
-                file.write(np.ascontiguousarray(rows).data)
-        with partial[1].open("w", encoding="utf-8") as file:
-            row = 0
-            for sha256, count in store.sizes():
-                paths = list(dict.fromkeys(names.get(sha256, [])))
-                entry = {"path": paths[0] if paths else None, "sha256": sha256.hex(), "row": row}
-                if count > 1:
-                    entry["rows"] = count
-                if len(paths) > 1:
-                    entry["paths"] = paths
-                file.write(json.dumps(entry) + "\n")
-                row += count
-        for path, ready in zip((matrix, index), partial, strict=True):
-            os.replace(ready, path)
-    except OSError as e:
-        e.filename = e.filename or str(folder)  # a full disk, for example, where the error names no file
-        raise
+        with beside(index) as new_index, beside(matrix) as new_matrix, naming(folder):
+            with new_matrix.open("wb") as file:
+                shape = (store.num_rows, store.info.width)
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                for rows in store.matrix():
+                    file.write(np.ascontiguousarray(rows).data)
+            with new_index.open("w", encoding="utf-8") as file:
+                row = 0
+                for sha256, count in store.sizes():
+                    paths = list(dict.fromkeys(names.get(sha256, [])))
+                    entry = {"path": paths[0] if paths else None, "sha256": sha256.hex(), "row": row}
+                    if count > 1:
+                        entry["rows"] = count
+                    if len(paths) > 1:
+                        entry["paths"] = paths
+                    file.write(json.dumps(entry) + "\n")
+                    row += count
     finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
         if is_new and not matrix.exists():
             folder.rmdir()
-    print(f"{folder}: {row} rows of width {store.info.width}", file=sys.stderr if json_only else sys.stdout)
+    file = sys.stderr if json_only else sys.stdout
+    print(f"{printable(str(folder))}: {row} rows of width {store.info.width}", file=file)
 
 
 def check(folder: str) -> None:
@@ -195,7 +189,7 @@ def check(folder: str) -> None:
     from .features.repair import verify
 
     verdict = verify(folder)
-    print(f"{folder}: {verdict.good} good entries, {verdict.restored} of them restored")
+    print(f"{printable(folder)}: {verdict.good} good entries, {verdict.restored} of them restored")
     for line in verdict.lost:
         print(f"lost: {printable(line)}", file=sys.stderr)
     if verdict.lost:
@@ -206,7 +200,7 @@ def merge(parts: list[str], out: str) -> None:
     """Merge stores into one, and print the result."""
     from .features.merge import merge
 
-    print(f"{out}: {len(merge(parts, out))} entries")
+    print(f"{printable(out)}: {len(merge(parts, out))} entries")
 
 
 def note_parts(group, store: Path) -> None:
@@ -218,8 +212,8 @@ def note_parts(group, store: Path) -> None:
     disks = {tuple(halves) for halves in mx.distributed.all_gather(halves, stream=mx.cpu).tolist()}
     if len(disks) > 1 and group.rank() == 0:
         print(
-            f"note: the {group.size()} processes wrote to {len(disks)} disks, and each {store} has a part; copy the "
-            "parts to one machine and merge them: llama3v embed --merge PART PART --out STORE",
+            f"note: the {group.size()} processes wrote to {len(disks)} disks, and each {printable(str(store))} has a "
+            "part; copy the parts to one machine and merge them: llama3v embed --merge PART PART --out STORE",
             file=sys.stderr,
         )
 

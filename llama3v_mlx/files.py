@@ -38,6 +38,7 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     Raises:
         OSError: if `path` exists, the disk is too full, or `path`.partial is in use by another process or no leftover.
     """
+    check_name(path)
     partial = path.absolute().with_name(f"{path.name}.partial")
     if not os.path.lexists(partial):  # else after what is left in it has been removed
         _check_room(path, next(parent for parent in partial.parents if parent.exists()), num_bytes)
@@ -66,6 +67,14 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
             except OSError:
                 shutil.rmtree(path, ignore_errors=True)
                 raise
+
+
+def check_name(path: Path) -> None:
+    """Raise OSError if a path is not UTF-8: MLX writes no such file."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise OSError(f"{path}: is not valid UTF-8, as MLX needs it; choose another name") from None
 
 
 def _check_room(path: Path, folder: Path, num_bytes: int) -> None:

@@ -113,7 +113,7 @@ def update(library, args: argparse.Namespace):
 
         changes = library.update(progress, args.rehash, args.batch_size, args.workers)
     for name, reason in changes.failed:
-        print(f"broken: {printable(name)}: {reason}", file=sys.stderr)
+        print(f"broken: {printable(name)}: {printable(reason)}", file=sys.stderr)
     for name, reason in changes.skipped.denied:
         print(
             f"note: {printable(name)}: the folder cannot be listed ({reason}); its pictures are kept", file=sys.stderr

@@ -190,7 +190,7 @@ def synthesize(args: argparse.Namespace) -> None:
     with _locked(out):
         written, counts = _append_missing(tasks, out, args)
     existed = len(tasks) - written - counts.total()
-    print(f"{out}: {written} rows written, {existed} existed already, {counts.total()} rejected")
+    print(f"{printable(str(out))}: {written} rows written, {existed} existed already, {counts.total()} rejected")
     for reason, count in counts.most_common():
         print(f"  {count} {printable(reason)}")
 

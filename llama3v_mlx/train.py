@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from .cli import note_slow_cpu, positive, run, seed
+from .files import printable
 
 LEARNING_RATES = {"pretrain": 1e-3, "lora": 2e-4, "full": 2e-5}
 DTYPES = ("float16", "bfloat16", "float32")
@@ -159,7 +160,7 @@ def _say_start(model, sets: list, step: int, steps: int) -> None:
     from mlx.utils import tree_flatten
 
     trained = sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
-    rows = " and ".join(f"{len(rows)} rows of {rows.path}" for rows in sets)
+    rows = " and ".join(f"{len(rows)} rows of {printable(str(rows.path))}" for rows in sets)
     begun = f", continued after step {step}" if step else ""
     print(f"{trained / 1e6:.3f} M trainable parameters; {rows}; {steps} steps{begun}", file=sys.stderr)
 
@@ -181,7 +182,7 @@ def plot(metrics: Path, picture: str) -> None:
     axes.legend()
     figure.savefig(picture, dpi=150)
     pyplot.close(figure)
-    print(f"{picture}: the loss curves", file=sys.stderr)
+    print(f"{printable(picture)}: the loss curves", file=sys.stderr)
 
 
 def fuse(args: argparse.Namespace) -> None:
@@ -214,7 +215,8 @@ def fuse(args: argparse.Namespace) -> None:
                 shutil.copyfile(path, partial / path.name)
         with writing(out):
             save_model(partial, model)
-    print(f"{out}: {args.model} merged with {args.adapter_path}; peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
+    merged = printable(f"{out}: {args.model} merged with {args.adapter_path}")
+    print(f"{merged}; peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -174,7 +174,8 @@ def test_ctrl_c_says_how_to_continue(photos: Path, out: Path, ask, monkeypatch: 
 
 
 def test_bad_images_are_lines_and_the_rest_goes_on(photos: Path, out: Path, ask) -> None:
-    (photos / "a.png").write_bytes(b"hello")
+    evil = "a\x1b[2J\n.png"
+    (photos / evil).write_bytes(b"hello")
     (photos / "b.png").write_bytes((photos / NAMES[0]).read_bytes()[:3000])
     (photos / "notes.txt").write_text("hello")
     os.mkfifo(photos / "pipe.png")
@@ -182,9 +183,10 @@ def test_bad_images_are_lines_and_the_rest_goes_on(photos: Path, out: Path, ask)
     for _ in range(2):  # they are tried again
         done = ask(photos)
         assert done.returncode == 1 and summary(done).endswith(", 4 failed")
-        assert f"failed: {photos / 'a.png'}: not an image" in done.stderr and "skipped: 1 .txt" in done.stderr
+        assert f"failed: {photos}/a\\x1b[2J\\n.png: not an image" in done.stderr and "\x1b" not in done.stderr
+        assert "skipped: 1 .txt" in done.stderr
         errors = {Path(row["path"]).name: row["error"] for row in rows(out) if "error" in row}
-        assert errors.keys() == {"a.png", "b.png", "pipe.png", "unreadable.jpg"} and len(rows(out)) == 10
+        assert errors.keys() == {evil, "b.png", "pipe.png", "unreadable.jpg"} and len(rows(out)) == 10
         assert errors["pipe.png"] == "is not a file" and "damaged" in errors["b.png"]
     for name in errors:
         (photos / name).unlink()

@@ -636,11 +636,11 @@ def test_verify_on_the_command_line(
 ) -> None:
     """After a conversion, or of one that exists; on the first of the bundled images."""
     monkeypatch.setattr("llama3v_mlx.demo.IMAGES", picture.parent)
-    flags = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--verify"]
+    flags = ["--hf-path", str(source), "--mlx-path", str(tmp_path / "\x1b[2J" / "out"), "--verify"]
     main([*flags, "-q"])
     first = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r".*/out: 0\.00\d GB in 1 shard, [\d.]+ bits per weight, [\d.]+ s, peak memory [\d.]+ GB", first[0]
+        r".*/\\x1b\[2J/out: 0\.00\d GB in 1 shard, [\d.]+ bits per weight, [\d.]+ s, peak memory [\d.]+ GB", first[0]
     )
     assert re.fullmatch(r"first token after 'What is this image\?' about noise\.png: KL 0\.0\d+ nats, .*", first[-2])
     assert re.fullmatch(r"verified in [\d.]+ s, peak memory [\d.]+ GB", first[-1])

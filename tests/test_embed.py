@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from PIL import Image
 
 from llama3v_mlx import device
 from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
-from llama3v_mlx.embed import best_batch_size, main, note_parts
+from llama3v_mlx.embed import best_batch_size, main, note_parts, table
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.features.pipeline import Pipeline
 from llama3v_mlx.features.repair import verify
@@ -125,6 +126,32 @@ def test_export(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
         assert Path(entry["path"]).exists()
     (twins,) = (entry["paths"] for entry in index if "paths" in entry)
     assert sorted(Path(path).name for path in twins) == ["1.png", "twin.png"]
+
+
+def test_two_exports_at_once(photos: Path, tmp_path: Path, siglip: Path, monkeypatch, capsys) -> None:
+    """The second writes while the first does, and neither takes the other's half file for its own."""
+    args = ["--out", str(tmp_path / "store"), "--export", str(tmp_path / "export")]
+    main([str(photos), *args, "--model", str(siglip), "--batch-size", "8"])
+    wanted = [(tmp_path / "export" / name).read_bytes() for name in ("embeddings.npy", "index.jsonl")]
+    matrix = FeatureStore.matrix
+
+    def interrupted(store: FeatureStore):
+        yield from islice(matrix(store), 1)
+        monkeypatch.setattr(FeatureStore, "matrix", matrix)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)  # another process's
+            main(args)
+        yield from islice(matrix(store), 1, None)
+
+    monkeypatch.setattr(FeatureStore, "matrix", interrupted)
+    main(args)
+    assert [(tmp_path / "export" / name).read_bytes() for name in ("embeddings.npy", "index.jsonl")] == wanted
+    assert len(os.listdir(tmp_path / "export")) == 2
+
+
+def test_a_name_of_a_store_is_printed_harmlessly() -> None:
+    figures = dict.fromkeys(("new", "known", "failed", "rows", "images_per_second", "tflops", "batch_size"), 0)
+    assert "a\\x1b[2J has 0" in table({**figures, "store": "a\x1b[2J", "stage_seconds": {}, "seconds": 0})
 
 
 def test_export_to_a_full_disk(tmp_path: Path, photos: Path, siglip: Path, run_main) -> None:

@@ -18,7 +18,7 @@ import pytest
 from mlx import nn
 
 from llama3v_mlx import files
-from llama3v_mlx.cli import error_line, keep_awake
+from llama3v_mlx.cli import error_line, keep_awake, run
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
 from llama3v_mlx.features.writer import FeatureWriter
@@ -276,6 +276,35 @@ def test_a_folder_whose_last_flush_fails_is_not_there(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="new"), files.new_folder(tmp_path / "new", 0) as partial:
         (partial / "file").write_text("data")
     assert os.listdir(tmp_path) == []
+
+
+NOT_UTF8 = "\udcff"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_what_mlx_cannot_write_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not valid UTF-8"), files.new_folder(tmp_path / NOT_UTF8 / "new", 0):
+        pass
+    with pytest.raises(OSError, match="not valid UTF-8"):
+        RunFolder(tmp_path / NOT_UTF8, {}, resume=False, writes=True)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_store_in_a_folder_that_is_not_utf8(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / NOT_UTF8, StoreInfo("model", "patch", "0", 4, "float16"))
+    with FeatureWriter(store) as writer:
+        writer.add([(bytes(32), Features(mx.ones((3, 4)), (3, 1)))])
+    assert verify(tmp_path / NOT_UTF8).good == 1
+
+
+def test_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `<&- >&- 2>&-`: no file may get their descriptors, and what is printed is lost."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    run(lambda: print("lost"))
+    with sys.stdin, sys.stdout, sys.stderr:
+        assert sys.stdin.read() == "" and sys.stdout.writable() and sys.stderr.writable()
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:

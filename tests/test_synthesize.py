@@ -148,9 +148,10 @@ def check(out: Path) -> None:
 
 
 def test_a_local_teacher(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "rows.jsonl"
+    out = tmp_path / "rows\x1b[2J.jsonl"
     ask(captions, out, teacher, "--batch-size", "4")
     said = capsys.readouterr().out
+    assert "\x1b" not in said
     assert "4 rows written, 0 existed already, 2 rejected" in said and "1 mentions the captions" in said
     check(out)
     # A kill has left half a line, and one row was never written.

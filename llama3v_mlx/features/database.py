@@ -190,7 +190,7 @@ def in_memory() -> sqlite3.Connection:
 
 
 def _connect(path: Path, vfs: str, mode: str = "rw") -> sqlite3.Connection:
-    uri = f"file:{quote(str(path.absolute()))}?mode={mode}&vfs={vfs}"
+    uri = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}&vfs={vfs}"
     with _explained(path):
         connection = sqlite3.connect(uri, WAIT, isolation_level=None, check_same_thread=False, uri=True)
         connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")

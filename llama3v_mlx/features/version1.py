@@ -11,7 +11,7 @@ from sqlite3 import Connection
 import numpy as np
 
 from ..checkpoint import read_json
-from ..files import list_folder, lock, write_beside
+from ..files import list_folder, lock, printable, write_beside
 from .database import FORMAT, Database, create_database, fill_new, in_memory
 from .shards import COLUMNS, LOCK, RECORD, STORE
 from .sources import signed
@@ -65,8 +65,9 @@ def _fill(db: Connection, folder: Path) -> None:
         query = "INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode) VALUES (?, ?, ?, ?, ?, ?)"
         db.executemany(query, _read_names(path, damaged))
         if damaged:
-            where = ", ".join(map(str, damaged[:10])) + (" and more" if len(damaged) > 10 else "")
-            print(f"note: {path}:{where}: damaged, skipped; embed the images again to record it", file=sys.stderr)
+            lines = ", ".join(map(str, damaged[:10])) + (" and more" if len(damaged) > 10 else "")
+            where = f"{printable(str(path))}:{lines}"
+            print(f"note: {where}: damaged, skipped; embed the images again to record it", file=sys.stderr)
 
 
 def _read_names(path: Path, damaged: list[int]) -> Iterator[tuple]:

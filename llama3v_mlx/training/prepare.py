@@ -73,7 +73,7 @@ def prepare_features(
     unusable = {p: f.problem or failed.get(f.path, "could not be embedded") for p, f in files.items() if p not in known}
     gone = sum(files[path].is_gone for path in known)
     if gone and ranks.rank == 0:
-        print(f"note: {gone} images no longer exist; their features in {folder} are used", file=sys.stderr)
+        print(f"note: {gone} images no longer exist; their features in {printable(folder)} are used", file=sys.stderr)
     return store, StoredTiler(store, known, unusable)
 
 
@@ -105,7 +105,7 @@ def say_rejected(sets: Sequence[Dialogues]) -> None:
     """Print the skipped rows and the reasons."""
     for rows in sets:
         if rows.rejected:
-            print(f"{rows.path}: {len(rows.rejected)} rows are skipped:", file=sys.stderr)
+            print(f"{printable(str(rows.path))}: {len(rows.rejected)} rows are skipped:", file=sys.stderr)
             print("\n".join(f"  {printable(reason)}" for reason in rows.rejected[:10]), file=sys.stderr)
 
 

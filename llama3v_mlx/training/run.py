@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
 from ..fields import CheckpointError, Number, check_fields
-from ..files import beside, check_file, flush, list_folder, lock, new_folder, write_beside, writing
+from ..files import beside, check_file, check_name, flush, list_folder, lock, new_folder, write_beside, writing
 from ..generation import ADAPTER_CONFIG, ADAPTERS
 
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
@@ -52,6 +52,7 @@ class RunFolder:
         if not writes:
             return  # the writing rank may have started already
         path = self.folder / RUN
+        check_name(path)
         if self.folder.is_file():
             raise ValueError(f"{folder}: is a file; use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ the n-th call is disturbed, what existed before is checked, and the same command
 """
 
 import errno
+import os
 import random
 import signal
 import time
@@ -19,6 +20,7 @@ from .more import MORE
 from .power import Power
 from .written import WRITTEN, Written
 
+NOT_UTF8 = "\udcff\udcfe"
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR, errno.EACCES, errno.EROFS)
 MODES = [(shim.FAIL, code) for code in ERRORS] + [
     (shim.FAIL_ALL, errno.ENOSPC),
@@ -27,7 +29,10 @@ MODES = [(shim.FAIL, code) for code in ERRORS] + [
 ]
 SIGNALS = [(shim.SIGNAL, code) for code in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 COMMANDS = WRITTEN | MORE
-WHATS = ("calls", "signals", "power", "kills", "memory")
+# Of the folder that a command works in: what a terminal, a shell or a pattern obeys, what is no UTF-8, what is long.
+NAMES = ("\x1b[2J\x1b]0;title\x07", "new\nline\r", "\u202egnp\x9b", NOT_UTF8, "[a]*?", "#3-5", "~ $HOME %s {0}'\"")
+NAMES += ("e\u0301", "a.pdf", "x" * 200, "-", " ")
+WHATS = ("calls", "signals", "power", "kills", "memory", "names")
 NOT_TRIED = ("memory:server",)  # its client is in the same process
 KINDS = tuple(kind for what in WHATS for name in COMMANDS if (kind := f"{what}:{name}") not in NOT_TRIED)
 SLOW = {kind for kind in KINDS if COMMANDS[kind.partition(":")[2]].slow > 1}
@@ -39,6 +44,11 @@ def case(kind: str, number: int, material: Material, place: Path) -> tuple[str, 
     what, _, name = kind.partition(":")
     written = COMMANDS[name]
     count, seconds, wanted = _undisturbed(name, written, material, place.parent)
+    if what == "names":
+        chosen = NAMES[number % len(NAMES)]
+        if written.stdin(place):  # a line of which has the name
+            chosen = chosen.replace("\n", "").replace("\r", "")
+        return repr(chosen), _judge_name(written, material, _new(material, place / chosen / name, written), wanted)
     here = _new(material, place / name, written)
     if what in ("kills", "memory"):
         share = random.Random(f"{kind} {number}").random()
@@ -86,6 +96,15 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
         return f"the second run failed: {again.errors[-400:]!r}"
     found = written.result(material, place)
     return None if found == wanted else f"the second run's result differs: {_difference(found, wanted)}"
+
+
+def _judge_name(written: Written, material: Material, place: Path, wanted: object) -> str | None:
+    ended = _run(written, material, place)
+    problem = complaint(ended, seconds=written.slow * CPU_SECONDS)
+    if problem or ended.code:
+        return problem or (None if "is not valid UTF-8" in ended.errors else ended.errors)
+    found = written.result(material, place)
+    return None if found == wanted else f"the result differs: {_difference(found, wanted)}"
 
 
 beyond: Counter[str] = Counter()  # by kind
@@ -160,4 +179,4 @@ def _run(
             limit_memory(memory)
         action()
 
-    return run_child(disturbed, place, written.stdin(place).encode(), seconds or written.slow * WALL_SECONDS)
+    return run_child(disturbed, place, os.fsencode(written.stdin(place)), seconds or written.slow * WALL_SECONDS)

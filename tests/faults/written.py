@@ -173,7 +173,7 @@ def _indexed(material: Material, place: Path) -> object:
     photos = str(_photos(place))
     hits = [(hit["path"].removeprefix(photos), round(hit["cosine"], 5)) for hit in json.loads(ended.out)["hits"]]
     files = _rows(place / "index", "SELECT path, sha256 FROM files")
-    files = sorted((path.decode().removeprefix(photos), sha256.hex()) for path, sha256 in files)
+    files = sorted((path.decode(errors="surrogatepass").removeprefix(photos), sha256.hex()) for path, sha256 in files)
     return hits, files, entries(place / "index")
 
 
