@@ -30,6 +30,18 @@ DEMO_SIGLIP_NOTE = (
 # What MLX, C++ and Python say where memory, or an address for a thread's stack, is not to be had.
 _OUT_OF_MEMORY = re.compile("[Uu]nable to allocate|bad_alloc|can't start new thread|Resource temporarily unavailable")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx"
+# Runs a module that ends with this process, however that ends: then the pipe at its stdin is closed.
+FOLLOWING = """
+import os, runpy, sys, threading
+
+def end():
+    os.read(0, 1)  # not sys.stdin: a thread that waits in it would keep Python from exiting
+    os._exit(1)
+
+threading.Thread(target=end, daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
 GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
 

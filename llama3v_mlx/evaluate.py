@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .cli import positive, run
+from .cli import FOLLOWING, positive, run
 from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 from .files import list_folder
@@ -26,18 +26,6 @@ from .files import list_folder
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3 'filelock<4', then --lmms-eval lmms/bin/python"
 # All but the bundled model's own benchmark.
 PUBLISHED = [task for task in BENCHMARKS if task != "demo_world"]
-# Runs a module that ends with this process, however that ends: then the pipe at its stdin is closed.
-FOLLOWING = """
-import os, runpy, sys, threading
-
-def end():
-    os.read(0, 1)
-    os._exit(1)
-
-threading.Thread(target=end, daemon=True).start()
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 SCORING = Path(__file__).parent / "evaluation" / "tasks.py"
 
 

@@ -23,6 +23,7 @@ from .cli import (
     size,
 )
 from .demo import CHECKPOINT, SIGLIP
+from .files import printable
 
 GRACE_SECONDS = 5.0  # for running answers when the server is stopped
 STOP = (signal.SIGINT, signal.SIGTERM)
@@ -44,13 +45,22 @@ def serve(args: argparse.Namespace) -> None:
             signal.signal(number, handler)
 
 
+class HarmlessFormatter(logging.Formatter):
+    """Escapes what a terminal would obey in names of files and in what other programs say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
+
+
 def _serve(args: argparse.Namespace) -> None:
     from .generation import load
     from .serving.app import App, Options
     from .serving.prefix_cache import PrefixCache, fingerprint
 
     note_slow_cpu()
-    logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=args.log_level, handlers=[handler])
     app = App(
         Options(
             name=Path(args.model).name if args.model else "llama3v-demo",

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from test_server import raw, request, uri
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.features.database import Database
 from llama3v_mlx.features.library import Library
-from llama3v_mlx.server import main
+from llama3v_mlx.server import HarmlessFormatter, main
 from llama3v_mlx.serving import indexer as indexers
 from llama3v_mlx.serving import library as served
 from llama3v_mlx.serving.app import App
@@ -492,6 +493,16 @@ class TestUpdates:
         update.start()
         assert update.error is None
 
+    def test_what_it_says_is_logged_harmlessly(self, indexer) -> None:
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(HarmlessFormatter().format(record))
+        logging.getLogger(indexers.__name__).addHandler(handler)
+        update = indexer("print('error: \x1b[2J\x9b'); raise SystemExit(1)")
+        wait_for(lambda: not update.running)
+        logging.getLogger(indexers.__name__).removeHandler(handler)
+        assert said == ["the library could not be updated: \\x1b[2J\\x9b"]
+
     def test_stop(self, indexer) -> None:
         """By its own process id, and without leaving a message of a failure."""
         update = indexer("print('{\"progress\": [3, 9]}', flush=True); input()")
@@ -514,7 +525,7 @@ class TestUpdates:
 
     def test_end_with_the_server(self, tmp_path: Path) -> None:
         """Whose end of the pipe is closed by whatever ends it."""
-        command = [sys.executable, "-m", indexers.__name__, tmp_path, str(SIGLIP), tmp_path / "index"]
+        command = [*indexers.COMMAND, tmp_path, str(SIGLIP), tmp_path / "index"]
         assert subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60).returncode == 1
 
     def test_a_search_starts_one_when_the_last_is_long_ago(self, app: App, port: int, monkeypatch) -> None:

@@ -1,7 +1,7 @@
 """Updates of a library's index in a process of their own, which shares the store with the server.
 
-The server starts `python -m llama3v_mlx.serving.indexer FOLDER MODEL INDEX`, and reads its progress. A crash there is
-no crash of the server, and the models of both are used by one thread each.
+The server runs this module with FOLDER MODEL INDEX, and reads its progress. A crash there is no crash of the server,
+and the models of both are used by one thread each. An update ends with the server, and the next one continues it.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import run
+from ..cli import FOLLOWING, run
 
 log = logging.getLogger(__name__)
 
 NICE = 5  # of the process: answers come first, but it goes on
 INTERVAL = 0.2  # seconds between two reports of progress
 GRACE_SECONDS = 5.0  # for an update to end when it is stopped
-COMMAND = (sys.executable, "-P", "-m", __name__)
+COMMAND = (sys.executable, "-P", "-c", FOLLOWING, "llama3v_mlx.serving.indexer")
 
 
 class Indexer:
@@ -118,11 +118,5 @@ def update(folder: str, model: str, index: str) -> None:
     print(json.dumps({"changes": str(changes), "notes": notes}), flush=True)
 
 
-def _end_with_server() -> None:
-    os.read(0, 1)  # not sys.stdin: a thread that waits in it would keep Python from exiting
-    os._exit(1)  # at any moment: an interrupted update is continued by the next
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_server, daemon=True).start()
     run(lambda: update(*sys.argv[1:]), awake=True)
