@@ -62,7 +62,8 @@ class Endpoints(Connection):
         self.server.begin_request()
         try:
             kind, method = self.POSTS[self.path_only]
-            method(self, parse(kind, self._read_body(length)))
+            with self._room_for(length):
+                method(self, parse(kind, self._read_body(length)))
         finally:
             self.server.end_request()
 
