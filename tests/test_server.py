@@ -310,6 +310,25 @@ class TestFields:
         messages += [{"role": "user", "content": "Hello"}]
         assert request(port, CHAT, {"messages": messages, "max_tokens": 1})[0] == 200
 
+    def test_what_clients_send_by_default(self, port: int) -> None:
+        """Defaults of OpenAI's API, hints to caches, and what is left of other models in messages sent again."""
+        more = {"reasoning_effort": "medium", "verbosity": "medium", "prompt_cache_options": {"mode": "implicit"}}
+        more |= {"logprobs": False, "top_logprobs": 0, "stream_options": None, "functions": [], "logit_bias": {}}
+        cached = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
+        question = {"type": "input_text", "text": "What is this image?", **cached}
+        messages = [
+            {"role": "user", "content": [image(STARS, detail="original") | cached, question], "id": 7},
+            {"role": "assistant", "content": STARS_ANSWER, "reasoning_content": "?", "reasoning": "?", "parsed": None},
+            {
+                "role": "user",
+                "content": "What color is the background?",
+                "copilot_cache_control": {},
+                "cache_control": {},
+            },
+        ]
+        said = request(port, CHAT, {"messages": messages, "temperature": 0, **more})
+        assert text(said) == "The background is yellow."
+
     @pytest.mark.parametrize(
         "path, body, param",
         [
@@ -367,6 +386,7 @@ class TestFields:
             (CHAT, chat("x", response_format={"type": "json_schema"}), "response_format"),
             (CHAT, chat("x", tools=[{"type": "function"}]), "tools"),
             (CHAT, chat("x", tool_choice="required"), "tool_choice"),
+            (CHAT, chat("x", reasoning_effort="high"), "reasoning_effort"),
             (CHAT, chat("x", functions=[{}]), "functions"),
             (CHAT, chat("x", modalities=["audio"]), "modalities"),
             (CHAT, chat("x", chat_template="{% for i in range(10**9) %}{% endfor %}"), "chat_template"),
