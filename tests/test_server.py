@@ -922,6 +922,25 @@ class TestEmbeddings:
             alone = answer(request(app.server_port, EMBEDDINGS, {"input": one}))["data"][0]
             np.testing.assert_allclose(alone["embedding"], row["embedding"], atol=1e-5)
 
+    def test_few_images_are_in_memory(self, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An image of one pixel takes as much as any other, once it has the size that the tower sees."""
+        prepare, prepared, computed, most = app.embedder._prepare, [], [], []
+
+        def counted(source):
+            prepared.append(1)
+            most.append(len(prepared) - len(computed))
+            return prepare(source)
+
+        def compute(chosen) -> None:
+            computed.extend(chosen)
+            for each in chosen:
+                each.result.set_result(np.zeros(4))
+
+        monkeypatch.setattr(app.embedder, "_prepare", counted)
+        monkeypatch.setattr(app.embedder, "_compute", compute)
+        said = answer(request(app.server_port, EMBEDDINGS, {"input": [uri(png(1, 1))] * 99}))
+        assert len(said["data"]) == 99 and max(most) <= 16
+
 
 class TestStartAndStop:
     @pytest.mark.parametrize(
