@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,8 @@ UNREAD = RAW | {".jxl", ".psd", ".svg", ".eps", ".ico", ".icns"}
 
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _CONVERT = "convert it first (on a Mac: sips -s format jpeg FILE --out FILE.jpg)"
 
@@ -82,6 +85,9 @@ def load_image(
     source = _one_page(source)
     name, image = _open_bounded(source, config)
     try:
+        file = getattr(image, "fp", None)
+        if image.info.get("progressive") and isinstance(file, io.BytesIO) and _has_many_scans(file.getvalue()):
+            raise ValueError(f"a JPEG of over {MAX_SCANS} scans")
         if draft is not None and image.format in ("JPEG", "MPO"):  # other formats would use a thumbnail
             image.draft(None, draft)
         image.load()
@@ -333,6 +339,15 @@ def read_facts(source: bytes | PdfPage, config: ImageConfig) -> ImageFacts:
             text = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
         taken = datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
     return ImageFacts(taken, *size)
+
+
+def _has_many_scans(jpeg: bytes) -> bool:
+    """Whether the first image of a file has over `MAX_SCANS` scans, each of which costs a pass over all pixels."""
+    scans, end = 0, 2
+    while scans <= MAX_SCANS and (marker := _MARKER.search(jpeg, end)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        end = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    return scans > MAX_SCANS
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

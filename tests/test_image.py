@@ -522,6 +522,19 @@ def test_bad_sources(source, start, complaint):
     assert message.startswith(start) and complaint in message, message
 
 
+def test_jpeg_of_many_scans():
+    """Each is a pass over all pixels for a few bytes: 120 kB of them took a minute. Only those of the image count."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="over 100 scans"):
+        load_image(jpeg[:-2] + last * 100 + jpeg[-2:])
+    thumbnails = jpeg[:2] + b"\xff\xe1\xff\xff" + b"\xff\xda" * 32766 + b"\0" + jpeg[2:]
+    for harmless in (jpeg[:-2] + last * 80 + jpeg[-2:], thumbnails, jpeg + last * 1000):
+        assert load_image(harmless).size == (64, 64)
+
+
 def test_pixel_limit_is_pillows(monkeypatch):
     """Pillow itself only warns up to twice its limit, and does not check arrays or open images."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -1,6 +1,7 @@
 """The server, as its clients see it: right answers, and one clear error for whatever else is sent."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -8,6 +9,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,7 @@ from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.features.encoder import load_encoder
 from llama3v_mlx.server import main
+from llama3v_mlx.serving import app as apps
 from llama3v_mlx.serving import connection, endpoints, prompts
 from llama3v_mlx.serving import engine as engines
 from llama3v_mlx.serving.app import App
@@ -307,6 +310,25 @@ class TestFields:
         messages += [{"role": "user", "content": "Hello"}]
         assert request(port, CHAT, {"messages": messages, "max_tokens": 1})[0] == 200
 
+    def test_what_clients_send_by_default(self, port: int) -> None:
+        """Defaults of OpenAI's API, hints to caches, and what is left of other models in messages sent again."""
+        more = {"reasoning_effort": "medium", "verbosity": "medium", "prompt_cache_options": {"mode": "implicit"}}
+        more |= {"logprobs": False, "top_logprobs": 0, "stream_options": None, "functions": [], "logit_bias": {}}
+        cached = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
+        question = {"type": "input_text", "text": "What is this image?", **cached}
+        messages = [
+            {"role": "user", "content": [image(STARS, detail="original") | cached, question], "id": 7},
+            {"role": "assistant", "content": STARS_ANSWER, "reasoning_content": "?", "reasoning": "?", "parsed": None},
+            {
+                "role": "user",
+                "content": "What color is the background?",
+                "copilot_cache_control": {},
+                "cache_control": {},
+            },
+        ]
+        said = request(port, CHAT, {"messages": messages, "temperature": 0, **more})
+        assert text(said) == "The background is yellow."
+
     @pytest.mark.parametrize(
         "path, body, param",
         [
@@ -364,6 +386,7 @@ class TestFields:
             (CHAT, chat("x", response_format={"type": "json_schema"}), "response_format"),
             (CHAT, chat("x", tools=[{"type": "function"}]), "tools"),
             (CHAT, chat("x", tool_choice="required"), "tool_choice"),
+            (CHAT, chat("x", reasoning_effort="high"), "reasoning_effort"),
             (CHAT, chat("x", functions=[{}]), "functions"),
             (CHAT, chat("x", modalities=["audio"]), "modalities"),
             (CHAT, chat("x", chat_template="{% for i in range(10**9) %}{% endfor %}"), "chat_template"),
@@ -561,6 +584,85 @@ class TestBodies:
             assert raw(port, head + inner).count(b"HTTP/1.1") == 1
         head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(inner)
         assert raw(port, head + inner).count(b"HTTP/1.1") == 1
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            b"Content-Length: 0\r\nContent-Length: %d",
+            b"Content-Length: 00%d",
+            b"Content-Length : %d",
+            b"no colon\r\nContent-Length: %d",
+            b"no colon\r\nX: %d\r\nTransfer-Encoding: chunked",
+            b"X\0Y: 1\r\nContent-Length: %d",
+        ],
+    )
+    def test_a_body_that_a_proxy_sees_is_not_the_next_request(self, port: int, lines: bytes) -> None:
+        inner = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        for method in (b"GET", b"HEAD", b"OPTIONS"):
+            head = method + b" /health HTTP/1.1\r\nHost: localhost\r\n" + lines % len(inner) + b"\r\n\r\n"
+            assert raw(port, head + inner).count(b"HTTP/1.1") == 1
+
+    def test_a_header_that_begins_as_a_continuation(self, port: int) -> None:
+        said = raw(port, b"GET /health HTTP/1.1\r\n Content-Length: 3\r\nHost: localhost\r\n\r\n")
+        assert said.startswith(b"HTTP/1.1 400")
+
+    def test_expect(self, port: int) -> None:
+        """A body is asked for once the request is admitted, and not before it is refused."""
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {JSON}\r\nExpect: 100-continue\r\n"
+        assert raw(port, f"{head}Content-Length: 9\r\n\r\n".encode()).startswith(b"HTTP/1.1 401")
+        head += "Authorization: Bearer secret\r\nConnection: close\r\n"
+        assert raw(port, f"{head}Content-Length: 2000001\r\n\r\n".encode()).startswith(b"HTTP/1.1 413")
+        body = json.dumps(chat("Hello", max_tokens=1))
+        said = raw(port, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+    def test_head(self, port: int) -> None:
+        for path, status in (("/", b"200"), ("/health", b"200"), ("/nothing", b"404")):
+            said = raw(port, f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            assert said.startswith(b"HTTP/1.1 " + status) and said.endswith(b"\r\n\r\n")
+
+    def test_slow_bodies_hold_up_nobody(self, port: int) -> None:
+        body = json.dumps(chat("Hello", max_tokens=1)).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\nContent-Type: {JSON}\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(9)]
+            for client in slow:
+                client.sendall(head.encode() + body[:9])
+            assert ask(port, "Hello", max_tokens=1)[0] == 200
+            for client in slow:
+                client.sendall(body[9:])
+            assert {client.recv(12) for client in slow} == {b"HTTP/1.1 200"}
+
+    def test_room_for_large_bodies(self, demo, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is held until they are answered; small ones need none."""
+        monkeypatch.setattr(connection, "SMALL_BODY", 1000)
+        free, plan = [], endpoints.chat_prompt
+        with serving(*demo, max_body=10_000) as app:
+            monkeypatch.setattr(endpoints, "chat_prompt", lambda *args: free.append(app.bodies._free) or plan(*args))
+            large = b" " * 9000 + json.dumps(chat("Hello", max_tokens=1)).encode()
+            assert request(app.server_port, CHAT, large)[0] == 200 and free == [8 * 10_000 - len(large)]
+            assert app.bodies.acquire(8 * 10_000, 9)
+            monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.05)
+            status, said = request(app.server_port, CHAT, large)
+            assert status == 503 and json.loads(said)["error"]["code"] == "busy"
+            monkeypatch.setattr(connection, "RECEIVE_SECONDS", 30)
+            assert ask(app.server_port, "Hello", max_tokens=1)[0] == 200
+            app.bodies.release(8 * 10_000)
+            assert request(app.server_port, CHAT, large)[0] == 200
+
+    def test_idle_connections_make_room(self, demo, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The one that has been idle for longest is closed for a new one."""
+        monkeypatch.setattr(apps, "MAX_CONNECTIONS", 2)
+        with serving(*demo) as app, contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", app.server_port)
+            first, second = (stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(2))
+            while len(app._idle) < 2:
+                time.sleep(0.001)
+            assert request(app.server_port, "/health")[0] == 200
+            assert first.recv(1) == b""
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert second.recv(12) == b"HTTP/1.1 200"
 
     def test_requests_share_a_connection(self, port: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -819,6 +921,25 @@ class TestEmbeddings:
         for one, row in zip(uris[::8], together[::8], strict=True):
             alone = answer(request(app.server_port, EMBEDDINGS, {"input": one}))["data"][0]
             np.testing.assert_allclose(alone["embedding"], row["embedding"], atol=1e-5)
+
+    def test_few_images_are_in_memory(self, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An image of one pixel takes as much as any other, once it has the size that the tower sees."""
+        prepare, prepared, computed, most = app.embedder._prepare, [], [], []
+
+        def counted(source):
+            prepared.append(1)
+            most.append(len(prepared) - len(computed))
+            return prepare(source)
+
+        def compute(chosen) -> None:
+            computed.extend(chosen)
+            for each in chosen:
+                each.result.set_result(np.zeros(4))
+
+        monkeypatch.setattr(app.embedder, "_prepare", counted)
+        monkeypatch.setattr(app.embedder, "_compute", compute)
+        said = answer(request(app.server_port, EMBEDDINGS, {"input": [uri(png(1, 1))] * 99}))
+        assert len(said["data"]) == 99 and max(most) <= 16
 
 
 class TestStartAndStop:

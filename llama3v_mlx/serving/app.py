@@ -1,5 +1,6 @@
 """The HTTP server: it owns the engine and what the endpoints need, and bounds connections and requests."""
 
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -26,7 +27,7 @@ from .requests import Limits
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 128
-MAX_BODIES = 8  # of the largest size, in memory at once
+MAX_BODIES = 8  # of the largest size, at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,26 @@ class Options:
     library_model: str | Path | None = None  # a SigLIP; None: the embedding model
 
 
+class Room:
+    """A number of bytes that threads share."""
+
+    def __init__(self, nbytes: int):
+        self._free, self._changed = nbytes, threading.Condition()
+
+    def acquire(self, nbytes: int, seconds: float) -> bool:
+        """Take bytes, waiting up to `seconds` for them; return False if they did not become free."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: nbytes <= self._free, seconds):
+                return False
+            self._free -= nbytes
+        return True
+
+    def release(self, nbytes: int) -> None:
+        with self._changed:
+            self._free += nbytes
+            self._changed.notify_all()
+
+
 class App(ThreadingHTTPServer):
     """HTTP server of one model. It binds at once, listens after `listen`, and answers while `serve_forever` runs.
 
@@ -68,7 +89,8 @@ class App(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         self.created = int(time.time())
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.bodies = threading.BoundedSemaphore(MAX_BODIES)
+        self.bodies = Room(MAX_BODIES * options.max_body)
+        self._idle: dict[socket.socket, None] = {}  # connections without a request, the longest first
         self._running = 0  # requests that are being answered
         self._lock = threading.Lock()
         self.stopping = False
@@ -134,7 +156,7 @@ class App(ThreadingHTTPServer):
             time.sleep(0.01)
 
     def process_request(self, request: socket.socket, client_address) -> None:
-        if not self._connections.acquire(blocking=False):
+        if not self._connections.acquire(blocking=False) and not self._replace_idle():
             self.shutdown_request(request)
             return
         try:
@@ -142,6 +164,24 @@ class App(ThreadingHTTPServer):
         except BaseException:  # no thread could be started
             self._connections.release()
             raise
+
+    def _replace_idle(self) -> bool:
+        """Close the connection that has been without a request for longest, and take its place."""
+        with self._lock:
+            idle = next(iter(self._idle), None)
+            if idle is None:
+                return False
+            del self._idle[idle]
+            with contextlib.suppress(OSError):
+                idle.shutdown(socket.SHUT_RDWR)
+        return self._connections.acquire(timeout=1.0)
+
+    def note_idle(self, connection: socket.socket, is_idle: bool) -> None:
+        """Note that a connection is, or is no longer, one that may be closed for another one."""
+        with self._lock:
+            self._idle.pop(connection, None)
+            if is_idle:
+                self._idle[connection] = None
 
     def process_request_thread(self, request: socket.socket, client_address) -> None:
         try:

@@ -1,5 +1,6 @@
 """HTTP as the server speaks it: access checks, bodies bounded in size and time, answers and errors as JSON."""
 
+import contextlib
 import hmac
 import io
 import json
@@ -7,6 +8,8 @@ import logging
 import re
 import socket
 import time
+from collections.abc import Iterator
+from email.errors import FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECEIVE_SECONDS = 30.0  # for a request to arrive, in all
+SMALL_BODY = 1 << 20  # bytes; smaller ones wait for no others
+MALFORMED = (MissingHeaderBodySeparatorDefect, FirstHeaderLineIsContinuationDefect)
 
 
 class _TimedReader(io.RawIOBase):
@@ -57,15 +62,35 @@ class Connection(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self._reader.deadline = time.monotonic() + RECEIVE_SECONDS
         self._streaming = False
+        self.server.note_idle(self.connection, True)
         try:
             super().handle_one_request()
         except (ConnectionError, TimeoutError):
             self.close_connection = True
+        finally:
+            self.server.note_idle(self.connection, False)
 
     # http.server calls these by their names.
 
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        self.server.note_idle(self.connection, False)
+        if self.request_version < "HTTP/1.1":
+            self.close_connection = True
+        if any(isinstance(defect, MALFORMED) for defect in self.headers.defects):
+            # Python ignores what follows a line that is no header; a proxy may read a Content-Length there.
+            self.send_error(400, "malformed header")
+            return False
+        return True
+
+    def handle_expect_100(self) -> bool:
+        return True  # `_read_body` says it, to a request that was not refused
+
     def do_GET(self) -> None:
         self._answer(self._get)
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         self._answer(self._post)
@@ -83,7 +108,8 @@ class Connection(BaseHTTPRequestHandler):
         log.info("%s %s", self.address_string(), printable(format % args))
 
     def _answer(self, method) -> None:
-        if self.command == "POST" or self.headers.get("Content-Length", "0") != "0" or self._is_chunked():
+        self._is_kept = not self.close_connection
+        if self.command == "POST" or self.headers.get_all("Content-Length", ["0"]) != ["0"] or self._is_chunked():
             # Until it is read, a body would be taken for the next request.
             self.close_connection = True
         try:
@@ -144,22 +170,31 @@ class Connection(BaseHTTPRequestHandler):
             raise RequestError(413, f"the body of {int(lengths[0]):,} bytes is over {most:,}", "body_too_large")
         return int(lengths[0])
 
+    @contextlib.contextmanager
+    def _room_for(self, length: int) -> Iterator[None]:
+        """Hold room for a body and what is made of it, until the request has been answered."""
+        held = length if length > SMALL_BODY else 0
+        if not self.server.bodies.acquire(held, RECEIVE_SECONDS):
+            raise RequestError(503, "too many large requests are being answered", "busy")
+        self._reader.deadline = time.monotonic() + RECEIVE_SECONDS
+        try:
+            yield
+        finally:
+            self.server.bodies.release(held)
+
     def _read_body(self, length: int):
-        """Read and parse a JSON body; only so many are in memory at once."""
-        if not self.server.bodies.acquire(timeout=RECEIVE_SECONDS):
-            raise RequestError(503, "too many requests are being received", "busy")
+        """Read and parse a JSON body."""
+        if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version >= "HTTP/1.1":
+            self.send_response_only(100)
+            self.end_headers()
         try:
             data = self.rfile.read(length)
-            if len(data) < length:
-                raise ConnectionResetError("the client has gone")
-            self.close_connection = (
-                self.headers.get("Connection", "").lower() == "close" or self.request_version < "HTTP/1.1"
-            )
-            return read_json(data)
         except TimeoutError:
             raise RequestError(408, f"the body did not come within {RECEIVE_SECONDS:.0f} s", "timeout") from None
-        finally:
-            self.server.bodies.release()
+        if len(data) < length:
+            raise ConnectionResetError("the client has gone")
+        self.close_connection = not self._is_kept
+        return read_json(data)
 
     def _begin_stream(self) -> None:
         if self._streaming:
@@ -188,7 +223,8 @@ class Connection(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self._send_common_headers()
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def _send_common_headers(self) -> None:
         self.send_header("X-Content-Type-Options", "nosniff")

@@ -1,8 +1,9 @@
 """Embeddings for the server: concurrent requests are batched, on the thread that owns the models."""
 
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..checkpoint import find_checkpoint
 from ..features.encoder import TextEncoder, load_encoder
 from ..image import ImageError
 from ..tiling import TiledImage
-from .checks import bad
+from .checks import RequestError, bad
 from .prompts import DECODING
 from .requests import Limits, RequestImage, read_image
 
@@ -51,18 +52,22 @@ class Embedder:
         except ValueError as e:
             self.texts = e
 
-    def embed(self, inputs: Sequence[str], limits: Limits, where: str = "input[{}]") -> tuple[list[Future], int]:
-        """Queue inputs; return futures of unit embeddings, float32 (width,), and the number of text tokens.
+    def embed(
+        self, inputs: Sequence[str], limits: Limits, timeout: float, where: str = "input[{}]"
+    ) -> tuple[list[np.ndarray], int]:
+        """Return unit embeddings of inputs, float32 (width,), and the number of text tokens.
 
         Args:
             inputs: texts, and images as data: URIs.
             limits: of all images together.
+            timeout: seconds.
             where: name of an input in errors, by its number.
 
         Raises:
-            RequestError: if an image cannot be used, or the checkpoint has no text tower for texts.
+            RequestError: if an image cannot be used, the checkpoint has no text tower for texts, or time is up.
         """
-        images, num_tokens, pixels, wanted = {}, 0, 0, []
+        end = time.monotonic() + timeout
+        images, num_tokens, pixels, results = {}, 0, 0, []
         for i, given in enumerate(inputs):
             place = where.format(i)
             if given[:5].lower() == "data:":
@@ -81,11 +86,14 @@ class Embedder:
             else:
                 thing = self.texts.tokenize([given])[0]
                 num_tokens += int((thing != TextEncoder.EOS).sum()) + 1
-            wanted.append(_Wanted(thing, Future()))
-        for each in wanted:
-            self._queue.put(each)
-        self._run(self._compute_all())
-        return [each.result for each in wanted], num_tokens
+            results.append(Future())
+            self._queue.put(_Wanted(thing, results[-1]))
+            if len(results) % BATCH_SIZE == 0 or len(results) == len(inputs):
+                self._run(self._compute_all())
+                # At most two batches are in memory: 30 kB of JSON with 256 images of a pixel would take 113 MB.
+                _wait(results[:-BATCH_SIZE], end, timeout)
+        _wait(results, end, timeout)
+        return [each.result() for each in results], num_tokens
 
     def _prepare(self, image: RequestImage) -> TiledImage:
         try:
@@ -125,3 +133,9 @@ class Embedder:
         except Exception as e:
             for each in chosen:
                 each.result.set_exception(e)
+
+
+def _wait(results: Sequence[Future], end: float, timeout: float) -> None:
+    """Wait for results until `end` by time.monotonic, which is `timeout` seconds after the request."""
+    if wait(results, max(0.0, end - time.monotonic())).not_done:
+        raise RequestError(504, f"no answer within {timeout:.0f} s", "timeout")

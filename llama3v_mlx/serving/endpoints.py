@@ -1,7 +1,6 @@
 """What the server answers at each path."""
 
 import base64
-import concurrent.futures
 import dataclasses
 import hashlib
 import queue
@@ -62,7 +61,8 @@ class Endpoints(Connection):
         self.server.begin_request()
         try:
             kind, method = self.POSTS[self.path_only]
-            method(self, parse(kind, self._read_body(length)))
+            with self._room_for(length):
+                method(self, parse(kind, self._read_body(length)))
         finally:
             self.server.end_request()
 
@@ -100,12 +100,9 @@ class Endpoints(Connection):
         embedder = self.server.embedder
         if embedder is None:
             raise RequestError(404, "this server has no embedding model", "not_found")
-        results, count = embedder.embed(request.input, self.server.limits)
-        if concurrent.futures.wait(results, self.server.options.timeout).not_done:
-            raise self._too_late()
+        rows, count = embedder.embed(request.input, self.server.limits, self.server.options.timeout)
         data = []
-        for i, result in enumerate(results):
-            row = result.result()
+        for i, row in enumerate(rows):
             packed = request.encoding_format == "base64"
             value = base64.b64encode(row.astype("<f4")).decode() if packed else row.tolist()
             data.append({"object": "embedding", "index": i, "embedding": value})

@@ -4,7 +4,6 @@ An id is the SHA-256 of a picture's file. Only what the index has of files in th
 unchanged, and only as pixels: no metadata leaves the machine's disk, and no path is ever taken from a request.
 """
 
-import concurrent.futures
 import contextlib
 import io
 import os
@@ -108,11 +107,9 @@ class ServedLibrary:
             raise RequestError(503, f"the folder {self.name} does not exist at the moment", "library_gone")
         if self.indexer.ended is not None and time.monotonic() - self.indexer.ended > UPDATE_SECONDS:
             self.indexer.start()
-        rows, _ = self._embedder.embed([term.image or term.text for term in terms], limits, "image")
-        if concurrent.futures.wait(rows, timeout).not_done:
-            raise RequestError(504, f"no answer within {timeout:.0f} s", "timeout")
+        rows, _ = self._embedder.embed([term.image or term.text for term in terms], limits, timeout, "image")
         try:
-            query = combine(terms, [row.result() for row in rows])
+            query = combine(terms, rows)
         except QueryError as e:
             raise bad("query", str(e)) from e
         with self._ranking, _explained():

@@ -83,10 +83,13 @@ class ImagePart:
     detail: str = "auto"
 
 
+detail = one_of("auto", "low", "high", "original")
+
+
 @dataclass(frozen=True)
 class ImageURL:
     url: str = required(text(1 << 31, least=1))
-    detail: str = optional(one_of("auto", "low", "high"), "auto")
+    detail: str = optional(detail, "auto")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,13 @@ class _RawMessage:
     name: None = optional(anything)
     refusal: None = optional(unsupported(""))
     annotations: None = optional(anything)
+    # What clients leave in messages that they send again; none of it is read.
+    id: None = optional(anything)
+    parsed: None = optional(anything)
+    reasoning: None = optional(anything)
+    reasoning_content: None = optional(anything)
+    cache_control: None = optional(anything)
+    copilot_cache_control: None = optional(anything)
     audio: None = optional(unsupported())
     tool_calls: None = optional(unsupported([]))
     function_call: None = optional(unsupported())
@@ -122,7 +132,7 @@ def _content(value: Any, where: str) -> tuple[str | ImagePart, ...]:
 
 def _part(value: Any, where: str) -> str | ImagePart:
     kind = an_object(value, where).get("type")
-    if kind == "text":
+    if kind in ("text", "input_text"):
         return text(1 << 31)(parse(_TextPart, value, where).text, f"{where}.text")
     if kind in ("image_url", "input_image"):
         part = parse(_ImagePart, value, where)
@@ -135,17 +145,22 @@ def image_url(value: Any, where: str) -> ImageURL:
     return parse(ImageURL, {"url": value} if isinstance(value, str) else value, where)
 
 
-@dataclass(frozen=True)
-class _TextPart:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
     type: str = required(anything)
+    cache_control: None = optional(anything)
+    prompt_cache_breakpoint: None = optional(anything)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextPart(_Part):
     text: str = required(text(1 << 31))
 
 
-@dataclass(frozen=True)
-class _ImagePart:
-    type: str = required(anything)
+@dataclass(frozen=True, kw_only=True)
+class _ImagePart(_Part):
     image_url: ImageURL = required(image_url)
-    detail: str | None = optional(one_of("auto", "low", "high"))
+    detail: str | None = optional(detail)
 
 
 def read_image(uri: str, where: str, overview_only: bool = False) -> RequestImage:
@@ -247,6 +262,7 @@ class ChatRequest(GenerationRequest):
     service_tier: None = optional(one_of("auto", "default"))
     safety_identifier: None = optional(anything)
     prompt_cache_key: None = optional(anything)
+    prompt_cache_options: None = optional(anything)
     prompt_cache_retention: None = optional(anything)
     parallel_tool_calls: None = optional(boolean)
     modalities: None = optional(unsupported(["text"]))
@@ -256,7 +272,8 @@ class ChatRequest(GenerationRequest):
     function_call: None = optional(unsupported("none", "auto"))
     audio: None = optional(unsupported())
     prediction: None = optional(unsupported())
-    reasoning_effort: None = optional(unsupported("none"))
+    reasoning_effort: None = optional(unsupported("none", "minimal", "low", "medium"))  # it never reasons
+    moderation: None = optional(unsupported())
     verbosity: None = optional(unsupported("medium"))
     web_search_options: None = optional(unsupported())
     chat_template: None = optional(unsupported())
@@ -264,7 +281,7 @@ class ChatRequest(GenerationRequest):
 
     def check(self, limits: Limits) -> None:
         super().check(limits)
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad("top_logprobs", "is allowed only with logprobs")
 
     @property
