@@ -23,9 +23,10 @@ from .files import printable
 from .terminal import find_images, line_editing, read_clipboard, split_paths, unescape
 
 HELP = """\
-Ask a question; paste, type or drag the path of an image or a PDF anywhere into the line to add it.
-A path that is not an image is an error, unless it is in `backticks`. Tab completes commands and paths.
-  /image PATH [PATH…]   add images to the next question; paper.pdf#3-5 are pages of a PDF
+Ask a question; paste, type or drag the path of an image or a PDF anywhere
+into the line to add it. A path that is not an image is an error, unless it is
+in `backticks`. Tab completes commands and paths.
+  /image PATH [PATH…]   add images to the next question; paper.pdf#3-5: pages
   /paste [QUESTION]     add the clipboard's image or files
   /images               list the images so far
   /undo                 remove the last question and its answer
@@ -36,6 +37,8 @@ A path that is not an image is an error, unless it is in `backticks`. Tab comple
   /help, h              show this help
   /exit, q, Ctrl-D      quit; Ctrl-C stops an answer"""
 HISTORY = CACHE / "chat_history"
+# Lines that are commands: mlx-lm's, and what other prompts are left with.
+ALIASES = {"q": "/exit", "exit": "/exit", "quit": "/exit", "/quit": "/exit", "r": "/clear", "h": "/help"}
 LINES = "\n\t"  # characters of an answer that are printed as they are
 PASTED = "pasted image"
 
@@ -65,7 +68,7 @@ class Chat:
         """
         text = text.strip(" \t\r\n")  # not the narrow spaces of file names
         word, *rest = text.split(maxsplit=1) or [""]
-        command = {"q": "/exit", "r": "/clear", "h": "/help"}.get(text, word)
+        command = ALIASES.get(text, word)
         if command == "/exit":
             return False
         if command in self.COMMANDS:
@@ -74,9 +77,14 @@ class Chat:
         images, question = find_images(text)
         if word.startswith("/") and question.split(maxsplit=1)[:1] == [word]:
             raise ValueError(f"{word}: no such command or image; /help lists the commands")
+        before = list(self.waiting)
         self._add(images)
         if question:
-            self.ask(question)
+            try:
+                self.ask(question)
+            finally:
+                if self.waiting:  # no answer: the line can be repeated without adding its images twice
+                    self.waiting = before
         return True
 
     def ask(self, question: str) -> None:
@@ -90,7 +98,7 @@ class Chat:
             for response in stream:
                 print(printable(response.text, keep=LINES), end="", flush=True)
         except KeyboardInterrupt:
-            print(" …", end="")
+            print(" …", end="" if response else "\n")
         finally:
             stream.close()
         if response is None:
@@ -197,9 +205,20 @@ def dim(text: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llama3v chat", description="Chat with Llama3-V about images.")
+    parser = argparse.ArgumentParser(
+        prog="llama3v chat",
+        usage="llama3v chat [--model MODEL] [--image FILE ...] [options]",
+        description="Chat with Llama3-V about images.",
+    )
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images or PDFs for the first question")
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="images or PDFs for the first question",
+    )
     parser.add_argument("--system-prompt", help="instructions before the first question (default: none)")
     add_generation_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
@@ -234,7 +253,7 @@ def chat(args: argparse.Namespace) -> None:
     session = Chat(Conversation(model, processor, args.system_prompt, features, options), title)
     session._add(args.image)
     if sys.stdin.isatty():
-        print("Ask about an image: drag its file into the line. /help lists the commands, Ctrl-D quits.")
+        print("Drag an image into the line and ask. /help lists the commands, Ctrl-D quits.")
     going_on, failed = True, False
     with line_editing(HISTORY, (*Chat.COMMANDS, "/exit")):
         while going_on:
@@ -242,6 +261,8 @@ def chat(args: argparse.Namespace) -> None:
                 going_on = session.line(input(">> " if sys.stdin.isatty() else ""))
             except EOFError:
                 going_on = False
+                if sys.stdin.isatty():
+                    print()
             except KeyboardInterrupt:
                 print()
             except (ValueError, OSError) as e:

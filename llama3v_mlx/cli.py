@@ -98,7 +98,10 @@ def keep_awake() -> Iterator[None]:
 
 def error_line(error: Exception) -> str:
     """Format an error as one line, with its type unless it is a ValueError or OSError."""
-    text = printable(" ".join(str(error).split()))
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    text = printable(" ".join(text.splitlines()).strip())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         return f"out of memory ({text or 'allocation failed'}); close other programs, or use a smaller model or batch"
     if isinstance(error, (ValueError, OSError)) and text:
@@ -155,7 +158,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "-m", "--max-tokens", type=positive, default=1024, help="maximum number of tokens to generate (default: 1024)"
     )
     sampling = parser.add_argument_group("sampling", "defaults come from the checkpoint's generation_config.json")
-    sampling.add_argument("--temp", type=share_or_more, help="sampling temperature; 0: greedy")
+    sampling.add_argument("--temp", "--temperature", type=share_or_more, help="sampling temperature; 0: greedy")
     sampling.add_argument("--top-p", type=share, help="nucleus sampling: cumulative probability cutoff")
     sampling.add_argument("--top-k", type=count, help="sample from this many of the most likely tokens; 0: all")
     sampling.add_argument("--min-p", type=share, help="minimum probability, as a fraction of the most likely token's")
@@ -174,7 +177,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="its group size (default: 64)"
     )
     cache.add_argument(
-        "--quantized-kv-start", type=int, default=5000, help="number of tokens before it is quantized (default: 5000)"
+        "--quantized-kv-start", type=count, default=5000, help="number of tokens before it is quantized (default: 5000)"
     )
     cache.add_argument("--features", metavar="STORE", help="feature store to look images up in and add new ones to")
     cache.add_argument("--max-image-tiles", type=positive, help="maximum tiles per image, including the overview")
@@ -222,7 +225,7 @@ def generation_options(args: argparse.Namespace) -> dict:
 
 def positive(text: str) -> int:
     """Parse a positive integer option."""
-    return _checked(int(text), 1, math.inf, "is not 1 or more")
+    return _checked(int, text, 1, math.inf, "is not 1 or more")
 
 
 def size(text: str) -> int:
@@ -234,25 +237,29 @@ def size(text: str) -> int:
 
 def share(text: str) -> float:
     """Parse an option from 0 to 1."""
-    return _checked(float(text), 0, 1, "is not from 0 to 1")
+    return _checked(float, text, 0, 1, "is not from 0 to 1")
 
 
 def share_or_more(text: str) -> float:
     """Parse a finite option of 0 or more."""
-    return _checked(float(text), 0, sys.float_info.max, "is not 0 or more, and finite")
+    return _checked(float, text, 0, sys.float_info.max, "is not 0 or more, and finite")
 
 
 def count(text: str) -> int:
     """Parse a whole option of 0 or more."""
-    return _checked(int(text), 0, math.inf, "is below 0")
+    return _checked(int, text, 0, math.inf, "is below 0")
 
 
 def seed(text: str) -> int:
     """Parse a seed of MLX's random numbers."""
-    return _checked(int(text), 0, 2**64 - 1, "is not from 0 to 2^64 - 1")
+    return _checked(int, text, 0, 2**64 - 1, "is not from 0 to 2^64 - 1")
 
 
-def _checked(value: Number, least: float, most: float, problem: str) -> Number:
+def _checked(parse: Callable[[str], Number], text: str, least: float, most: float, problem: str) -> Number:
+    try:
+        value = parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if parse is int else ''}number") from None
     if not least <= value <= most:  # nor is it NaN
         raise argparse.ArgumentTypeError(f"{value} {problem}")
     return value

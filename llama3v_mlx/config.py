@@ -81,6 +81,8 @@ def read_json(path: Path) -> dict:
     try:
         check_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(e)})") from e
     if not isinstance(value, dict):

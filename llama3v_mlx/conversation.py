@@ -1,6 +1,7 @@
 """Multi-turn conversation that keeps its key-value cache: a follow-up only prefills its own tokens."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Generator, Sequence
@@ -140,8 +141,10 @@ class Conversation:
         """Load a saved conversation.
 
         Raises:
-            ValueError: if the file is not a conversation, or is another model's.
+            ValueError: if there is no such file, or it is not a conversation, or is another model's.
         """
+        if not os.path.lexists(path):
+            raise ValueError(f"{path}: no such file")
         try:
             names = check_shard(path)
             _, metadata = mx.load(str(path), format="safetensors", return_metadata=True)

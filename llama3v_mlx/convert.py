@@ -33,7 +33,12 @@ SPARE_BYTES = 100_000_000  # of disk space, beyond the tensors: tokenizer, heade
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llama3v convert", description="Convert a Llama3-V checkpoint to MLX.")
+    parser = argparse.ArgumentParser(
+        prog="llama3v convert",
+        usage="llama3v convert --hf-path HF_PATH [--mlx-path MLX_PATH] [-q] [options]\n"
+        "       llama3v convert --vision VISION --llm LLM [--mlx-path MLX_PATH] [options]",
+        description="Convert a Llama3-V checkpoint to MLX.",
+    )
     parser.add_argument("--hf-path", "--model", help="folder or Hub repository of the checkpoint")
     parser.add_argument("--mlx-path", default="mlx_model", help="new folder (default: mlx_model)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")

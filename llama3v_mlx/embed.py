@@ -220,7 +220,9 @@ def note_parts(group, store: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="llama3v embed", description="Embed images with SigLIP in batches and store the features."
+        prog="llama3v embed",
+        usage="llama3v embed PATH ... --out STORE [options]",
+        description="Embed images with SigLIP in batches and store the features.",
     )
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="images, PDFs, folders, .txt or .jsonl lists, .tar archives"

@@ -194,6 +194,7 @@ def task_names(text: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v evaluate",
+        usage="llama3v evaluate --model MODEL ... --lmms-eval PYTHON [options]",
         description="Score checkpoints on benchmarks with lmms-eval, which runs in an environment of its own.",
     )
     parser.add_argument("--model", nargs="+", default=[str(CHECKPOINT)], help="checkpoints (default: the bundled demo)")

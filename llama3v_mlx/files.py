@@ -213,7 +213,12 @@ def beside(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial{path.suffix}")
     with writing(path):
         try:
-            with partial.open("wb") as held:
+            try:
+                held = partial.open("wb")
+            except OSError as e:
+                e.filename = str(path)
+                raise
+            with held:
                 lock(held, wait=False)
                 yield partial
                 flush(partial)

@@ -12,11 +12,16 @@ IMAGE_PROMPT = "What is this image?"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llama3v generate", description="Ask Llama3-V about images.")
+    parser = argparse.ArgumentParser(
+        prog="llama3v generate",
+        usage="llama3v generate [--image FILE ...] [--prompt PROMPT] [options]",
+        description="Ask Llama3-V about images.",
+    )
     parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
     parser.add_argument(
         "--image",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="images, PDFs (paper.pdf#3-5: pages) or data: URIs; - reads stdin",
@@ -24,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PATH",
         help="ask about each image of folders, .txt or .jsonl lists, .tar archives, PDFs and files, one after another",
@@ -43,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     many.add_argument("--limit", type=positive, metavar="N", help="stop after this many images")
     output = parser.add_argument_group("output")
-    output.add_argument("--no-verbose", action="store_true", help="print only the answer")
+    output.add_argument(
+        "--verbose",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="print statistics after the answer (the default), or the answer alone",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object with the answer and all statistics")
     output.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     return parser
@@ -54,10 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.prompt is None and not (args.image or args.images):
         parser.error("give --image, --images or --prompt")
-    options = (
-        ("image", "kv_bits", "draft_model", "json", "no_verbose") if args.images else ("out", "batch_size", "limit")
-    )
-    if wrong := [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]:
+    options = ("image", "kv_bits", "draft_model", "json") if args.images else ("out", "batch_size", "limit")
+    wrong = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
+    if args.images and not args.verbose:
+        wrong.append("--no-verbose")
+    if wrong:
         parser.error(f"{', '.join(wrong)} cannot be used {'with' if args.images else 'without'} --images")
     if [*args.image, args.prompt].count("-") > 1:
         parser.error("only one of --image and --prompt can be - and read stdin")
@@ -130,7 +142,7 @@ def answer(args: argparse.Namespace) -> None:
         draft_model=draft_model,
     )
     if not args.json:
-        print_answer(responses, frame=not args.no_verbose)
+        print_answer(responses, frame=args.verbose)
         return
     text = ""
     for response in responses:

@@ -212,6 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="llama3v search",
+        usage="llama3v search FOLDER [QUERY] [options]",
         description="Search the pictures of a folder, or of a feature store, by text, image, or sums of both. Printed "
         "are the match that Llama3-V sees, if it looked, the cosine, the probability that a single text matches, and "
         "the path.",

@@ -114,6 +114,7 @@ def _serve(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v server",
+        usage="llama3v server [--model MODEL] [--port PORT] [options]",
         description="Serve Llama3-V over HTTP, as OpenAI does, and a page to chat with it.",
         allow_abbrev=False,
     )
@@ -145,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 
     defaults = parser.add_argument_group("defaults of requests", "sampling defaults to the checkpoint's")
     defaults.add_argument("--max-tokens", type=positive, default=1024, help="length of an answer (default: 1024)")
-    defaults.add_argument("--temp", type=share_or_more, dest="temperature", help="temperature; 0: greedy")
+    defaults.add_argument(
+        "--temp", "--temperature", type=share_or_more, dest="temperature", help="temperature; 0: greedy"
+    )
     defaults.add_argument("--top-p", type=share, help="nucleus sampling: cumulative probability cutoff")
     defaults.add_argument("--top-k", type=count, help="sample from the k most likely tokens; 0: all")
     defaults.add_argument("--min-p", type=share, help="probability cutoff relative to the most likely token")

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from .cli import note_slow_cpu, positive, run
+from .cli import note_slow_cpu, positive, run, share_or_more
 from .files import open_locked, printable, writing
 
 KINDS = {
@@ -291,6 +291,7 @@ def _kinds(text: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v synthesize",
+        usage="llama3v synthesize --teacher TEACHER --captions FILE --out FILE [options]",
         description="Have a teacher model write conversations about captioned images, as training data.",
     )
     parser.add_argument(
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-n", type=positive, help="rows of captions to use (default: all)")
     parser.add_argument("--batch-size", type=positive, default=16, help="requests at once (default: 16)")
     parser.add_argument("--max-tokens", type=positive, default=1024, help="length of a conversation (default: 1024)")
-    parser.add_argument("--temp", type=float, default=0.7, help="temperature (default: 0.7)")
+    parser.add_argument("--temp", "--temperature", type=share_or_more, default=0.7, help="temperature (default: 0.7)")
     server = parser.add_argument_group("server")
     server.add_argument("--teacher-model", help="model name on the server (default: its first)")
     server.add_argument("--api-key-env", metavar="NAME", help="environment variable with the server's key")

@@ -17,7 +17,7 @@ from .files import find_path, is_junk
 
 # A word of a line: quoted if it begins with a quote, else with backslashes before spaces. Not split at \s, which
 # includes U+202F, the narrow space in the names of macOS screenshots.
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*")(?:\\.|'[^']*'|"[^"]*"|[^ \t\\])*|(?:\\.|[^ \t\\])+|\\""")
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*")(?:\\.|'[^']*'|"[^"]*"|[^ \t\n\\])*|(?:\\.|[^ \t\n\\])+|\\""")
 _PARTIAL = re.compile(r"""(?:^|(?<=[ \t]))('[^']*|"[^"]*|(?:\\.|[^ \t\\])*)$""")
 _SPECIAL = re.compile(r"""([ \t\\'"()&;|<>$`!*?\[\]{}])""")
 _PAGES = re.compile(r"(\.pdf)#[-0-9, ]*[-0-9]$", re.IGNORECASE)
@@ -52,9 +52,10 @@ def find_images(text: str) -> tuple[list[str], str]:
         if path and rest:
             rest[-1] += after
         elif not path:
-            rest.append(words[i][0])
+            gap = text[words[i - 1].end() : words[i].start()] if i else ""
+            rest.append(("\n" if "\n" in gap else " ") + words[i][0])
         i = j + 1
-    return images, " ".join(rest) if images else text
+    return images, "".join(rest).lstrip() if images else text
 
 
 def split_paths(text: str) -> list[str]:
@@ -171,6 +172,8 @@ def line_editing(history: Path, commands: Sequence[str]) -> Iterator[None]:
     readline.set_completer(complete)
     readline.set_completer_delims(" \t\n")
     readline.parse_and_bind(_tab_binding(readline))
+    if not _is_libedit(readline):
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
     for line in read_history(history):
         readline.add_history(line)
     try:
@@ -183,9 +186,12 @@ def line_editing(history: Path, commands: Sequence[str]) -> Iterator[None]:
 
 
 def _tab_binding(readline) -> str:
-    """Return the binding of Tab to completion; `readline` on many Macs is libedit, with its own syntax."""
-    is_libedit = getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
-    return "bind ^I rl_complete" if is_libedit else "tab: complete"
+    return "bind ^I rl_complete" if _is_libedit(readline) else "tab: complete"
+
+
+def _is_libedit(readline) -> bool:
+    """Return True if `readline` is libedit, as on many Macs, which has its own syntax."""
+    return getattr(readline, "backend", "") == "editline" or "libedit" in (readline.__doc__ or "")
 
 
 def read_history(path: Path) -> list[str]:

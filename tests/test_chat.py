@@ -100,9 +100,11 @@ def test_saved_and_loaded(talk: Conversation, demo, tmp_path: Path, options: dic
     assert answer(other, "What color is the background?") == expected
     with pytest.raises(ValueError, match="was saved with the model demo, not mine"):
         other.load(tmp_path / "talk.safetensors", "mine")
-    for path in (STARS, CHECKPOINT / "model-00001-of-00001.safetensors", tmp_path / "no.safetensors"):
+    for path in (STARS, CHECKPOINT / "model-00001-of-00001.safetensors"):
         with pytest.raises(ValueError, match="is not a conversation"):
             other.load(path, "demo")
+    with pytest.raises(ValueError, match=r"no\.safetensors: no such file"):
+        other.load(tmp_path / "no.safetensors", "demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.safetensors"]
 
 
@@ -147,7 +149,22 @@ def test_lines(talk: Conversation, tmp_path: Path, capsys) -> None:
     ):
         with pytest.raises(ValueError):
             chat.line(line)
-    assert not chat.line("q") and not chat.line("/exit")
+    assert not any(map(chat.line, ("q", "/exit", "/quit", "exit", "quit")))
+
+
+def test_a_question_without_an_answer_keeps_no_images(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before its answer begins, or too long: repeating the line does not add its images twice."""
+    chat = Chat(talk, "demo")
+    chat.line(f"/image {CROSS}")
+    with pytest.raises(ValueError, match="of the context's 2048 are left"):
+        chat.line(f"{STARS} {'red ' * 2000}")
+    monkeypatch.setattr(talk, "ask", lambda *_: (signal.raise_signal(signal.SIGINT) for _ in range(1)))
+    chat.line(f"What is this image? {STARS}")
+    assert [each.name for each in chat.waiting] == [str(CROSS)]
+
+
+def test_help_fits_a_terminal() -> None:
+    assert max(map(len, HELP.splitlines())) < 80
 
 
 def test_the_commands_are_those_of_the_help(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +187,10 @@ def test_a_line_may_begin_with_an_image(talk: Conversation, tmp_path: Path, monk
     path.write_bytes(STARS.read_bytes())
     asked = []
     chat = Chat(talk, "demo")
-    monkeypatch.setattr(chat, "ask", asked.append)
+    monkeypatch.setattr(chat, "ask", lambda question: asked.append((question, chat.waiting[-1].name)))
     for text in (str(STARS), str(path).replace(" ", "\\ "), f"'{path}'"):
         assert chat.line(f"{text} /what is it?")
-    assert asked == ["/what is it?"] * 3
-    assert [each.name for each in chat.waiting] == [str(STARS), str(path), str(path)]
+    assert asked == [("/what is it?", str(name)) for name in (STARS, path, path)]
 
 
 def test_the_command_in_a_pipe(run_main) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from llama3v_mlx import generate
 from llama3v_mlx.demo import IMAGES
+from llama3v_mlx.generate import main
 from llama3v_mlx.generation import print_answer
 from llama3v_mlx.image import ImageError
 
@@ -162,7 +164,38 @@ def test_usage_errors(run_main) -> None:
 def test_sampling_out_of_range(run_main, option: str, value) -> None:
     """An infinite temperature would also draw tokens that a schema does not allow."""
     done = run_main(COMMAND[1], "--prompt", "Hi", option, value)
-    assert done.returncode == 2 and f"argument {option}: " in done.stderr
+    assert done.returncode == 2 and f"error: argument {option}" in done.stderr
+
+
+def test_options_as_typed_for_mlx_vlm(run_main, picture: Path) -> None:
+    """`--temperature`, `--verbose` and `--system`; a second --image adds to the first."""
+    images = ("--image", picture, "--image", IMAGES / "42.png", IMAGES / "752.jpg")
+    done = run_main(COMMAND[1], *images, "--temperature", "0", "--verbose", "--system", "x", "--max-tokens", "1")
+    assert done.returncode == 0 and "Prompt: " in done.stdout
+    done = run_main(COMMAND[1], *images, "--temp", "0", "--json")
+    assert json.loads(done.stdout)["images"] == list(map(str, (picture, IMAGES / "42.png", IMAGES / "752.jpg")))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temp", "hot", "'hot' is not a number"),
+        ("--max-tokens", "many", "'many' is not a whole number"),
+        ("--quantized-kv-start", "-1", "-1 is below 0"),
+    ],
+)
+def test_a_usage_error_is_two_lines(capsys, option: str, value: str, message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--prompt", "Hi", option, value])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: llama3v generate [") and error.endswith(message)
+
+
+@pytest.mark.parametrize("option", ["--schema", "--adapter-path"])
+def test_a_missing_file_is_named(run_main, tmp_path: Path, option: str) -> None:
+    done = run_main(COMMAND[1], "--prompt", "Hi", option, tmp_path / "no")
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: {tmp_path}/no(/adapter_config.json)?: no such file", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("option", ["--schema", "--draft-model"])

@@ -81,6 +81,13 @@ def test_several_dragged_at_once(tmp_path: Path) -> None:
         assert split_paths(line) == paths
 
 
+def test_pasted_lines(tmp_path: Path) -> None:
+    path = tmp_path / "two red.jpg"
+    path.touch()
+    text = f"Look at\n{dragged(path)}\nand {path} count:\n\n- the stars"
+    assert find_images(text) == ([str(path)] * 2, "Look at\nand count:\n- the stars")
+
+
 def test_a_path_with_plain_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Typed, or pasted without escapes."""
     path = tmp_path / SCREENSHOT
@@ -289,7 +296,7 @@ def test_both_editors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_libedi
     write_history(tmp_path / "history", ["what is this?"])
     with line_editing(tmp_path / "history", ["/help"]):
         items.append("and that?")
-    assert told == ["bind ^I rl_complete" if is_libedit else "tab: complete"]
+    assert told == (["bind ^I rl_complete"] if is_libedit else ["tab: complete", "set enable-bracketed-paste on"])
     assert (tmp_path / "history").read_text() == "what is this?\nand that?\n"
 
 
