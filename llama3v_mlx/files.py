@@ -41,7 +41,7 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     partial = path.absolute().with_name(f"{path.name}.partial")
     if os.path.lexists(partial):
         _remove_leftover(partial)
-    free = shutil.disk_usage(next(parent for parent in partial.parents if parent.exists())).free
+    free = shutil.disk_usage(existing(partial.parent)).free
     if free < num_bytes:
         raise OSError(f"{path}: needs {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on its disk")
     partial.mkdir(parents=True)
@@ -133,6 +133,12 @@ def _remove_if_left(partial: Path, pid: str) -> None:
         except ProcessLookupError:
             if lock(file, wait=False):
                 partial.unlink()
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest existing parent of a path, or itself: its disk is where the path would be made."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # False where one may not look
 
 
 @contextlib.contextmanager
