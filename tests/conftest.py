@@ -134,10 +134,10 @@ def llama(tmp_path_factory) -> Path:
         str(folder / "model.safetensors"),
         {name.removeprefix("llm."): tensor for name, tensor in tensors.items() if name.startswith("llm.")},
     )
-    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in ("vision_config", "slice_config", "query_num")}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text())
+    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     first = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|begin_of_text|>")
     for token in tokenizer["added_tokens"]:
         if token["id"] - first in RELEASED_TOKENS:

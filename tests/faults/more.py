@@ -86,7 +86,9 @@ def _serve(material: Material, place: Path) -> Action:
 
 def _look() -> None:
     said = Path(f"/proc/self/fd/{sys.stderr.fileno()}")
-    while not (found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(errors="replace"))):
+    while not (
+        found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(encoding="utf-8", errors="replace"))
+    ):
         time.sleep(0.1)
     problem = None
     while (state := _get(int(found[1]), "/v1/library"))[0] == 200 and json.loads(state[1])["updating"]:
