@@ -146,6 +146,19 @@ def llama(tmp_path_factory) -> Path:
     return folder
 
 
+def odd_character(folder: Path) -> str:
+    """A character that is escaped when printed: a byte that is not UTF-8, if names on the disk may have it.
+
+    They may not on a Mac.
+    """
+    try:
+        (folder / "\udcff").touch()
+        (folder / "\udcff").unlink()
+    except OSError:
+        return "\u2066"
+    return "\udcff"
+
+
 @pytest.fixture(scope="session")
 def circles() -> Image.Image:
     """Three blue circles on white, 640×480: sliced in two rows of two by the demo."""
