@@ -228,7 +228,8 @@ def test_other_programs_libraries(pictures: Path, tmp_path: Path) -> None:
 
 def test_a_folder_is_named_as_on_the_disk(pictures: Path, tmp_path: Path, monkeypatch) -> None:
     """A Mac's disks ignore case and Unicode form, and one folder must not have several indexes."""
-    (tmp_path / "PICTURES").symlink_to(pictures)
+    if not (tmp_path / "PICTURES").exists():  # a disk that minds case
+        (tmp_path / "PICTURES").symlink_to(pictures)
     asked = []
 
     def fcntl_(descriptor: int, command: int, space: bytes) -> bytes:
