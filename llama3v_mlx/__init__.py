@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import mmap
 import os
+import resource
 import sys
 
 __version__ = "0.2.0"
@@ -36,6 +37,23 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
 
+
+_MLX_LM_FILES = 4096  # the hard limit of open files that mlx-lm sets when it is imported
+
+
+def _allow_few_open_files() -> None:
+    """Keep that from being an error where the hard limit is lower, and only root may raise it."""
+    hard, setrlimit = resource.getrlimit(resource.RLIMIT_NOFILE)[1], resource.setrlimit
+    if hard == resource.RLIM_INFINITY or hard >= _MLX_LM_FILES:
+        return
+
+    def within(kind: int, limits: tuple[int, int]) -> None:
+        setrlimit(kind, tuple(min(limit, hard) for limit in limits) if kind == resource.RLIMIT_NOFILE else limits)
+
+    resource.setrlimit = within
+
+
+_allow_few_open_files()
 
 # OpenBLAS's kernels by the CPU features that they need, the fastest first.
 _KERNELS = {

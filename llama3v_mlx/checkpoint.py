@@ -28,7 +28,7 @@ from .config import (
     sampling_config,
     some,
 )
-from .device import check_threads
+from .device import check_kernels, check_threads
 from .fields import CheckpointError, Flag, check_fields, check_object
 from .files import check_file, list_folder
 from .hub import HubError, download
@@ -227,6 +227,7 @@ def read_shard(path: Path) -> dict[str, mx.array]:
     """Load the tensors of a safetensors file lazily, in the order of their data, after `check_shard`."""
     names = check_shard(path)
     check_threads()
+    check_kernels()
     try:
         loaded = mx.load(str(path), format="safetensors")
         return {name: loaded[name] for name in names}

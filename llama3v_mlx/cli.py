@@ -29,7 +29,9 @@ DEMO_SIGLIP_NOTE = (
 )
 # What MLX, C++ and Python say where memory, or an address for a thread's stack, is not to be had.
 _OUT_OF_MEMORY = re.compile("[Uu]nable to allocate|bad_alloc|can't start new thread|Resource temporarily unavailable")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama3v_mlx"
+# A relative XDG_CACHE_HOME, or an empty one, is to be ignored. A user without a home has /, as in a container.
+_CACHES = [Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache")), Path("/.cache")]
+CACHE = next(filter(Path.is_absolute, _CACHES)) / "llama3v_mlx"
 # Runs a module that ends with this process, however that ends: then the pipe at its stdin is closed.
 FOLLOWING = """
 import os, runpy, sys, threading

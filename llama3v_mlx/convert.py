@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from .cli import positive, run
 from .conversion.options import DTYPES, MODES, RECIPES, SENSITIVE, check_prompts, check_quantization, check_sources
-from .files import new_folder, printable, write_beside, writing
+from .files import existing, new_folder, printable, write_beside, writing
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -219,9 +219,7 @@ def _share(mlx_path: Path, quantization: dict | None, dtype: str | None) -> floa
     """About how large the result is, as a share of a half-precision source; 0 if it goes to another disk."""
     from huggingface_hub import constants
 
-    devices = []
-    for path in (mlx_path.absolute(), Path(constants.HF_HUB_CACHE).absolute()):
-        devices.append(os.stat(next(parent for parent in path.parents if parent.exists())).st_dev)
+    devices = [os.stat(existing(path)).st_dev for path in (mlx_path.absolute().parent, Path(constants.HF_HUB_CACHE))]
     if devices[0] != devices[1]:
         return 0.0
     if quantization:

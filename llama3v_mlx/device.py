@@ -15,6 +15,7 @@ DEVICE = "LLAMA3V_DEVICE"
 # For tests: the CPU takes all GPU branches, such as half precision.
 PRETEND = "LLAMA3V_PRETEND_GPU"
 _THREADS = 8  # four that read files, and a few streams
+_TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # as C++ looks for the temporary folder
 
 
 def select() -> None:
@@ -47,6 +48,27 @@ def check_threads() -> None:
             threading.Thread(target=done.wait, daemon=True).start()
     finally:
         done.set()
+
+
+@functools.cache
+def check_kernels() -> None:
+    """Have MLX compile no kernels on a CPU whose temporary folder does not allow it; they are then computed in steps.
+
+    MLX builds libraries in `mlx` there and loads those that it finds: after another user's process it could write
+    none, and would run what that user has put there.
+    """
+    if name() != "cpu":
+        return
+    temporary = (os.environ[variable] for variable in _TEMPORARY if variable in os.environ)
+    folder = Path(next(temporary, "/tmp"), "mlx")
+    try:
+        folder.mkdir(exist_ok=True)
+        executable = not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+        usable = executable and folder.lstat().st_uid == os.geteuid() and os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        mx.disable_compile()
 
 
 def on_gpu() -> bool:

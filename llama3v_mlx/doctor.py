@@ -6,7 +6,6 @@ the real model's width, and extrapolated to all of its layers.
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cli import note_slow_cpu, run
+from .files import existing
 
 MODEL = "openbmb/MiniCPM-Llama3-V-2_5"
 DOWNLOAD_BYTES = 17.1e9
@@ -43,11 +43,10 @@ def machine() -> dict:
     from importlib.metadata import version
 
     import mlx.core as mx
+    from huggingface_hub import constants
 
     from . import HAS_OPENBLAS, __version__, device
 
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    existing = next(path for path in (hub, *hub.parents) if path.exists())
     system = f"{platform.system()} {platform.release()}"
     if sys.platform == "darwin":
         system = f"macOS {platform.mac_ver()[0]}"
@@ -58,7 +57,7 @@ def machine() -> dict:
         "openblas": HAS_OPENBLAS,
         "memory_bytes": device.memory(),
         "usable_bytes": device.memory_limit(),
-        "disk_free_bytes": shutil.disk_usage(existing).free,
+        "disk_free_bytes": shutil.disk_usage(existing(Path(constants.HF_HUB_CACHE))).free,
         "system": f"{system} {platform.machine()}",
         "python": platform.python_version(),
         "mlx": mx.__version__,

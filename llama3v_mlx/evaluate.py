@@ -177,7 +177,10 @@ def score(model: str, out: Path, tasks: Path, args: argparse.Namespace) -> Score
             harness.wait()
             harness.stdin.close()
     if harness.returncode or not list_folder(out / "results", "**/*_results.json"):  # it may fail with status 0
-        reason = re.findall(r"Error during evaluation: (.*?)\.* Please set", (out / "lmms-eval.log").read_text())
+        reason = re.findall(
+            r"Error during evaluation: (.*?)\.* Please set",
+            (out / "lmms-eval.log").read_text(encoding="utf-8", errors="replace"),
+        )
         raise EvaluationError(f"lmms-eval failed on {model}: {' '.join(reason)} ({out / 'lmms-eval.log'})")
     return read_results(model, out / "results", args.tasks, fresh)
 

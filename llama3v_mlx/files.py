@@ -41,7 +41,7 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     check_name(path)
     partial = path.absolute().with_name(f"{path.name}.partial")
     if not os.path.lexists(partial):  # else after what is left in it has been removed
-        _check_room(path, next(parent for parent in partial.parents if parent.exists()), num_bytes)
+        _check_room(path, existing(partial.parent), num_bytes)
     with _take(partial):
         try:
             _empty(partial)
@@ -173,6 +173,12 @@ def _remove_if_left(partial: Path, pid: str) -> None:
         except ProcessLookupError:
             if lock(file, wait=False):
                 partial.unlink()
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest existing parent of a path, or itself: its disk is where the path would be made."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # False where one may not look
 
 
 @contextlib.contextmanager

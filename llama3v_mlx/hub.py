@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .files import existing
+
 
 class HubError(OSError):
     """A repository that cannot be downloaded; the message says why, and what to do."""
@@ -56,8 +58,7 @@ def download(name: str, revision: str | None, patterns: Sequence[str], more: flo
 
 def check_room(name: str, cache: Path, missing: int, more: int) -> None:
     """Raise HubError unless the disk of the cache has room for what is missing, and for what follows."""
-    existing = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(cache)).free
     if free >= missing + more:
         return
     what = f"{missing / 1e9:.2f} GB are to be downloaded to {cache}"

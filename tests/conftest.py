@@ -134,16 +134,29 @@ def llama(tmp_path_factory) -> Path:
         str(folder / "model.safetensors"),
         {name.removeprefix("llm."): tensor for name, tensor in tensors.items() if name.startswith("llm.")},
     )
-    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in ("vision_config", "slice_config", "query_num")}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text())
+    tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     first = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|begin_of_text|>")
     for token in tokenizer["added_tokens"]:
         if token["id"] - first in RELEASED_TOKENS:
             token["content"] = f"<|reserved_special_token_{token['id'] - first + 100}|>"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
+
+
+def odd_character(folder: Path) -> str:
+    """A character that is escaped when printed: a byte that is not UTF-8, if names on the disk may have it.
+
+    They may not on a Mac.
+    """
+    try:
+        (folder / "\udcff").touch()
+        (folder / "\udcff").unlink()
+    except OSError:
+        return "\u2066"
+    return "\udcff"
 
 
 @pytest.fixture(scope="session")

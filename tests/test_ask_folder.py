@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pillow_heif
 import pytest
+from conftest import odd_character
 from PIL import Image
 
 from llama3v_mlx import generate
@@ -216,14 +217,14 @@ def test_sources(photos: Path, out: Path, ask, tmp_path: Path, added: list) -> N
     pages = [Image.new("RGB", (60, 60), color) for color in ("red", "blue")]
     pages[0].save(tmp_path / "paper.pdf", save_all=True, append_images=pages[1:])
     pillow_heif.from_pillow(pages[0]).save(tmp_path / "x.heic")
-    odd = os.fsdecode(bytes(photos) + b"/a \n\xff.png")
-    shutil.copy(photos / NAMES[0], odd)
+    odd = f"a \n{odd_character(tmp_path)}.png"
+    shutil.copy(photos / NAMES[0], photos / odd)
     paths = (tmp_path / "a.tar", tmp_path / "paper.pdf", tmp_path / "x.heic", photos / "*.png")
     for count in (6, 0):  # two of them have the archive's bytes
         added.clear()
         done = ask(*paths)
         assert done.returncode == 0 and len(added) == count
-    pngs = [str(photos / name) for name in ("42.png", "a \n\udcff.png", *NAMES[2:]) if name.endswith(".png")]
+    pngs = [str(photos / name) for name in ("42.png", odd, *NAMES[2:]) if name.endswith(".png")]
     firsts = ("a.tar/in/a.png", "paper.pdf#1", "paper.pdf#2", "x.heic")
     assert [row["path"] for row in rows(out)] == [*(str(tmp_path / name) for name in firsts), *pngs]
 

@@ -83,7 +83,7 @@ def test_errors(llama: Path, tmp_path: Path, capsys) -> None:
     assert "which a new model does not have" in error(2, "--vision", SIGLIP, "--llm", llama, "--verify")
     assert "not SigLIP's" in error(1, "--vision", llama, "--llm", llama)
     assert "--llm takes a Llama 3" in error(1, "--vision", SIGLIP, "--llm", SIGLIP)
-    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    tokenizer = json.loads((llama / "tokenizer.json").read_text(encoding="utf-8"))
     for token in tokenizer["added_tokens"]:
         token["content"] = token["content"].replace("reserved_special_token_110", "python_tag")
     copy = tmp_path / "llama"

@@ -186,7 +186,7 @@ def test_sensitive_keeps_to_its_target(tiny: Path, calibrated: dict[str, Path]) 
     assert 4 < 8 * num_bytes / weights <= 4.5
     bits = {own["bits"] for own in read_config(calibrated["sensitive"])["quantization"].values() if type(own) is dict}
     assert bits <= set(BITS) and len(bits) > 1
-    card = (calibrated["sensitive"] / "README.md").read_text()
+    card = (calibrated["sensitive"] / "README.md").read_text(encoding="utf-8")
     form = f"{min(bits)}- to {max(bits)}-bit affine, groups of 32, {8 * num_bytes / weights:.2f} bits per weight."
     assert form in card
     assert generate(*load(calibrated["sensitive"]), "What is it?", temperature=0, max_tokens=2) is not None
@@ -305,7 +305,7 @@ def test_rows_to_verify_with_are_not_calibrated_with(tiny: Path, prompts: Path, 
     assert "too few" in failure(capsys, 1, *options, "--verify-prompts", 6)
     main([*map(str, options), "--verify-prompts", "2", "--q-group-size", "32"])
     summary = re.search("\n(2 held-out prompts, .*)\n", capsys.readouterr().out)[1]
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "4-bit affine, groups of 32, 5." in card
     assert f"Calibrated with GPTQ on 4 prompts with 4 images.\nCompared with its source: {summary}.\n" in card
     main(["--hf-path", str(tiny), "--mlx-path", str(tmp_path / "out"), "--verify", "--verify-data", str(prompts)])

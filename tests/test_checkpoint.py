@@ -35,14 +35,14 @@ def converted(tiny: Path, tmp_path_factory) -> Path:
 
 def change(path: Path, *keys: str, value: Any = None) -> None:
     """Set a value in a JSON file; None removes its key."""
-    whole = here = json.loads(path.read_text())
+    whole = here = json.loads(path.read_text(encoding="utf-8"))
     for key in keys[:-1]:
         here = here[key]
     if value is None:
         del here[keys[-1]]
     else:
         here[keys[-1]] = value
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(whole), encoding="utf-8")
 
 
 def refused(path: Path, action: Callable[[], object], saying: str) -> None:
@@ -184,7 +184,7 @@ def test_a_header_that_only_mlx_rejects(folder: Path) -> None:
 
 def test_ids_beyond_the_vocabulary(folder: Path) -> None:
     """MLX would read beyond the embeddings."""
-    config, tokenizer = read_config(folder), json.loads((folder / "tokenizer.json").read_text())
+    config, tokenizer = read_config(folder), json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     last = {**tokenizer["added_tokens"][-1], "id": config["text_config"]["vocab_size"], "content": "<more>"}
     tokenizer["added_tokens"].append(last)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -197,8 +197,8 @@ def test_special_tokens(folder: Path) -> None:
 
 
 def test_a_tokenizer_without_the_prompt_format(folder: Path) -> None:
-    text = (folder / "tokenizer.json").read_text().replace("<|start_header_id|>", "<|start|>")
-    (folder / "tokenizer.json").write_text(text)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8").replace("<|start_header_id|>", "<|start|>")
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     refused(folder / "tokenizer.json", lambda: load_tokenizer(folder, read_config(folder)), "<|start_header_id|>")
 
 

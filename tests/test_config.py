@@ -47,8 +47,8 @@ def newer(kind: str) -> dict:
 
 
 def write(path: Path, *drop: str, **changes) -> None:
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}), encoding="utf-8")
 
 
 def logits(folder: Path) -> np.ndarray:

@@ -112,7 +112,7 @@ def without(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def assert_equal(a: Tensors, b: Tensors) -> None:
@@ -242,15 +242,15 @@ def test_files(source: Path, damaged: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     for path in out.glob("*.json"):
-        assert "auto_map" not in path.read_text()
+        assert "auto_map" not in path.read_text(encoding="utf-8")
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert "<|start_header_id|>" in (out / "chat_template.jinja").read_text()
+    assert "<|start_header_id|>" in (out / "chat_template.jinja").read_text(encoding="utf-8")
     generation = json.loads((out / "generation_config.json").read_text())
     assert (generation["temperature"], generation["repetition_penalty"]) == (0.7, 1.0)  # the demo's own
     assert generation["eos_token_id"] == read_config(out)["eos_token_id"]
     config = read_config(out)
     assert (config["model_type"], config["processor_type"], config["dtype"]) == ("llama3v", "llama3v", "float16")
-    card = (out / "README.md").read_text()
+    card = (out / "README.md").read_text(encoding="utf-8")
     assert "library_name: mlx\npipeline_tag: image-text-to-text\n" in card
     assert "base_model" not in card
     assert 'load("out")' in card
@@ -570,7 +570,7 @@ def test_from_the_hub_and_to_it(source: Path, tmp_path: Path, monkeypatch, capsy
     out = tmp_path / "out"
     convert("owner/llama3v", out, quantize=True, revision="abc", upload_repo="me/llama3v-4bit")
     assert calls == ["whoami", "create_repo", ("me/llama3v-4bit", out, "model")]
-    card = (out / "README.md").read_text()
+    card = (out / "README.md").read_text(encoding="utf-8")
     assert "base_model: owner/llama3v\n" in card
     assert "base_model_relation: quantized\n" in card
     assert 'load("me/llama3v-4bit")' in card

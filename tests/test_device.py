@@ -71,7 +71,11 @@ def test_one_function_asks_for_the_device() -> None:
     package = Path(llama3v_mlx.__file__).parent
     asks = set()
     for path in package.rglob("*.py"):
-        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute)
+        }
         if names & {"default_device", "is_available", "metal"}:
             asks.add(path.name)
     assert asks == {"device.py"}

@@ -500,7 +500,7 @@ def test_draft_models_that_cannot_be_used(demo, llama: Path, tiny: Path, tmp_pat
         load_draft_model(tiny, processor, 512)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((llama / name).read_bytes())
-    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["red"], vocabulary["blue"] = vocabulary.get("blue", 1), vocabulary.get("red", 0)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import tolerance
+from conftest import odd_character, tolerance
 from PIL import Image
 
 from llama3v_mlx import device
@@ -453,8 +453,8 @@ def test_what_is_no_file_is_listed_and_not_waited_for(tmp_path: Path, siglip: Pa
     os.mkfifo(folder / "pipe.png")
     (folder / "device.png").symlink_to("/dev/zero")
     (folder / "loop.png").symlink_to("loop.png")
-    for name in (b"clear\x1b[2J.png", b"new\nline.png", b"\xff.png"):
-        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"no image")
+    for name in ("clear\x1b[2J.png", "new\nline.png", f"{odd_character(tmp_path)}.png"):
+        (folder / name).write_bytes(b"no image")
     shutil.copy(IMAGES / "42.png", folder)
     with pytest.raises(SystemExit) as stop:
         main([str(folder), "--out", str(tmp_path / "store"), "--model", str(siglip), "--batch-size", "4"])

@@ -215,7 +215,7 @@ def wait_for(path: Path) -> str:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.01)
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 def test_a_mac_is_kept_awake_as_long_as_a_command_runs(caffeinate: Path) -> None:

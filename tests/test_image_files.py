@@ -39,7 +39,9 @@ def digests(folder: Path) -> list[bytes]:
 
 def write_rows(path: Path, images: list[str]) -> Path:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
-    path.write_text("\n".join(json.dumps({"image": image, "conversations": turns}) for image in images))
+    path.write_text(
+        "\n".join(json.dumps({"image": image, "conversations": turns}) for image in images), encoding="utf-8"
+    )
     return path
 
 

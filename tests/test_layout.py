@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("device",),
     ("llama3v_mlx",),
-    ("files", "hub", "tiling"),
+    ("files", "tiling"),
+    ("hub",),
     ("pdf",),
     ("image",),
     ("sampling", "prompt_tokens"),

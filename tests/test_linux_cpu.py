@@ -105,7 +105,7 @@ def test_commands_leave_the_number_of_threads(threads, demo, siglip: Path, tmp_p
 @pytest.mark.parametrize("given, expected", [("Haswell", {"Haswell"}), (None, {"Cooperlake", "SkylakeX", "Haswell"})])
 def test_kernels_of_a_cpu_newer_than_openblas(run_python, given: str | None, expected: set[str]) -> None:
     """The CPU's features choose them, not its model; the user's own choice is kept."""
-    if not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+    if not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()):
         pytest.skip("a CPU of other kernels")
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
     environment |= {"OPENBLAS_CORETYPE": given} if given else {}

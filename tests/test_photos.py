@@ -590,7 +590,7 @@ def test_rows_of_either_form_are_trained_on(tmp_path: Path, run_main, stored: st
     done = run_main("llama3v_mlx.train", *args, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     (tmp_path / f"{stored}.png").unlink()  # now the store is enough, in either form of the name
-    rows[0]["image"] = rows[1]["image"] = f"{stored}.png"
+    rows[0] = rows[0] | {"image": f"{stored}.png"}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     done = run_main("llama3v_mlx.train", *args, "--out", tmp_path / "again")
     assert done.returncode == 0, done.stderr

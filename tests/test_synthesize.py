@@ -130,7 +130,7 @@ def ask(captions: Path, out: Path, teacher: str | Path, *more: str) -> None:
 
 
 def read(path: Path) -> dict[str, dict]:
-    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
 def check(out: Path) -> None:

@@ -223,7 +223,7 @@ def nonsense(data: Path, path: Path) -> None:
     rng = np.random.default_rng(1)
     for row in rows:
         row["conversations"][1:] = [{"from": "gpt", "value": " ".join(rng.choice(words, 4))}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def test_sixteen_rows_are_learned_by_heart(data: Path, tmp_path: Path) -> None:

@@ -82,13 +82,13 @@ def read_results(model: str, folder: Path, tasks: list[str], fresh: bool) -> Sco
 
     weights = sum(path.stat().st_size for path in list_folder(find_checkpoint(model), "*.safetensors"))
     (summary,) = list_folder(folder, "**/*_results.json")
-    seconds = float(json.loads(summary.read_text())["total_evaluation_time_seconds"]) if fresh else 0.0
+    seconds = float(json.loads(summary.read_text(encoding="utf-8"))["total_evaluation_time_seconds"]) if fresh else 0.0
     scores = Scores(Path(model).name, weights / 1e9, seconds)
     for task in tasks:
         rows = [
             json.loads(line)
             for path in list_folder(folder, f"**/*_samples_{PREFIX}{task}.jsonl")
-            for line in path.open()
+            for line in path.open(encoding="utf-8")
         ]
         metric = BENCHMARKS[task].metric
         answers = {

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..files import find_path
+from ..files import find_path, spellings
 from .sources import FileStat, file_stat
 from .store import FeatureStore
 
@@ -70,6 +70,9 @@ def known_images(store: FeatureStore, files: dict[str, ImageFile]) -> dict[str, 
         SHA-256 digests by key of `files`.
     """
     wanted = {file.path: file.stat for file in files.values() if file.stat or file.is_gone}
+    # Nothing tells how the name of a deleted file was spelled on disk, and on a Mac it may have been read by any.
+    deleted = {path: [*spellings(path)] for path, stat in wanted.items() if stat is None}
+    wanted = {other: None for others in deleted.values() for other in others} | wanted
     found: dict[str, bytes] = {}
     former: dict[str, set[bytes]] = {}
     for sha256, path, seen in store.files_at(wanted):
@@ -78,4 +81,5 @@ def known_images(store: FeatureStore, files: dict[str, ImageFile]) -> dict[str, 
         elif wanted[path] is None:
             former.setdefault(path, set()).add(sha256)
     found |= {path: next(iter(images)) for path, images in former.items() if len(images) == 1}
-    return {name: found[file.path] for name, file in files.items() if file.path in found}
+    known = {path: found[other] for path, others in deleted.items() for other in others if other in found} | found
+    return {name: known[file.path] for name, file in files.items() if file.path in known}

@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             kinds = [kind for kind in kinds if MODULES[kind] is not calls]
         os.environ["XDG_CACHE_HOME"] = folder
         keep = Path(args.keep).absolute() if args.keep else None
-        with open(args.log or os.devnull, "a", buffering=1) as log:
-            material = Material(Path(folder) / "material")
+        with open(args.log or os.devnull, "a", encoding="utf-8", buffering=1) as log:
+            material = Material(Path(folder).resolve() / "material")
             with contextlib.closing(material):
                 return run(kinds, seed, args.cases, 60 * minutes, material, keep, log)
 

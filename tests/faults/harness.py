@@ -191,7 +191,7 @@ def _exit_status(action: Callable[[], None]) -> int:
 
 def limit_memory(more: int) -> None:
     """Limit the address space to what is mapped now and `more` bytes."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    mapped = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, resource.RLIM_INFINITY))
 
 

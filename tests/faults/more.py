@@ -91,7 +91,9 @@ def _serve(material: Material, place: Path) -> Action:
 def _look() -> None:
     """Wait for the library, update it again if that failed, and look at its pictures; then stop the server."""
     said = Path(f"/proc/self/fd/{sys.stderr.fileno()}")
-    while not (found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(errors="replace"))):
+    while not (
+        found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(encoding="utf-8", errors="replace"))
+    ):
         time.sleep(0.1)
     port, problem = int(found[1]), None
     if _updated(port):
