@@ -173,7 +173,8 @@ def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[T
             try:
                 row = json.loads(line)
                 captions = captions_of(row)
-                good = isinstance(row["image"], str) and captions and all(isinstance(c, str) for c in captions)
+                "".join(captions).encode()  # a lone surrogate is no text
+                good = isinstance(row["image"], str) and captions
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 good = False
             if not good:

@@ -24,7 +24,17 @@ def run(run_python, *args: object) -> str:
 
 def test_a_sample(run_python) -> None:
     """One case of most kinds, on another file or call each."""
-    slow = ("memory:", "kills:", "names:", "power:pre", "power:fine", "signals:pre", "signals:fine", "calls:fine")
+    slow = (
+        "memory:",
+        "kills:",
+        "names:",
+        "vanishing:",
+        "power:pre",
+        "power:fine",
+        "signals:pre",
+        "signals:fine",
+        "calls:fine",
+    )
     slow += ("calls:index", "calls:ask", "signals:index", "signals:ask", "signals:features", "power:features")
     slow += ("power:index", "power:ask", "power:synthesize", "signals:synthesize")
     big = MORE.keys() - {"synthesize"}

@@ -178,7 +178,15 @@ def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     "line",
-    [b"{", b"[]", b'{"captions": ["a"]}', b'{"image": "a.png", "captions": []}', b'"\xff"', b"[" * 10**5],
+    [
+        b"{",
+        b"[]",
+        b'{"captions": ["a"]}',
+        b'{"image": "a.png", "captions": []}',
+        rb'{"image": "a.png", "captions": ["\ud800"]}',
+        b'"\xff"',
+        b"[" * 10**5,
+    ],
 )
 def test_captions_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, line: bytes) -> None:
     (tmp_path / "captions.jsonl").write_bytes(line + b"\n")
