@@ -183,6 +183,7 @@ def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.
         b"[]",
         b'{"captions": ["a"]}',
         b'{"image": "a.png", "captions": []}',
+        b'{"image": "a.png", "captions": ["a", 1]}',
         rb'{"image": "a.png", "captions": ["\ud800"]}',
         b'"\xff"',
         b"[" * 10**5,
