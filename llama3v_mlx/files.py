@@ -118,6 +118,19 @@ def lock(file: IO | int, wait: bool = True) -> bool:
     return True
 
 
+def hold(folder: Path) -> int:
+    """Open a folder, and lock it until the returned descriptor is closed.
+
+    Raises:
+        OSError: if another process holds it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    if not lock(held, wait=False):
+        os.close(held)
+        raise OSError(f"{folder}: is being written by another process")
+    return held
+
+
 def open_locked(path: Path) -> FileIO:
     """Open a file to append to, created if it does not exist, and lock it until it is closed.
 
