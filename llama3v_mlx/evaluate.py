@@ -21,7 +21,8 @@ from pathlib import Path
 from .cli import FOLLOWING, positive, run
 from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
-from .files import hold, list_folder
+from .files import list_folder
+from .locks import hold
 
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3 'filelock<4', then --lmms-eval lmms/bin/python"
 # All but the bundled model's own benchmark.

@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import IO
+
+from .locks import lock, open_locked
 
 PRIVACY = (
     "on a Mac, allow access in System Settings > Privacy & Security > Files and Folders (or Full Disk Access) for the "
@@ -102,52 +103,6 @@ def _empty(partial: Path) -> None:
     for path in partial.iterdir():
         if path.name != MARKER:
             path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its file
-
-
-def lock(file: IO | int, wait: bool = True) -> bool:
-    """Lock an open file or folder until it is closed; return False if another process holds it and `wait` is not set.
-
-    On a file system without locks it always succeeds.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def hold(folder: Path) -> int:
-    """Open a folder, and lock it until the returned descriptor is closed.
-
-    Raises:
-        OSError: if another process holds it.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    if not lock(held, wait=False):
-        os.close(held)
-        raise OSError(f"{folder}: is being written by another process")
-    return held
-
-
-def open_locked(path: Path) -> FileIO:
-    """Open a file to append to, created if it does not exist, and lock it until it is closed.
-
-    Raises:
-        OSError: if another process holds it, or it is not a regular file.
-    """
-    while True:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(path.open("a+b", buffering=0))
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(f"{path}: is not a regular file")
-            if not lock(file, wait=False):
-                raise OSError(f"{path}: is being written by another process")
-            with contextlib.suppress(FileNotFoundError):  # another process may just have replaced or removed it
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    stack.pop_all()
-                    return file
 
 
 def flush(path: Path) -> None:

@@ -22,7 +22,8 @@ from itertools import islice
 from pathlib import Path
 
 from .cli import note_slow_cpu, positive, run
-from .files import open_locked, printable, writing
+from .files import printable, writing
+from .locks import open_locked
 
 KINDS = {
     "conversation": (

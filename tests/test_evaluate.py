@@ -22,7 +22,7 @@ from llama3v_mlx import evaluate
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.evaluation.report import Scores, comparison, mcnemar, table
 from llama3v_mlx.evaluation.tasks import extract
-from llama3v_mlx.files import hold
+from llama3v_mlx.locks import hold
 
 LMMS_EVAL = os.environ.get("LMMS_EVAL_PYTHON", sys.executable)
 

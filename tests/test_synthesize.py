@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama3v_mlx import synthesize
 from llama3v_mlx.evaluate import served
-from llama3v_mlx.files import open_locked
+from llama3v_mlx.locks import open_locked
 from llama3v_mlx.synthesize import KINDS, Rejected, conversation_of, prompt_of
 
 GOOD = "Question: What is it?\nAnswer: A red star.\nQuestion: How many?\nAnswer: One."
