@@ -95,7 +95,12 @@ def _take(partial: Path) -> FileIO:
             names = [path.name for path in list_folder(partial)] if is_folder else []
             if not is_folder or (names and MARKER not in names):
                 raise FileExistsError(f"{partial} is in the way and was not left by an earlier run; move it away")
-            return open_locked(partial / MARKER)
+            try:
+                return open_locked(partial / MARKER)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # unless there is something in it
+                raise
 
 
 def _empty(partial: Path) -> None:

@@ -161,6 +161,13 @@ def test_a_cleanup_that_is_interrupted_leaves_a_leftover(tmp_path: Path, monkeyp
     assert os.listdir(tmp_path / "new.partial") == [files.MARKER]
 
 
+def test_a_marker_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "open_locked", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), files.new_folder(tmp_path / "new", 0):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("target", ["nowhere", "folder"])
 def test_a_link_in_the_way_of_a_folder(tmp_path: Path, target: str) -> None:
     (tmp_path / "folder").mkdir()
