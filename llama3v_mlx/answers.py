@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .config import read_json
 from .features.sources import FileStat
-from .files import append, cut_half_line, open_locked, write_beside
+from .files import append, cut_half_line, write_beside
+from .locks import open_locked
 
 
 class AnswersError(ValueError):

@@ -56,7 +56,9 @@ class Lines:
         return False
 
     def write(self, row: dict) -> None:
-        print(to_line(row).decode(), end="", flush=True)
+        line = to_line(row).decode().rstrip()
+        is_harmless = printable(line) == line  # JSON escapes some of what a terminal obeys, and ASCII has no more
+        print(line if is_harmless else json.dumps(row), flush=True)
 
 
 class Asking:

@@ -22,6 +22,7 @@ from .cli import FOLLOWING, positive, run
 from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 from .files import list_folder
+from .locks import hold
 
 INSTALL = "python3 -m venv lmms && lmms/bin/pip install lmms-eval==0.7.3 'filelock<4', then --lmms-eval lmms/bin/python"
 # All but the bundled model's own benchmark.
@@ -41,10 +42,13 @@ def evaluate(args: argparse.Namespace) -> None:
     harness = find_harness(args.lmms_eval)
     out = Path(args.output).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    write_tasks(out / "tasks", args, harness)
-    results = []
-    for i, model in enumerate(args.model):
-        results.append(score(model, out / f"{i + 1}-{Path(model).name}", out / "tasks", args))
+    held = hold(out)
+    try:
+        write_tasks(out / "tasks", args, harness)
+        folders = [out / f"{i}-{Path(model).name}" for i, model in enumerate(args.model, 1)]
+        results = [score(*pair, out / "tasks", args) for pair in zip(args.model, folders, strict=True)]
+    finally:
+        os.close(held)
     print(table(results, args.tasks))
     for other in results[1:]:
         for task in args.tasks:

@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import IO
+
+from .locks import lock, open_locked
 
 PRIVACY = (
     "on a Mac, allow access in System Settings > Privacy & Security > Files and Folders (or Full Disk Access) for the "
@@ -94,7 +95,12 @@ def _take(partial: Path) -> FileIO:
             names = [path.name for path in list_folder(partial)] if is_folder else []
             if not is_folder or (names and MARKER not in names):
                 raise FileExistsError(f"{partial} is in the way and was not left by an earlier run; move it away")
-            return open_locked(partial / MARKER)
+            try:
+                return open_locked(partial / MARKER)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # unless there is something in it
+                raise
 
 
 def _empty(partial: Path) -> None:
@@ -102,39 +108,6 @@ def _empty(partial: Path) -> None:
     for path in partial.iterdir():
         if path.name != MARKER:
             path.unlink(missing_ok=True)  # macOS removes an AppleDouble file together with its file
-
-
-def lock(file: IO | int, wait: bool = True) -> bool:
-    """Lock an open file or folder until it is closed; return False if another process holds it and `wait` is not set.
-
-    On a file system without locks it always succeeds.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def open_locked(path: Path) -> FileIO:
-    """Open a file to append to, created if it does not exist, and lock it until it is closed.
-
-    Raises:
-        OSError: if another process holds it, or it is not a regular file.
-    """
-    while True:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(path.open("a+b", buffering=0))
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(f"{path}: is not a regular file")
-            if not lock(file, wait=False):
-                raise OSError(f"{path}: is being written by another process")
-            with contextlib.suppress(FileNotFoundError):  # another process may just have replaced or removed it
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    stack.pop_all()
-                    return file
 
 
 def flush(path: Path) -> None:

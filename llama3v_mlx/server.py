@@ -41,6 +41,7 @@ def serve(args: argparse.Namespace) -> None:
     try:
         _serve(args)
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in zip(STOP, before, strict=True):
             signal.signal(number, handler)
 
@@ -99,13 +100,16 @@ def _serve(args: argparse.Namespace) -> None:
 
     if app.library is not None:
         app.library.indexer.start()
-    told = threading.Event()
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    # Written to in whichever thread the signal arrives. Handlers run in this one, which another's signal does not wake.
+    signal.set_wakeup_fd(tell)
     for number in STOP:
-        signal.signal(number, lambda *_: told.set())
+        signal.signal(number, lambda *_: None)
     threading.Thread(target=app.serve_forever, name="accept", daemon=True).start()
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {app.options.name} at http://{host}:{app.server_port}", file=sys.stderr, flush=True)
-    told.wait()
+    os.read(told, 1)
     for number in STOP:  # a second time means at once
         signal.signal(number, signal.SIG_DFL)
     app.close(GRACE_SECONDS)

@@ -22,7 +22,8 @@ from itertools import islice
 from pathlib import Path
 
 from .cli import note_slow_cpu, positive, run, share_or_more
-from .files import open_locked, printable, writing
+from .files import printable, writing
+from .locks import open_locked
 
 KINDS = {
     "conversation": (
@@ -173,7 +174,8 @@ def read_captions(path: Path, kinds: list[str], count: int | None) -> Iterator[T
             try:
                 row = json.loads(line)
                 captions = captions_of(row)
-                good = isinstance(row["image"], str) and captions and all(isinstance(c, str) for c in captions)
+                "".join(captions).encode()  # a lone surrogate is no text
+                good = isinstance(row["image"], str) and captions
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 good = False
             if not good:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama3v_mlx import files
+from llama3v_mlx import locks
 from llama3v_mlx.answers import AnswerFile, AnswersError, settings_path, to_line
 
 SETTINGS = {"prompt": "What is this?", "seed": 0}
@@ -176,7 +176,7 @@ def test_one_writer_at_a_time(out: Path) -> None:
 def test_a_file_replaced_while_its_lock_is_awaited(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run replaces it by the sorted one: what is written next must not go to the one that is gone."""
     write(out, ROWS)
-    lock, tried = files.lock, []
+    lock, tried = locks.lock, []
 
     def replacing(file, wait: bool) -> bool:
         if not tried:
@@ -185,7 +185,7 @@ def test_a_file_replaced_while_its_lock_is_awaited(out: Path, monkeypatch: pytes
         tried.append(file)
         return lock(file, wait)
 
-    monkeypatch.setattr(files, "lock", replacing)
+    monkeypatch.setattr(locks, "lock", replacing)
     write(out, [*ROWS, row(5)])
     assert len(tried) == 2 and out.read_bytes() == b"".join(map(to_line, [*ROWS, row(5)]))
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from llama3v_mlx import generate
 from llama3v_mlx.answers import AnswerFile, settings_path
+from llama3v_mlx.ask_folder import Lines
 from llama3v_mlx.batch_generate import ImageBatch
 from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.models.siglip import VisionTower
@@ -172,6 +173,16 @@ def test_ctrl_c_says_how_to_continue(photos: Path, out: Path, ask, monkeypatch: 
     assert rows(out) == json.loads(json.dumps(rows_written))
     assert summary(ask(photos)) == "4 images answered, 2 already answered, 0 failed"
     assert names(out) == NAMES
+
+
+def test_lines_on_a_terminal(capsys: pytest.CaptureFixture) -> None:
+    """C1 control characters and bidi ones need no escape in JSON, but a terminal obeys them."""
+    rows = [{"path": "a.png", "answer": "Kätzchen"}, {"path": "b.png", "answer": "ä\x9b2J\u202e\x7f"}]
+    for row in rows:
+        Lines().write(row)
+    said = capsys.readouterr().out
+    assert "Kätzchen" in said and list(map(json.loads, said.splitlines())) == rows
+    assert said.replace("\n", "").isprintable() and not set(said) & set("\u202e\x7f\x9b")
 
 
 def test_bad_images_are_lines_and_the_rest_goes_on(photos: Path, out: Path, ask) -> None:

@@ -22,6 +22,7 @@ from llama3v_mlx import evaluate
 from llama3v_mlx.demo import CHECKPOINT
 from llama3v_mlx.evaluation.report import Scores, comparison, mcnemar, table
 from llama3v_mlx.evaluation.tasks import extract
+from llama3v_mlx.locks import hold
 
 LMMS_EVAL = os.environ.get("LMMS_EVAL_PYTHON", sys.executable)
 
@@ -85,6 +86,18 @@ with served("listening") as (server, port, said):
     print(server.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_one_evaluation_in_a_folder(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch) -> None:
+    """The tasks and results of another must not be removed while it runs."""
+    monkeypatch.setattr(evaluate, "find_harness", lambda python: tmp_path)
+    (tmp_path / "out" / "tasks").mkdir(parents=True)
+    held = hold(tmp_path / "out")
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(["--output", str(tmp_path / "out")])
+    os.close(held)
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: is being written by another process\n"
+    assert (tmp_path / "out" / "tasks").exists()
 
 
 def test_a_server_ends_with_a_killed_command(run_python, tmp_path: Path) -> None:

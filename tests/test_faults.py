@@ -24,9 +24,9 @@ def run(run_python, *args: object) -> str:
 
 def test_a_sample(run_python) -> None:
     """One case of most kinds, on another file or call each."""
-    slow = ("memory:", "kills:", "names:", "power:pre", "power:fine", "signals:pre", "signals:fine", "calls:fine")
-    slow += ("calls:index", "calls:ask", "signals:index", "signals:ask", "signals:features", "power:features")
-    slow += ("power:index", "power:ask", "power:synthesize", "signals:synthesize")
+    slow = ("memory:", "kills:", "names:", "vanishing:", "power:pre", "power:fine", "signals:pre", "signals:fine")
+    slow += ("calls:fine", "calls:index", "calls:ask", "signals:index", "signals:ask", "signals:features")
+    slow += ("power:features", "power:index", "power:ask", "power:synthesize", "signals:synthesize")
     big = MORE.keys() - {"synthesize"}
     kinds = [kind for kind in KINDS if not kind.startswith(slow) and kind.partition(":")[2] not in big]
     out = run(run_python, "--cases", 1, "--seed", 20, *(word for kind in kinds for word in ("--only", kind)))

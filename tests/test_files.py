@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx import nn
 
-from llama3v_mlx import files
+from llama3v_mlx import files, locks
 from llama3v_mlx.cli import error_line, keep_awake, run
 from llama3v_mlx.features.repair import verify
 from llama3v_mlx.features.store import Features, FeatureStore, StoreInfo
@@ -135,7 +135,7 @@ def test_one_process_makes_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_renamed_while_another_process_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The marker that the other has opened is that of the finished folder: it must neither use nor remove that."""
-    lock, other = files.lock, []
+    lock, other = locks.lock, []
 
     def renaming(file, wait: bool) -> bool:
         if not other:
@@ -145,7 +145,7 @@ def test_a_folder_renamed_while_another_process_takes_it(tmp_path: Path, monkeyp
     (tmp_path / "new.partial").mkdir()
     for name in (files.MARKER, "file"):
         (tmp_path / "new.partial" / name).touch()
-    monkeypatch.setattr(files, "lock", renaming)
+    monkeypatch.setattr(locks, "lock", renaming)
     with pytest.raises(FileExistsError, match="new exists already"), files.new_folder(tmp_path / "new", 0):
         pass
     assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "file").exists()
@@ -159,6 +159,13 @@ def test_a_cleanup_that_is_interrupted_leaves_a_leftover(tmp_path: Path, monkeyp
             (partial / name).touch()
         raise KeyboardInterrupt
     assert os.listdir(tmp_path / "new.partial") == [files.MARKER]
+
+
+def test_a_marker_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "open_locked", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), files.new_folder(tmp_path / "new", 0):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("target", ["nowhere", "folder"])
@@ -184,10 +191,10 @@ def test_macos_flushes_the_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
-        assert files.lock(first)
-        assert not files.lock(second, wait=False)
+        assert locks.lock(first)
+        assert not locks.lock(second, wait=False)
         first.close()
-        assert files.lock(second, wait=False)
+        assert locks.lock(second, wait=False)
 
 
 @pytest.fixture

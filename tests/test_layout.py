@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("device",),
     ("llama3v_mlx",),
+    ("locks",),
     ("files", "tiling"),
     ("hub",),
     ("pdf",),

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama3v_mlx import synthesize
 from llama3v_mlx.evaluate import served
-from llama3v_mlx.files import open_locked
+from llama3v_mlx.locks import open_locked
 from llama3v_mlx.synthesize import KINDS, Rejected, conversation_of, prompt_of
 
 GOOD = "Question: What is it?\nAnswer: A red star.\nQuestion: How many?\nAnswer: One."
@@ -178,7 +178,16 @@ def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(
     "line",
-    [b"{", b"[]", b'{"captions": ["a"]}', b'{"image": "a.png", "captions": []}', b'"\xff"', b"[" * 10**5],
+    [
+        b"{",
+        b"[]",
+        b'{"captions": ["a"]}',
+        b'{"image": "a.png", "captions": []}',
+        b'{"image": "a.png", "captions": ["a", 1]}',
+        rb'{"image": "a.png", "captions": ["\ud800"]}',
+        b'"\xff"',
+        b"[" * 10**5,
+    ],
 )
 def test_captions_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, line: bytes) -> None:
     (tmp_path / "captions.jsonl").write_bytes(line + b"\n")

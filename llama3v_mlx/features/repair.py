@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import check_file, list_folder, lock
+from ..files import check_file, list_folder
+from ..locks import lock
 from .database import Database, connect_readonly, create_database
 from .growing import number_of, open_unbuffered
 from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records

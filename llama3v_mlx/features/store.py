@@ -17,7 +17,8 @@ import numpy as np
 
 from ..checkpoint import read_json
 from ..fields import Choice, Flag, Number, Text, check_fields
-from ..files import list_folder, lock, write_beside
+from ..files import list_folder, write_beside
+from ..locks import lock
 from .database import FORMAT, Database, create_database
 from .shards import COLUMNS, DTYPES, LOCK, STORE, FeatureError, Shard, from_stored, to_records
 from .sources import FileStat

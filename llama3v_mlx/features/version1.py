@@ -11,7 +11,8 @@ from sqlite3 import Connection
 import numpy as np
 
 from ..checkpoint import read_json
-from ..files import list_folder, lock, printable, write_beside
+from ..files import list_folder, printable, write_beside
+from ..locks import lock
 from .database import FORMAT, Database, create_database, fill_new, in_memory
 from .shards import COLUMNS, LOCK, RECORD, STORE
 from .sources import signed

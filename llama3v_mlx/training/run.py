@@ -23,8 +23,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
 from ..fields import CheckpointError, Number, check_fields
-from ..files import beside, check_file, check_name, flush, list_folder, lock, new_folder, write_beside, writing
+from ..files import beside, check_file, check_name, flush, list_folder, new_folder, write_beside, writing
 from ..generation import ADAPTER_CONFIG, ADAPTERS
+from ..locks import hold
 
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"
 NEWEST = 2  # checkpoints kept, besides the best
@@ -56,10 +57,7 @@ class RunFolder:
         if self.folder.is_file():
             raise ValueError(f"{folder}: is a file; use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(self.folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, held)
-        if not lock(held, wait=False):
-            raise OSError(f"{folder}: is being written by another process")
+        weakref.finalize(self, os.close, hold(self.folder))
         if path.exists():
             if not resume:
                 raise ValueError(f"{folder}: contains a run; continue it with --resume, or use another --out")

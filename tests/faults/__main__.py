@@ -20,12 +20,12 @@ if __name__ == "__main__":  # before MLX is imported, and not where the suite im
     os.environ |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"RAYON_NUM_THREADS": "1", "LLAMA3V_DEVICE": "cpu"}
 
-from . import calls, checkpoints, images, stores  # noqa: E402
+from . import calls, checkpoints, images, inputs, stores  # noqa: E402
 from .harness import warm_up  # noqa: E402
 from .material import Material  # noqa: E402
 from .shim import shim, start_with_shim  # noqa: E402
 
-MODULES = {name: module for module in (checkpoints, stores, images, calls) for name in module.KINDS}
+MODULES = {name: module for module in (checkpoints, stores, images, inputs, calls) for name in module.KINDS}
 KINDS = tuple(MODULES)
 
 

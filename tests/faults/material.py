@@ -43,6 +43,7 @@ class Material:
         """
         from . import written
         from .images import make_images
+        from .inputs import make_inputs
 
         self._do(lambda: _save_models(self.folder))
         self._do(command("convert", "--hf-path", self / "tiny", "--mlx-path", self / "mlx"))
@@ -52,6 +53,7 @@ class Material:
         chat = command("chat", "--model", self / "tiny", "--max-tokens", 3, "--temp", 0, "--force")
         self._do(chat, f"{self / 'images' / 'a.png'} What is it?\n/save {self / 'saved'}\n".encode())
         self._do(lambda: make_images(self / "formats"))
+        make_inputs(self)
         self._do(command("embed", self / "images", "--model", self / "siglip", "--out", self / "store"))
         (self / "answers").mkdir()
         (self / "prompts").mkdir()

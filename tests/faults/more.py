@@ -122,8 +122,10 @@ def _updated(port: int) -> str | None:
 
 def _get(port: int, path: str, body: dict | None = None) -> tuple[int, bytes]:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-        headers = {"Content-Type": "application/json"} if body else {}
-        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
 

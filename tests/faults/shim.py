@@ -1,5 +1,6 @@
 """Build and control `shim.c`, which makes the n-th system call of a command fail or be hit by a signal."""
 
+import atexit
 import ctypes
 import functools
 import os
@@ -30,6 +31,7 @@ def shim() -> ctypes.CDLL | None:
     if _LOADED not in os.environ:
         return None
     os.environ.pop("LD_PRELOAD", None)  # not for what the commands start, but see `disturb_started`
+    atexit.register(shutil.rmtree, Path(os.environ[_LOADED]).parent, ignore_errors=True)
     library = ctypes.CDLL(os.environ[_LOADED])
     library.faults_seen.restype = ctypes.c_long
     library.faults_log.restype = ctypes.c_char_p
