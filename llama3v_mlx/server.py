@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import ipaddress
 import logging
 import os
 import signal
@@ -25,33 +26,39 @@ from .cli import (
 from .demo import CHECKPOINT, SIGLIP
 
 GRACE_SECONDS = 5.0  # for running answers when the server is stopped
-STOP = (signal.SIGINT, signal.SIGTERM)
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that stand for all addresses, and one of these
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve until Ctrl-C or SIGTERM; running answers then have `GRACE_SECONDS`.
+    """Serve until Ctrl-C, SIGTERM or the end of the terminal; running answers then have `GRACE_SECONDS`.
 
     Raises:
         OSError: if the address is taken, or the prompt cache's folder cannot be made.
         CheckpointError: if a checkpoint cannot be loaded.
     """
-    before = [signal.signal(number, lambda *_: sys.exit(0)) for number in STOP]
+    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in stop_signals()}
     try:
-        _serve(args)
+        _serve(args, tuple(before))
     finally:
-        for number, handler in zip(STOP, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _serve(args: argparse.Namespace) -> None:
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that stop the server; not the end of the terminal under nohup, which ignores it."""
+    end = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return signal.SIGINT, signal.SIGTERM, *end
+
+
+def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...]) -> None:
     from .generation import load
-    from .serving.app import App, Options
+    from .serving.app import Options
     from .serving.prefix_cache import PrefixCache, fingerprint
 
     note_slow_cpu()
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
-    app = App(
+    app = _bind(
         Options(
             name=Path(args.model).name if args.model else "llama3v-demo",
             host=args.host,
@@ -90,15 +97,39 @@ def _serve(args: argparse.Namespace) -> None:
     if app.library is not None:
         app.library.indexer.start()
     told = threading.Event()
-    for number in STOP:
+    for number in stop:
         signal.signal(number, lambda *_: told.set())
     threading.Thread(target=app.serve_forever, name="accept", daemon=True).start()
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {app.options.name} at http://{host}:{app.server_port}", file=sys.stderr, flush=True)
+    more = ", and at the other addresses of this machine" if args.host in EVERYWHERE else ""
+    print(f"serving {app.options.name} at http://{_address(args.host, app.server_port)}{more}", file=sys.stderr)
+    if app.options.api_key is None and not ipaddress.ip_address(app.server_address[0].partition("%")[0]).is_loopback:
+        print(
+            "note: whoever reaches this address may use the server; --api-key-env NAME asks for a key", file=sys.stderr
+        )
     told.wait()
-    for number in STOP:  # a second time means at once
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second time means at once
         signal.signal(number, signal.SIG_DFL)
     app.close(GRACE_SECONDS)
+
+
+def _bind(options):
+    """Return the server, bound to its address.
+
+    Raises:
+        OSError: if it cannot be bound.
+    """
+    from .serving.app import App
+
+    try:
+        return App(options)
+    except OSError as e:
+        address = _address(options.host, options.port)
+        raise OSError(f"cannot listen at {address} ({e.strerror}); choose another --port or --host") from e
+
+
+def _address(host: str, port: int) -> str:
+    host = EVERYWHERE.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -174,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.api_key_env and not os.environ.get(args.api_key_env):
         parser.error(f"--api-key-env: the environment has no {args.api_key_env}")
+    if not args.host:
+        parser.error("--host: is empty; 0.0.0.0 is all addresses of this machine")
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     if args.library is None and (args.library_index or args.library_model):

@@ -25,7 +25,7 @@ from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.features.encoder import load_encoder
-from llama3v_mlx.server import main
+from llama3v_mlx.server import main, stop_signals
 from llama3v_mlx.serving import app as apps
 from llama3v_mlx.serving import connection, endpoints, prompts
 from llama3v_mlx.serving import engine as engines
@@ -953,6 +953,7 @@ class TestStartAndStop:
             (["--allow-remote-images"], "--allow-remote-images"),
             (["--kv-bits", "8"], "--kv-bits"),
             (["--port", "99999"], "--port"),
+            (["--host", ""], "--host"),
             (["--prompt-cache-bytes", "many"], "--prompt-cache-bytes"),
             (["--top-p", "2"], "--top-p"),
             (["--api-key-env", "NO_SUCH_NAME"], "--api-key-env"),
@@ -978,6 +979,8 @@ class TestStartAndStop:
                 done = run_main("llama3v_mlx.server", *options)
                 last = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
                 assert done.returncode == 1 and len(last) == 1 and last[0].startswith("error: "), (options, done)
+                if options[1] != "0":
+                    assert f"127.0.0.1:{options[1]} (" in last[0] and "choose another --port" in last[0]
 
     def test_help_names_every_option(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit) as ended:
@@ -994,10 +997,15 @@ class TestStartAndStop:
         ):
             assert name in said
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_nohup(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
+            assert signal.SIGTERM in stop_signals() and (signal.SIGHUP in stop_signals()) == stops
+
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
     def test_a_signal_lets_running_answers_end(self, number: signal.Signals, tmp_path: Path) -> None:
         """And a server whose prefix cache was on disk does not decode the image again."""
-        options = ("--temp", "0", "--prompt-cache-dir", tmp_path)
+        options = ("--temp", "0", "--prompt-cache-dir", tmp_path, "--host", "0.0.0.0")
         with served("llama3v_mlx.server", *options, cwd=ROOT, start_new_session=True) as (server, port, said):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             body = chat(image(STARS), "What is this image?", stream=True, max_tokens=60)
@@ -1010,6 +1018,7 @@ class TestStartAndStop:
             assert server.wait(30) == 0, said
         assert rest.endswith("data: [DONE]\n\n") and events_of(rest)[-1]["choices"][0]["finish_reason"] == "length"
         assert "Traceback" not in "".join(said) and list(tmp_path.glob("*/*.safetensors"))
+        assert f"at http://127.0.0.1:{port}, and" in said[-2] and "--api-key-env" in said[-1]
 
     def test_what_does_not_end_in_time_is_told(self, demo) -> None:
         with serving(*demo) as app, ThreadPoolExecutor(1) as pool:
