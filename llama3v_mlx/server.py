@@ -100,12 +100,7 @@ def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...]) -> None:
     for number in stop:
         signal.signal(number, lambda *_: told.set())
     threading.Thread(target=app.serve_forever, name="accept", daemon=True).start()
-    more = ", and at the other addresses of this machine" if args.host in EVERYWHERE else ""
-    print(f"serving {app.options.name} at http://{_address(args.host, app.server_port)}{more}", file=sys.stderr)
-    if app.options.api_key is None and not ipaddress.ip_address(app.server_address[0].partition("%")[0]).is_loopback:
-        print(
-            "note: whoever reaches this address may use the server; --api-key-env NAME asks for a key", file=sys.stderr
-        )
+    print(announcement(app.options, *app.server_address[:2]), file=sys.stderr)
     told.wait()
     for number in (signal.SIGINT, signal.SIGTERM):  # a second time means at once
         signal.signal(number, signal.SIG_DFL)
@@ -125,6 +120,16 @@ def _bind(options):
     except OSError as e:
         address = _address(options.host, options.port)
         raise OSError(f"cannot listen at {address} ({e.strerror}); choose another --port or --host") from e
+
+
+def announcement(options, address: str, port: int) -> str:
+    """Return what is said when the server listens at `address`, which `options.host` was resolved to."""
+    said = f"serving {options.name} at http://{_address(options.host, port)}"
+    if options.host in EVERYWHERE:
+        said += ", and at the other addresses of this machine"
+    if options.api_key is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        said += "\nnote: whoever reaches this address may use it; --api-key-env NAME requires a key"
+    return said
 
 
 def _address(host: str, port: int) -> str:

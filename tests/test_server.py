@@ -25,11 +25,11 @@ from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.features.encoder import load_encoder
-from llama3v_mlx.server import main, stop_signals
+from llama3v_mlx.server import announcement, main, stop_signals
 from llama3v_mlx.serving import app as apps
 from llama3v_mlx.serving import connection, endpoints, prompts
 from llama3v_mlx.serving import engine as engines
-from llama3v_mlx.serving.app import App
+from llama3v_mlx.serving.app import App, Options
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
@@ -997,6 +997,24 @@ class TestStartAndStop:
         ):
             assert name in said
 
+    @pytest.mark.parametrize(
+        "host, address, shown, is_open",
+        [
+            ("127.0.0.1", "127.0.0.1", "127.0.0.1:80", False),
+            ("localhost", "127.0.0.1", "localhost:80", False),
+            ("::1", "::1", "[::1]:80", False),
+            ("0.0.0.0", "0.0.0.0", "127.0.0.1:80, and", True),
+            ("::", "::", "[::1]:80, and", True),
+            ("mac.local", "192.168.1.2", "mac.local:80", True),
+            ("fe80::1%lo", "fe80::1%lo", "[fe80::1%lo]:80", True),
+        ],
+    )
+    def test_what_is_said(self, host: str, address: str, shown: str, is_open: bool) -> None:
+        """An address that the server answers at, and whether others may use it."""
+        said = announcement(Options("m", host), address, 80)
+        assert said.startswith(f"serving m at http://{shown}") and ("--api-key-env" in said) == is_open
+        assert "--api-key-env" not in announcement(Options("m", host, api_key="x"), address, 80)
+
     def test_nohup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
             monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
@@ -1005,7 +1023,7 @@ class TestStartAndStop:
     @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
     def test_a_signal_lets_running_answers_end(self, number: signal.Signals, tmp_path: Path) -> None:
         """And a server whose prefix cache was on disk does not decode the image again."""
-        options = ("--temp", "0", "--prompt-cache-dir", tmp_path, "--host", "0.0.0.0")
+        options = ("--temp", "0", "--prompt-cache-dir", tmp_path)
         with served("llama3v_mlx.server", *options, cwd=ROOT, start_new_session=True) as (server, port, said):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             body = chat(image(STARS), "What is this image?", stream=True, max_tokens=60)
@@ -1018,7 +1036,6 @@ class TestStartAndStop:
             assert server.wait(30) == 0, said
         assert rest.endswith("data: [DONE]\n\n") and events_of(rest)[-1]["choices"][0]["finish_reason"] == "length"
         assert "Traceback" not in "".join(said) and list(tmp_path.glob("*/*.safetensors"))
-        assert f"at http://127.0.0.1:{port}, and" in said[-2] and "--api-key-env" in said[-1]
 
     def test_what_does_not_end_in_time_is_told(self, demo) -> None:
         with serving(*demo) as app, ThreadPoolExecutor(1) as pool:
