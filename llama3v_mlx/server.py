@@ -5,9 +5,11 @@ import dataclasses
 import ipaddress
 import logging
 import os
+import re
 import signal
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 from .cli import (
@@ -161,12 +163,18 @@ def main(argv: list[str] | None = None) -> None:
     who.add_argument(
         "--allow-origin",
         action="append",
+        type=_origin,
         default=[],
         metavar="ORIGIN",
         help="origin of other web pages to admit; *: all",
     )
     who.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="further host name of this server"
+        "--allowed-host",
+        action="append",
+        type=_host_name,
+        default=[],
+        metavar="NAME",
+        help="further host name of this server",
     )
 
     defaults = parser.add_argument_group("defaults of requests", "sampling defaults to the checkpoint's")
@@ -226,6 +234,24 @@ def _port(text: str) -> int:
     if not 0 <= value < 1 << 16:
         raise argparse.ArgumentTypeError(f"{value} is not a port")
     return value
+
+
+def _origin(text: str) -> str:
+    origin = text.rstrip("/")
+    if origin not in ("*", "null") and not re.fullmatch(r"[\w+.-]+://[^/\s]+", origin):
+        raise argparse.ArgumentTypeError(f"{text} is not an origin like https://chat.example or http://localhost:3000")
+    return origin
+
+
+def _host_name(text: str) -> str:
+    """Name of a host, whose port does not matter."""
+    try:
+        name = urllib.parse.urlsplit(f"//{text}").hostname
+    except ValueError:
+        name = None
+    if not name or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a host, like mac.local")
+    return name
 
 
 if __name__ == "__main__":

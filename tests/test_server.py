@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT, serving, tolerance
 from PIL import Image
 
+from llama3v_mlx import server as servers
 from llama3v_mlx import stream_generate
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
@@ -954,6 +955,10 @@ class TestStartAndStop:
             (["--kv-bits", "8"], "--kv-bits"),
             (["--port", "99999"], "--port"),
             (["--host", ""], "--host"),
+            (["--allow-origin", "chat.example"], "--allow-origin"),
+            (["--allow-origin", "https://chat.example/page"], "--allow-origin"),
+            (["--allowed-host", "http://mac.local"], "--allowed-host"),
+            (["--allowed-host", "[::1"], "--allowed-host"),
             (["--prompt-cache-bytes", "many"], "--prompt-cache-bytes"),
             (["--top-p", "2"], "--top-p"),
             (["--api-key-env", "NO_SUCH_NAME"], "--api-key-env"),
@@ -964,6 +969,16 @@ class TestStartAndStop:
             main(options)
         error = capsys.readouterr().err
         assert ended.value.code == 2 and error.startswith("usage: ") and name in error.splitlines()[-1]
+
+    def test_origins_and_hosts_are_taken_as_they_are_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the slash of an address line, or a port."""
+        seen = []
+        monkeypatch.setattr(servers, "run", lambda command, debug: command())
+        monkeypatch.setattr(servers, "serve", seen.append)
+        hosts = [part for host in ("Mac.local:8080", "[::1]:80", "mac") for part in ("--allowed-host", host)]
+        main(["--allow-origin", "https://chat.example/", "--allow-origin", "*", *hosts])
+        assert seen[0].allow_origin == ["https://chat.example", "*"]
+        assert seen[0].allowed_host == ["mac.local", "::1", "mac"]
 
     def test_what_cannot_be_served(self, run_main, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
