@@ -759,6 +759,8 @@ class TestWhoMayAsk:
             for path, body in (("/v1/models", None), (CHAT, chat("Hello"))):
                 status, said = request(port, path, body, headers={"Origin": origin})
                 assert status == 403 and json.loads(said)["error"]["code"] == "origin_not_allowed"
+            sent = f"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nConnection: close\r\n\r\n"
+            assert b"Access-Control-Allow-Origin" not in raw(port, sent.encode())
             assert request(port, CHAT, method="OPTIONS", headers={"Origin": origin})[0] == 403
         assert request(port, "/v1/models", headers={"Origin": f"http://127.0.0.1:{port}"})[0] == 200
 
