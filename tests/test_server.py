@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -644,10 +645,10 @@ class TestBodies:
             large = b" " * 9000 + json.dumps(chat("Hello", max_tokens=1)).encode()
             assert request(app.server_port, CHAT, large)[0] == 200 and free == [8 * 10_000 - len(large)]
             assert app.bodies.acquire(8 * 10_000, 9)
-            monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.05)
+            patient, app.options = app.options, dataclasses.replace(app.options, timeout=0.05)
             status, said = request(app.server_port, CHAT, large)
             assert status == 503 and json.loads(said)["error"]["code"] == "busy"
-            monkeypatch.setattr(connection, "RECEIVE_SECONDS", 30)
+            app.options = patient
             assert ask(app.server_port, "Hello", max_tokens=1)[0] == 200
             app.bodies.release(8 * 10_000)
             assert request(app.server_port, CHAT, large)[0] == 200

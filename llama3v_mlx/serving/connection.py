@@ -177,7 +177,7 @@ class Connection(BaseHTTPRequestHandler):
     def _room_for(self, length: int) -> Iterator[None]:
         """Hold room for a body and what is made of it, until the request has been answered."""
         held = length if length > SMALL_BODY else 0
-        if not self.server.bodies.acquire(held, RECEIVE_SECONDS):
+        if not self.server.bodies.acquire(held, self.server.options.timeout):
             raise RequestError(503, "too many large requests are being answered", "busy")
         self._reader.deadline = time.monotonic() + RECEIVE_SECONDS
         try:
