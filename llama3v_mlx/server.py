@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import ipaddress
 import logging
 import os
 import re
@@ -28,7 +27,6 @@ from .cli import (
 from .demo import CHECKPOINT, SIGLIP
 
 GRACE_SECONDS = 5.0  # for running answers when the server is stopped
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that stand for all addresses, and one of these
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -39,9 +37,15 @@ def serve(args: argparse.Namespace) -> None:
         OSError: if the address is taken, or the prompt cache's folder cannot be made.
         CheckpointError: if a checkpoint cannot be loaded.
     """
-    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in stop_signals()}
+    told = threading.Event()
+
+    def stop(*_) -> None:
+        told.set()  # libraries may swallow what is raised while they are imported
+        sys.exit(0)
+
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
-        _serve(args, tuple(before))
+        _serve(args, tuple(before), told)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -53,14 +57,14 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return signal.SIGINT, signal.SIGTERM, *end
 
 
-def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...]) -> None:
+def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...], told: threading.Event) -> None:
     from .generation import load
-    from .serving.app import Options
+    from .serving.app import App, Options, announcement
     from .serving.prefix_cache import PrefixCache, fingerprint
 
     note_slow_cpu()
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
-    app = _bind(
+    app = App(
         Options(
             name=Path(args.model).name if args.model else "llama3v-demo",
             host=args.host,
@@ -98,7 +102,6 @@ def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...]) -> None:
 
     if app.library is not None:
         app.library.indexer.start()
-    told = threading.Event()
     for number in stop:
         signal.signal(number, lambda *_: told.set())
     threading.Thread(target=app.serve_forever, name="accept", daemon=True).start()
@@ -107,36 +110,6 @@ def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a second time means at once
         signal.signal(number, signal.SIG_DFL)
     app.close(GRACE_SECONDS)
-
-
-def _bind(options):
-    """Return the server, bound to its address.
-
-    Raises:
-        OSError: if it cannot be bound.
-    """
-    from .serving.app import App
-
-    try:
-        return App(options)
-    except OSError as e:
-        address = _address(options.host, options.port)
-        raise OSError(f"cannot listen at {address} ({e.strerror}); choose another --port or --host") from e
-
-
-def announcement(options, address: str, port: int) -> str:
-    """Return what is said when the server listens at `address`, which `options.host` was resolved to."""
-    said = f"serving {options.name} at http://{_address(options.host, port)}"
-    if options.host in EVERYWHERE:
-        said += ", and at the other addresses of this machine"
-    if options.api_key is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        said += "\nnote: whoever reaches this address may use it; --api-key-env NAME requires a key"
-    return said
-
-
-def _address(host: str, port: int) -> str:
-    host = EVERYWHERE.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import io
 import json
+import os
 import signal
 import socket
 import struct
@@ -21,17 +22,17 @@ import pytest
 from conftest import ROOT, serving, tolerance
 from PIL import Image
 
+from llama3v_mlx import generation, stream_generate
 from llama3v_mlx import server as servers
-from llama3v_mlx import stream_generate
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.features.encoder import load_encoder
-from llama3v_mlx.server import announcement, main, stop_signals
+from llama3v_mlx.server import main, stop_signals
 from llama3v_mlx.serving import app as apps
 from llama3v_mlx.serving import connection, endpoints, prompts
 from llama3v_mlx.serving import engine as engines
-from llama3v_mlx.serving.app import App, Options
+from llama3v_mlx.serving.app import App, Options, announcement
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
@@ -1032,6 +1033,35 @@ class TestStartAndStop:
         said = announcement(Options("m", host), address, 80)
         assert said.startswith(f"serving m at http://{shown}") and ("--api-key-env" in said) == is_open
         assert "--api-key-env" not in announcement(Options("m", host, api_key="x"), address, 80)
+
+    def test_an_address_that_is_taken_while_the_model_is_loaded(self) -> None:
+        """Two may bind it; the second one to listen fails."""
+        with contextlib.ExitStack() as stack:
+
+            def bound(port: int) -> App:
+                app = App(Options("m", port=port))
+                stack.callback(app.server_close)
+                return app
+
+            first = bound(0)
+            with pytest.raises(OSError, match=rf"127.0.0.1:{first.server_port} \(.*; choose another --port"):
+                second = bound(first.server_port)
+                first.server_activate()
+                second.server_activate()
+
+    def test_a_signal_that_a_library_swallows(self, demo, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(*args, **options):
+            with contextlib.suppress(SystemExit):
+                signal.raise_signal(signal.SIGTERM)
+            return demo
+
+        monkeypatch.setattr(generation, "load", load)
+        monkeypatch.setattr(servers, "run", lambda command, debug: command())
+        late = threading.Timer(30, os.kill, (os.getpid(), signal.SIGTERM))
+        late.start()
+        main(["--port", "0"])
+        assert late.is_alive()
+        late.cancel()
 
     def test_nohup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
