@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -263,8 +264,9 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     is_heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
     if not (is_heif and _register_heif()):
         formats.remove("HEIF")
+    file = _File(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(file, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter under `python -W error`
         raise ImageError(f"{name}: over the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; resize it first") from None
     except Image.UnidentifiedImageError:
@@ -275,9 +277,25 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
         raise ImageError(f"{name}: not an image, damaged, or not one of {', '.join(FORMATS)}") from None
     except Exception as e:
         raise ImageError(f"{name}: the image is damaged or truncated ({_reason(e)})") from e
+    if image.format == "BMP":
+        file.reads_left = sys.maxsize  # Pillow reads its run lengths one by one
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_raw(image.tag_v2):
         raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
     return image
+
+
+class _File(io.BytesIO):
+    """Bytes of an image file, which are read in few pieces; a header of millions of parts would take minutes."""
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self.reads_left = 20_000 + len(data) // 64
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError("its header has too many parts")
+        return super().read(size)
 
 
 def _register_heif() -> bool:

@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 from .cli import (
@@ -26,24 +28,35 @@ from .demo import CHECKPOINT, SIGLIP
 from .files import printable
 
 GRACE_SECONDS = 5.0  # for running answers when the server is stopped
-STOP = (signal.SIGINT, signal.SIGTERM)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve until Ctrl-C or SIGTERM; running answers then have `GRACE_SECONDS`.
+    """Serve until Ctrl-C, SIGTERM or the end of the terminal; running answers then have `GRACE_SECONDS`.
 
     Raises:
         OSError: if the address is taken, or the prompt cache's folder cannot be made.
         CheckpointError: if a checkpoint cannot be loaded.
     """
-    before = [signal.signal(number, lambda *_: sys.exit(0)) for number in STOP]
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    # Told in whichever thread a signal arrives, which may not wake this one, and if a library swallows the exit.
+    signal.set_wakeup_fd(tell)
+    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in stop_signals()}
     try:
-        _serve(args)
+        _serve(args, tuple(before), told)
     finally:
         signal.set_wakeup_fd(-1)
-        for number, handler in zip(STOP, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(told)
+        os.close(tell)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that stop the server; not the end of the terminal under nohup, which ignores it."""
+    end = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return signal.SIGINT, signal.SIGTERM, *end
 
 
 class HarmlessFormatter(logging.Formatter):
@@ -53,9 +66,9 @@ class HarmlessFormatter(logging.Formatter):
         return printable(super().format(record), keep="\n")
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...], told: int) -> None:
     from .generation import load
-    from .serving.app import App, Options
+    from .serving.app import App, Options, announcement
     from .serving.prefix_cache import PrefixCache, fingerprint
 
     note_slow_cpu()
@@ -100,17 +113,12 @@ def _serve(args: argparse.Namespace) -> None:
 
     if app.library is not None:
         app.library.indexer.start()
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    # Written to in whichever thread the signal arrives. Handlers run in this one, which another's signal does not wake.
-    signal.set_wakeup_fd(tell)
-    for number in STOP:
+    for number in stop:
         signal.signal(number, lambda *_: None)
     threading.Thread(target=app.serve_forever, name="accept", daemon=True).start()
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {app.options.name} at http://{host}:{app.server_port}", file=sys.stderr, flush=True)
+    print(announcement(app.options, *app.server_address[:2]), file=sys.stderr, flush=True)
     os.read(told, 1)
-    for number in STOP:  # a second time means at once
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second time means at once
         signal.signal(number, signal.SIG_DFL)
     app.close(GRACE_SECONDS)
 
@@ -140,12 +148,18 @@ def main(argv: list[str] | None = None) -> None:
     who.add_argument(
         "--allow-origin",
         action="append",
+        type=_origin,
         default=[],
         metavar="ORIGIN",
         help="origin of other web pages to admit; *: all",
     )
     who.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="further host name of this server"
+        "--allowed-host",
+        action="append",
+        type=_host_name,
+        default=[],
+        metavar="NAME",
+        help="further host name of this server",
     )
 
     defaults = parser.add_argument_group("defaults of requests", "sampling defaults to the checkpoint's")
@@ -191,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.api_key_env and not os.environ.get(args.api_key_env):
         parser.error(f"--api-key-env: the environment has no {args.api_key_env}")
+    if not args.host:
+        parser.error("--host: is empty; 0.0.0.0 is all addresses of this machine")
     if args.model is None:
         print(DEMO_NOTE, file=sys.stderr)
     if args.library is None and (args.library_index or args.library_model):
@@ -205,6 +221,24 @@ def _port(text: str) -> int:
     if not 0 <= value < 1 << 16:
         raise argparse.ArgumentTypeError(f"{value} is not a port")
     return value
+
+
+def _origin(text: str) -> str:
+    origin = text.rstrip("/")
+    if origin not in ("*", "null") and not re.fullmatch(r"[\w+.-]+://[^/\s]+", origin):
+        raise argparse.ArgumentTypeError(f"{text} is not an origin like https://chat.example or http://localhost:3000")
+    return origin
+
+
+def _host_name(text: str) -> str:
+    """Name of a host, whose port does not matter."""
+    try:
+        name = urllib.parse.urlsplit(f"//{text}").hostname
+    except ValueError:
+        name = None
+    if not name or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a host, like mac.local")
+    return name
 
 
 if __name__ == "__main__":

@@ -156,6 +156,10 @@ def test_the_folder_is_bounded(tmp_path: Path) -> None:
     assert PrefixCache(10**6, tmp_path, "model").fetch(RequestPrompt([9] * 64).blocks(), 1000)[0] == 64
     smaller = PrefixCache(10**6, tmp_path, "model", max_folder_bytes=size // 2)
     assert smaller.folder_bytes <= size // 2
+    none = PrefixCache(10**6, tmp_path, "model", max_folder_bytes=10)
+    none.store(RequestPrompt([3] * 64).blocks(), held)
+    saved(none)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_what_leaves_the_memory_is_saved_first(tmp_path: Path) -> None:

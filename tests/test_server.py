@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -21,16 +22,17 @@ import pytest
 from conftest import ROOT, serving, tolerance
 from PIL import Image
 
-from llama3v_mlx import stream_generate
+from llama3v_mlx import generation, stream_generate
+from llama3v_mlx import server as servers
 from llama3v_mlx.conversation import Conversation
 from llama3v_mlx.demo import IMAGES, SIGLIP
 from llama3v_mlx.evaluate import served
 from llama3v_mlx.features.encoder import load_encoder
-from llama3v_mlx.server import main
+from llama3v_mlx.server import main, stop_signals
 from llama3v_mlx.serving import app as apps
 from llama3v_mlx.serving import connection, endpoints, prompts
 from llama3v_mlx.serving import engine as engines
-from llama3v_mlx.serving.app import App
+from llama3v_mlx.serving.app import App, Options, announcement
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
@@ -644,10 +646,10 @@ class TestBodies:
             large = b" " * 9000 + json.dumps(chat("Hello", max_tokens=1)).encode()
             assert request(app.server_port, CHAT, large)[0] == 200 and free == [8 * 10_000 - len(large)]
             assert app.bodies.acquire(8 * 10_000, 9)
-            monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.05)
+            patient, app.options = app.options, dataclasses.replace(app.options, timeout=0.05)
             status, said = request(app.server_port, CHAT, large)
             assert status == 503 and json.loads(said)["error"]["code"] == "busy"
-            monkeypatch.setattr(connection, "RECEIVE_SECONDS", 30)
+            app.options = patient
             assert ask(app.server_port, "Hello", max_tokens=1)[0] == 200
             app.bodies.release(8 * 10_000)
             assert request(app.server_port, CHAT, large)[0] == 200
@@ -759,6 +761,8 @@ class TestWhoMayAsk:
             for path, body in (("/v1/models", None), (CHAT, chat("Hello"))):
                 status, said = request(port, path, body, headers={"Origin": origin})
                 assert status == 403 and json.loads(said)["error"]["code"] == "origin_not_allowed"
+            sent = f"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nConnection: close\r\n\r\n"
+            assert b"Access-Control-Allow-Origin" not in raw(port, sent.encode())
             assert request(port, CHAT, method="OPTIONS", headers={"Origin": origin})[0] == 403
         assert request(port, "/v1/models", headers={"Origin": f"http://127.0.0.1:{port}"})[0] == 200
 
@@ -954,6 +958,11 @@ class TestStartAndStop:
             (["--allow-remote-images"], "--allow-remote-images"),
             (["--kv-bits", "8"], "--kv-bits"),
             (["--port", "99999"], "--port"),
+            (["--host", ""], "--host"),
+            (["--allow-origin", "chat.example"], "--allow-origin"),
+            (["--allow-origin", "https://chat.example/page"], "--allow-origin"),
+            (["--allowed-host", "http://mac.local"], "--allowed-host"),
+            (["--allowed-host", "[::1"], "--allowed-host"),
             (["--prompt-cache-bytes", "many"], "--prompt-cache-bytes"),
             (["--top-p", "2"], "--top-p"),
             (["--api-key-env", "NO_SUCH_NAME"], "--api-key-env"),
@@ -964,6 +973,16 @@ class TestStartAndStop:
             main(options)
         error = capsys.readouterr().err
         assert ended.value.code == 2 and error.startswith("usage: ") and name in error.splitlines()[-1]
+
+    def test_origins_and_hosts_are_taken_as_they_are_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the slash of an address line, or a port."""
+        seen = []
+        monkeypatch.setattr(servers, "run", lambda command, debug: command())
+        monkeypatch.setattr(servers, "serve", seen.append)
+        hosts = [part for host in ("Mac.local:8080", "[::1]:80", "mac") for part in ("--allowed-host", host)]
+        main(["--allow-origin", "https://chat.example/", "--allow-origin", "*", *hosts])
+        assert seen[0].allow_origin == ["https://chat.example", "*"]
+        assert seen[0].allowed_host == ["mac.local", "::1", "mac"]
 
     def test_what_cannot_be_served(self, run_main, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -979,6 +998,8 @@ class TestStartAndStop:
                 done = run_main("llama3v_mlx.server", *options)
                 last = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
                 assert done.returncode == 1 and len(last) == 1 and last[0].startswith("error: "), (options, done)
+                if options[1] != "0":
+                    assert f"127.0.0.1:{options[1]} (" in last[0] and "choose another --port" in last[0]
 
     def test_help_names_every_option(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit) as ended:
@@ -995,7 +1016,59 @@ class TestStartAndStop:
         ):
             assert name in said
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize(
+        "host, address, shown, is_open",
+        [
+            ("127.0.0.1", "127.0.0.1", "127.0.0.1:80", False),
+            ("localhost", "127.0.0.1", "localhost:80", False),
+            ("::1", "::1", "[::1]:80", False),
+            ("0.0.0.0", "0.0.0.0", "127.0.0.1:80, and", True),
+            ("::", "::", "[::1]:80, and", True),
+            ("mac.local", "192.168.1.2", "mac.local:80", True),
+            ("fe80::1%lo", "fe80::1%lo", "[fe80::1%lo]:80", True),
+        ],
+    )
+    def test_what_is_said(self, host: str, address: str, shown: str, is_open: bool) -> None:
+        """An address that the server answers at, and whether others may use it."""
+        said = announcement(Options("m", host), address, 80)
+        assert said.startswith(f"serving m at http://{shown}") and ("--api-key-env" in said) == is_open
+        assert "--api-key-env" not in announcement(Options("m", host, api_key="x"), address, 80)
+
+    def test_an_address_that_is_taken_while_the_model_is_loaded(self) -> None:
+        """Two may bind it; the second one to listen fails."""
+        with contextlib.ExitStack() as stack:
+
+            def bound(port: int) -> App:
+                app = App(Options("m", port=port))
+                stack.callback(app.server_close)
+                return app
+
+            first = bound(0)
+            with pytest.raises(OSError, match=rf"127.0.0.1:{first.server_port} \(.*; choose another --port"):
+                second = bound(first.server_port)
+                first.server_activate()
+                second.server_activate()
+
+    def test_a_signal_that_a_library_swallows(self, demo, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(*args, **options):
+            with contextlib.suppress(SystemExit):
+                signal.raise_signal(signal.SIGTERM)
+            return demo
+
+        monkeypatch.setattr(generation, "load", load)
+        monkeypatch.setattr(servers, "run", lambda command, debug: command())
+        late = threading.Timer(30, os.kill, (os.getpid(), signal.SIGTERM))
+        late.start()
+        main(["--port", "0"])
+        assert late.is_alive()
+        late.cancel()
+
+    def test_nohup(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
+            assert signal.SIGTERM in stop_signals() and (signal.SIGHUP in stop_signals()) == stops
+
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
     def test_a_signal_lets_running_answers_end(self, number: signal.Signals, tmp_path: Path) -> None:
         """And a server whose prefix cache was on disk does not decode the image again."""
         options = ("--temp", "0", "--prompt-cache-dir", tmp_path)

@@ -8,6 +8,7 @@ import socketserver
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 128
 MAX_BODIES = 8  # of the largest size, at once
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that stand for all addresses, and one of these
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,21 @@ class App(ThreadingHTTPServer):
             raise
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # not HTTPServer's, which looks up the host's name
+        with self._explained():
+            socketserver.TCPServer.server_bind(self)  # not HTTPServer's, which looks up the host's name
         self.server_name, self.server_port = self.server_address[:2]
+
+    def server_activate(self) -> None:
+        with self._explained():
+            super().server_activate()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            address = _shown(self.options.host, self.options.port)
+            raise OSError(f"cannot listen at {address} ({e.strerror}); choose another --port or --host") from e
 
     def listen(self, model: Model, processor: Processor, prefixes: PrefixCache, sampling: Sampling) -> None:
         """Start listening, and answer with a model and default sampling.
@@ -226,3 +241,18 @@ class App(ThreadingHTTPServer):
     def origin_is_allowed(self, origin: str, host: str) -> bool:
         """Whether pages of an origin are admitted: our own page, or an origin named by an option."""
         return origin == f"http://{host}" or bool({origin, "*"} & set(self.options.allowed_origins))
+
+
+def announcement(options: Options, address: str, port: int) -> str:
+    """Return what is said when the server listens at `address`, which `options.host` was resolved to."""
+    said = f"serving {options.name} at http://{_shown(options.host, port)}"
+    if options.host in EVERYWHERE:
+        said += ", and at the other addresses of this machine"
+    if options.api_key is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        said += "\nnote: whoever reaches this address may use it; --api-key-env NAME requires a key"
+    return said
+
+
+def _shown(host: str, port: int) -> str:
+    host = EVERYWHERE.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -53,6 +53,8 @@ class Connection(BaseHTTPRequestHandler):
     server_version, sys_version = "llama3v_mlx", ""
     disable_nagle_algorithm = True
     timeout = RECEIVE_SECONDS
+    _origin: str | None = None  # of an admitted page
+    _streaming = False
 
     def setup(self) -> None:
         super().setup()
@@ -126,13 +128,14 @@ class Connection(BaseHTTPRequestHandler):
         return "Transfer-Encoding" in self.headers
 
     def _check_client(self) -> None:
-        self.path_only = self.path.partition("?")[0]
+        self.path_only, self._origin = self.path.partition("?")[0], None
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.host_is_allowed(hosts[0], self.connection.getsockname()[0]):
             raise RequestError(403, "Host does not name this server; see --allowed-host", "host_not_allowed")
-        self._host, self._origin = hosts[0], self.headers.get("Origin")
-        if self._origin is not None and not self.server.origin_is_allowed(self._origin, self._host):
+        origin = self.headers.get("Origin")
+        if origin is not None and not self.server.origin_is_allowed(origin, hosts[0]):
             raise RequestError(403, "this Origin is not admitted; see --allow-origin", "origin_not_allowed")
+        self._origin = origin
 
     def _check_key(self) -> None:
         key = self.server.options.api_key
@@ -174,7 +177,7 @@ class Connection(BaseHTTPRequestHandler):
     def _room_for(self, length: int) -> Iterator[None]:
         """Hold room for a body and what is made of it, until the request has been answered."""
         held = length if length > SMALL_BODY else 0
-        if not self.server.bodies.acquire(held, RECEIVE_SECONDS):
+        if not self.server.bodies.acquire(held, self.server.options.timeout):
             raise RequestError(503, "too many large requests are being answered", "busy")
         self._reader.deadline = time.monotonic() + RECEIVE_SECONDS
         try:
@@ -228,7 +231,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def _send_common_headers(self) -> None:
         self.send_header("X-Content-Type-Options", "nosniff")
-        if getattr(self, "_origin", None) is not None:
+        if self._origin is not None:
             self.send_header("Access-Control-Allow-Origin", self._origin)
             self.send_header("Vary", "Origin")
 
@@ -237,7 +240,7 @@ class Connection(BaseHTTPRequestHandler):
         kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
         body = {"error": {"message": str(error), "type": kind, "code": error.code, "param": error.param}}
         try:
-            if getattr(self, "_streaming", False):
+            if self._streaming:
                 self._write_event(body)
                 return
             self._send(error.status, body)

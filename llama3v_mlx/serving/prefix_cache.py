@@ -140,6 +140,8 @@ class PrefixCache:
         file = io.BytesIO()
         mx.save_safetensors(file, {"held": self._blocks[digest]})
         data = file.getbuffer()
+        if len(data) > self._max_folder_bytes:
+            return
         path = self._folder / f"{digest}-{hashlib.sha256(data).hexdigest()}.safetensors"
         partial = path.with_suffix(".partial")
         try:
