@@ -38,16 +38,20 @@ def mlx_lm(arguments: list[str]) -> None:
         parser.error(f"mlx_lm.{command} saves checkpoints without their vision part; use llama3v convert or train")
     from mlx_lm import cli
 
+    from .cli import error_line
     from .generation import register
 
     register()
     sys.argv = ["mlx_lm", *arguments]
     try:
         cli.main()
-    except ValueError as e:
-        if not str(e).startswith("CLI requires a subcommand"):
-            raise
-        parser.error(f"{command}: mlx-lm has no such command")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as e:
+        if str(e).startswith("CLI requires a subcommand"):
+            parser.error(f"{command}: mlx-lm has no such command")
+        print(f"error: {error_line(e)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:

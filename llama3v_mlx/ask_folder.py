@@ -257,7 +257,7 @@ def report(asking: Asking, skipped: Skipped, seconds: float) -> None:
     for path, why in skipped.denied:
         print(f"failed: {printable(path)}: the folder cannot be listed ({why})", file=sys.stderr)
     counts = f"{asking.new} images answered, {asking.known} already answered, {len(asking.failed)} failed"
-    speed = f"{asking.new / seconds:.2f} images/s, {asking.tokens / seconds:.1f} tokens/s"
-    print(f"{counts}; {speed}", file=sys.stderr)
+    speed = f"; {asking.new / seconds:.2f} images/s, {asking.tokens / seconds:.1f} tokens/s" if asking.new else ""
+    print(f"{counts}{speed}", file=sys.stderr)
     if skipped.suffixes:
         print(f"skipped: {printable(str(skipped))}", file=sys.stderr)

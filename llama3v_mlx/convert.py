@@ -35,8 +35,8 @@ SPARE_BYTES = 100_000_000  # of disk space, beyond the tensors: tokenizer, heade
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v convert",
-        usage="llama3v convert --hf-path HF_PATH [--mlx-path MLX_PATH] [-q] [options]\n"
-        "       llama3v convert --vision VISION --llm LLM [--mlx-path MLX_PATH] [options]",
+        usage="llama3v convert --hf-path MODEL [--mlx-path DIR] [-q] [options]\n"
+        "       llama3v convert --vision MODEL --llm MODEL [--mlx-path DIR] [options]",
         description="Convert a Llama3-V checkpoint to MLX.",
     )
     parser.add_argument("--hf-path", "--model", help="folder or Hub repository of the checkpoint")

@@ -130,13 +130,17 @@ def embed(args: argparse.Namespace) -> None:
 
 
 def table(figures: dict) -> str:
-    """Format the figures of a run as text."""
+    """Format the figures of a run as text, the speeds only if there is something to measure."""
     lines = [
         f"{figures['new']} images embedded, {figures['known']} already stored, {figures['failed']} failed; "
-        f"{printable(figures['store'])} has {figures['rows']}",
-        f"{figures['images_per_second']:.1f} images/s, {figures['tflops']:.3f} TFLOP/s, "
-        f"batches of {figures['batch_size']}",
+        f"{printable(figures['store'])} has {figures['rows']}"
     ]
+    if not figures["new"]:
+        return lines[0]
+    lines.append(
+        f"{figures['images_per_second']:.1f} images/s, {figures['tflops']:.3f} TFLOP/s, "
+        f"batches of {figures['batch_size']}"
+    )
     for stage, seconds in figures["stage_seconds"].items():
         where = "  (all threads)" if stage in ("read", "decode") else ""
         lines.append(f"  {stage:7} {seconds:9.2f} s{where}")

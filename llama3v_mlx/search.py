@@ -25,9 +25,11 @@ from .cli import (
 from .demo import CHECKPOINT, SIGLIP
 from .files import printable, true_path
 
-FOLDERS = """A Photos library (X.photoslibrary) in FOLDER is skipped; pass it as FOLDER to search its originals.
-Pictures that Photos derives from them are never listed. The features of a deleted picture are kept for 30 days, in
-case it comes back, and removed once most of the index is older than that; --compact removes them now."""
+FOLDERS = """A Photos library (X.photoslibrary) in FOLDER is skipped; pass it as FOLDER to
+search its originals. Pictures that Photos derives from them are never listed.
+The features of a deleted picture are kept for 30 days, in case it comes back,
+and removed once most of the index is older than that; --compact removes them
+now."""
 POLL = 2.0  # seconds between two looks at a watched folder
 
 
@@ -87,9 +89,10 @@ def _filters(args: argparse.Namespace):
 
     folder = None
     if args.folder is not None:
-        folder = true_path(args.folder)
+        inside = true_path(os.path.join(args.store, args.folder))
+        folder = inside if os.path.isdir(inside) else true_path(args.folder)
         if not os.path.isdir(folder):
-            raise ValueError(f"{args.folder}: no such folder")
+            raise ValueError(f"--in {args.folder}: no such folder in {args.store}")
     return Filters(args.after, args.before, folder)
 
 
@@ -150,7 +153,8 @@ def show(paths: list[str], sheet: Path | None) -> None:
         command = [program, str(sheet or os.path.dirname(os.path.abspath(paths[0])))]
     else:
         raise ValueError("--open needs xdg-open (apt-get install xdg-utils)")
-    subprocess.run(command, check=True)
+    if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        raise ValueError(f"--open: {command[0]} could not show {command[-1]}")
 
 
 def _recalled(args: argparse.Namespace) -> int:
@@ -213,22 +217,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v search",
         usage="llama3v search FOLDER [QUERY] [options]",
-        description="Search the pictures of a folder, or of a feature store, by text, image, or sums of both. Printed "
-        "are the match that Llama3-V sees, if it looked, the cosine, the probability that a single text matches, and "
-        "the path.",
+        description="Search the pictures of a folder, or of a feature store, by text, by image, or\n"
+        "by sums of both. A line for each picture has the probability that it matches,\n"
+        "as Llama3-V judges (--rerank, --ask); its cosine; the probability that SigLIP\n"
+        "gives to a single text; and its path.",
         epilog=f"{GRAMMAR}\n\n{FOLDERS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="FOLDER", help="folder of pictures, or a store of pooled embeddings")
     parser.add_argument("text", nargs="?", metavar="QUERY", help="description of the images, or a sum; see below")
     parser.add_argument("--image", metavar="FILE", help="find images similar to this one, instead of a text")
-    parser.add_argument("--top", type=int, default=9, help="number of images to show (default: 9)")
+    parser.add_argument("--top", type=positive, default=9, help="number of images to show (default: 9)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of the images found")
     parser.add_argument("--open", action="store_true", help="show the images found in Finder or the file manager")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "-0", "--print0", action="store_true", help="print only paths, each with a null byte, for xargs"
-    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("-0", "--print0", action="store_true", help="print only paths, each with a null byte, for xargs")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     look = parser.add_argument_group("have Llama3-V look at what SigLIP finds")
     look.add_argument("--rerank", action="store_true", help="rank the images found by whether they show the text")
@@ -242,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     filters = parser.add_argument_group("which pictures of a folder")
     filters.add_argument("--after", type=_date, metavar="DATE", help="taken on this date (2024, 2024-05-17) or later")
     filters.add_argument("--before", type=_date, metavar="DATE", help="taken earlier; without EXIF, the file's date")
-    filters.add_argument("--in", dest="folder", metavar="FOLDER", help="in this subfolder")
+    filters.add_argument("--in", dest="folder", metavar="FOLDER", help="in this folder in FOLDER")
     filters.add_argument(
         "--near-duplicates",
         nargs="?",
@@ -277,12 +281,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)  # a query may follow options
     given = bool(args.text and args.text.strip()) + bool(args.image) + (args.near_duplicates is not None)
-    if given > 1 or not (given or args.watch or args.compact):
-        parser.error("give either a text or --image FILE")
+    if given > 1:
+        parser.error("give only one of QUERY, --image and --near-duplicates")
+    if not (given or args.watch or args.compact):
+        parser.error("give a QUERY to search for, --image FILE or --near-duplicates")
     if (args.rerank or args.ask) and not args.text:
         parser.error("--rerank and --ask need a text to judge the images by")
-    if args.top < 1:
-        parser.error(f"--top is {args.top}; it must be 1 or more")
     if args.no_update and (args.watch or args.rehash or args.compact):
         parser.error("--no-update takes none of --watch, --rehash and --compact")
     is_store = (Path(args.store) / "store.json").is_file() or not os.path.isdir(args.store)
@@ -293,8 +297,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search_store(args: argparse.Namespace) -> None:
-    if not os.path.lexists(args.store):
-        raise ValueError(f"{args.store}: no such folder of pictures or feature store")
+    if not os.path.isdir(args.store):
+        problem = "is not a folder" if os.path.lexists(args.store) else "no such folder of pictures or feature store"
+        raise ValueError(f"{args.store}: {problem}")
     note_slow_cpu()
     _print_hits(search(args.store, args.text, args.image, _recalled(args)), args)
 
@@ -355,10 +360,10 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
     elif args.print0:
         _print0([hit.path for hit in hits if hit.path])
     else:
-        if args.ask:
+        if not looked:
+            print("no picture is within the given dates and folder", file=sys.stderr)
+        elif args.ask:
             _print_answers(hits, answer, looked)
-        elif not hits:
-            print("no picture is within these dates and this folder", file=sys.stderr)
         for i, hit in enumerate(hits, 1):
             print(f"[{i}]  " * bool(args.ask) + f"{_score(hit)}  {printable(hit.path or hit.sha256)}")
     if args.sheet and hits:

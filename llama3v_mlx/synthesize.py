@@ -293,7 +293,7 @@ def _kinds(text: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v synthesize",
-        usage="llama3v synthesize --teacher TEACHER --captions FILE --out FILE [options]",
+        usage="llama3v synthesize --teacher MODEL --captions FILE --out FILE [options]",
         description="Have a teacher model write conversations about captioned images, as training data.",
     )
     parser.add_argument(

@@ -222,8 +222,8 @@ def fuse(args: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama3v train",
-        usage="llama3v train --stage STAGE --model MODEL --data FILE --features STORE --out DIR [options]\n"
-        "       llama3v train --fuse --model MODEL --adapter-path DIR --out DIR",
+        usage="llama3v train --stage STAGE --model DIR --data FILE --out DIR [options]\n"
+        "       llama3v train --fuse --model DIR --adapter-path DIR --out DIR",
         description="Train a Llama3-V on stored features: first its projector, then its Llama.",
     )
     parser.add_argument("--stage", choices=("pretrain", "finetune"), help="train the projector or Llama")

@@ -344,7 +344,7 @@ def test_schemas_that_cannot_be_used(photos: Path, out: Path, ask, run_main, tmp
     monkeypatch.setitem(sys.modules, "llguidance", None)
     schema = tmp_path / "schema.json"
     for content, message in (
-        (None, "No such file"),
+        (None, "no such file"),
         ("[]", "is not a JSON object"),
         ("{}", "need llguidance: pip install"),
     ):

@@ -100,6 +100,9 @@ def test_what_is_known_is_not_computed_again(photos: Path, tmp_path: Path, capsy
     shutil.move(photos, tmp_path / "elsewhere")
     found = figures(capsys, tmp_path / "elsewhere", *common)
     assert (found["new"], found["known"], found["rows"]) == (0, 9, 8)
+    main([*map(str, (tmp_path / "elsewhere", *common))])
+    known, skipped = capsys.readouterr().out.splitlines()  # nothing was measured, and no speeds are printed
+    assert known == f"0 images embedded, 9 already stored, 0 failed; {tmp_path / 'store'} has 8"
 
 
 def test_lists_and_archives(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
@@ -166,7 +169,7 @@ def test_export_to_a_full_disk(tmp_path: Path, photos: Path, siglip: Path, run_m
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: ") and done.stderr.endswith(f"too large: '{folder}'\n")
+        assert done.stderr.startswith("error: ") and done.stderr.endswith(f"{folder}: File too large\n")
         assert not folder.exists()
 
 

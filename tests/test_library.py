@@ -555,21 +555,40 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
     assert "empty: has no pictures" in error(tmp_path / "empty", "words")
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
     assert "none of 1 pictures could be read" in error(tmp_path / "empty", "words")
-    assert "no-dir: no such folder" in error(pictures, "words", "--in", tmp_path / "no-dir")
+    assert f"no-dir: no such folder in {pictures}" in error(pictures, "words", "--in", tmp_path / "no-dir")
+    assert "empty/broken.png: is not a folder" in error(tmp_path / "empty" / "broken.png", "words")
     assert "nowhere: no such folder" in error(tmp_path / "nowhere", "words")
     assert "is a text; in a sum, put" in error(pictures, '"dog" + cat')
     assert "cancel out" in error(pictures, '"dog" - "dog"')
     assert "these options are for folders" in error(library.index, "words", "--after", "2020", code=2)
     assert "'soon' is not a date" in error(pictures, "words", "--before", "soon", code=2)
     assert "--no-update takes none of" in error(pictures, "words", "--no-update", "--watch", code=2)
-    assert "give either a text or" in error(pictures, code=2)
+    assert "give a QUERY to search for, --image FILE" in error(pictures, code=2)
+    assert "give only one of QUERY, --image" in error(pictures, "words", "--image", "x.png", code=2)
+    assert "not allowed with argument" in error(pictures, "words", "--json", "-0", code=2)
     assert "is not a feature store and not empty" in error(pictures, "words", "--index", tmp_path)
+
+
+def test_in_is_a_folder_of_the_library(library: Library, pictures: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Whatever the current folder has by that name."""
+    (tmp_path / "1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    main([str(pictures), "a red circle", "--index", str(library.index), "--in", "1", "-0"])
+    found = capsys.readouterr().out.split("\0")[:-1]
+    assert found and {Path(path).parent for path in found} == {pictures / "1"}
+
+
+def test_what_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.shutil, "which", lambda _: "false")
+    monkeypatch.setattr(command.sys, "platform", "linux")
+    with pytest.raises(ValueError, match="--open: false could not show /pictures"):
+        command.show(["/pictures/a.png"], None)
 
 
 def test_what_is_not_found_is_said(library: Library, pictures: Path, capsys) -> None:
     for words, said in (
         (["a red circle", "--after", "2150"], "no picture is within"),
-        (["a red circle", "--after", "2150", "--ask", "What color is it?"], "none of the 0 images"),
+        (["a red circle", "--after", "2150", "--ask", "What color is it?"], "no picture is within"),
         (["--near-duplicates", "1.1"], "no near duplicates"),
     ):
         main([str(pictures), "--index", str(library.index), *words])

@@ -12,9 +12,11 @@ from conftest import ROOT
 
 import llama3v_mlx
 from llama3v_mlx.__main__ import COMMANDS
+from llama3v_mlx.demo import CHECKPOINT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = [name for name in COMMANDS if name != "mlx-lm"]
+NOT_CONVERTED = "this checkpoint is not converted; llama3v convert --hf-path … --mlx-path … does it"
 NO_STORE = "no such folder of pictures or feature store"
 HEAVY = ("mlx.core", "mlx_lm", "numpy", "transformers", "PIL.Image")
 
@@ -51,6 +53,7 @@ def test_help_is_instant(run_main, name: str) -> None:
     """`--help` names the command as it is typed, and what takes its time to import is not imported for it."""
     done = run_main(f"llama3v_mlx.{name}", "--help")
     assert done.returncode == 0 and done.stdout.startswith(f"usage: llama3v {name} ")
+    assert max(map(len, done.stdout.splitlines())) < 80
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
@@ -96,4 +99,6 @@ def test_llama3v_mlx_lm(run_main, monkeypatch: pytest.MonkeyPatch) -> None:
     code, text = said("generate", "--help")
     assert code == 0 and "--max-tokens" in text
     assert said()[0] == 2 and said("frob")[0] == 2 and "mlx-lm has no such command" in said("frob")[1]
+    generate = ("generate", "--prompt", "Hi", "--model")
+    assert said(*generate, CHECKPOINT) == (1, f"error: {NOT_CONVERTED}\n")
     assert said("fuse")[0] == 2 and "without their vision part" in said("fuse")[1]

@@ -226,7 +226,7 @@ def test_heic_and_pdf(page) -> None:
     heic, pdf = b"heic" * 10**6, b"%PDF-1.7"  # the larger one is read first, all the same
     transfer(page, "drop", ("IMG_1.HEIC", "", heic), ("plan.pdf", "application/pdf", pdf))
     expect(page.locator("#waiting .file")).to_have_text(["IMG_1.HEIC", "plan.pdf"])
-    refuse_with(page, 400, "messages[0].content[0].image_url: not an image")
+    refuse_with(page, 400, "messages[0].content[1].image_url: image data: not an image")
     with page.expect_request(CHAT) as request:
         ask(page, "What is it?")
     parts = sent(request.value)["messages"][0]["content"]
@@ -234,7 +234,7 @@ def test_heic_and_pdf(page) -> None:
         "data:image/heic;base64," + base64.b64encode(heic).decode(),
         "data:application/pdf;base64," + base64.b64encode(pdf).decode(),
     ]
-    expect(page.locator(".error")).to_contain_text("messages[0].content[0].image_url: not an image")
+    expect(page.locator(".error span")).to_have_text("plan.pdf: not an image")
     expect(page.locator(".human .file")).to_have_text(["IMG_1.HEIC", "plan.pdf"])
 
 

@@ -463,8 +463,9 @@ def names_in(*paths: Path, skipped: Skipped | None = None) -> list[str]:
 
 def test_what_is_skipped_is_counted(home: Path) -> None:
     skipped = Skipped()
+    (home / ".a.png").touch()
     assert names_in(home, skipped=skipped) == ["a.png"]
-    assert skipped.suffixes == {".mov": 2, ".dng": 1, "no suffix": 1, ".icloud": 1, ".photoslibrary": 1}
+    assert skipped.suffixes == {".mov": 2, ".dng": 1, "no suffix": 1, "hidden": 1, ".icloud": 1, ".photoslibrary": 1}
     assert "2 .mov" in str(skipped) and "pass a .photoslibrary to use its originals" in str(skipped)
 
 

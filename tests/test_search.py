@@ -193,9 +193,9 @@ def test_a_vision_tower_alone_has_no_words(siglip: Path, tmp_path: Path) -> None
 
 
 def test_names_are_printed_harmlessly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    (tmp_path / "store").touch()
+    (tmp_path / "store.json").touch()
     hits = [search_module.Hit("a\x1b]0;title\x07\n\u202eb.png", "00", 0.5, None)]
     monkeypatch.setattr(search_module, "search", lambda *_: hits)
     with contextlib.suppress(SystemExit):
-        main([str(tmp_path / "store"), "words"])
+        main([str(tmp_path), "words"])
     assert capsys.readouterr().out == " 0.500  a\\x1b]0;title\\x07\\n\\u202eb.png\n"

@@ -11,11 +11,12 @@ from ..image import EXTENSIONS
 
 GRAMMAR = """A query is a text, the path of an image, or a sum:
 
-  "dog" + ./pool.jpg - "fruit"     two texts and an image; put the sum in single quotes for the shell
-  2:dog + 0.5:./pool.jpg           with weights
+  '"dog" + ./pool.jpg - "fruit"'   two texts and an image, quoted for the shell
+  '2:dog + 0.5:./pool.jpg'         with weights
 
-Terms are joined by + or - between spaces. Each is a text in double quotes, the path of an existing image, or either
-of them, also a text without quotes, after WEIGHT and a colon. Anything else is a plain text: black-and-white,
+Terms are joined by + or - between spaces. Each is a text in double quotes, the
+path of an existing image, or either of them, also a text without quotes, after
+WEIGHT and a colon. Anything else is a plain text: black-and-white,
 salt + pepper, 16:9 photo."""
 
 _OPERATOR = re.compile(r"\s+([+-])\s+")

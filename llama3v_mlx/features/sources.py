@@ -55,7 +55,9 @@ class Skipped:
     def file(self, name: str) -> None:
         """Count a skipped file, or a bundle, a folder shown as a file."""
         if not is_junk(name):
-            self.suffixes[Path(name).suffix.lower() or "no suffix"] += 1
+            kind = Path(name).suffix.lower()
+            is_hidden = name.startswith(".") and kind != PLACEHOLDER
+            self.suffixes["hidden" if is_hidden else kind or "no suffix"] += 1
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common())

@@ -30,6 +30,17 @@ class ModelArgs(BaseModelArgs):
     prompt_tokens: dict
     image_config: dict = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, params: dict) -> "ModelArgs":
+        """Read config.json; mlx-lm calls this on any checkpoint of this model type.
+
+        Raises:
+            ValueError: if it is not a converted checkpoint's.
+        """
+        if "text_config" not in params:
+            raise ValueError("this checkpoint is not converted; llama3v convert --hf-path … --mlx-path … does it")
+        return super().from_dict(params)
+
 
 class Model(nn.Module):
     """Llama3-V, with the interface of an mlx-lm vision model."""
