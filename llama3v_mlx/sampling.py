@@ -1,7 +1,7 @@
 """Sampling of the next token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_p, greedy_sampler, make_repetition_penalty
@@ -22,6 +22,10 @@ class Sampling:
         """Read a validated generation config; `do_sample: false` is greedy decoding, temperature 0."""
         own = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         return cls(**own if config.get("do_sample", True) else {**own, "temperature": 0.0})
+
+    def override(self, **parameters: float | None) -> "Sampling":
+        """Return a copy with these parameters, except for those that are None."""
+        return replace(self, **{name: value for name, value in parameters.items() if value is not None})
 
     def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
         """Sampler of log-probabilities (1, vocab_size), greedy at temperature 0.

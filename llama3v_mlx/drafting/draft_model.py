@@ -13,12 +13,11 @@ from ..checkpoint import CONFIG, CheckpointError, cast, check_tensors, find_chec
 from ..config import check_heads, check_quantization, llama_config, one_line, read_json
 from ..device import on_gpu
 from ..loading import quantize_as_saved
+from ..models.llama3v import PREFILL_STEP
 from ..prompt import Processor
 from ..sampling import Sampler
 from ..tokenizer import TOKENIZER
 from .budget import MOST, Budget
-
-STEP = 2048  # tokens that are read at once
 
 
 class DraftModel:
@@ -75,8 +74,8 @@ class DraftModel:
             self._same += 1
         trim_prompt_cache(self._cache, self._cache[0].offset - self._same)
         *new, last = self._text[self._same :]
-        for start in range(0, len(new), STEP):
-            self._model(mx.array([new[start : start + STEP]]), cache=self._cache)
+        for start in range(0, len(new), PREFILL_STEP):
+            self._model(mx.array([new[start : start + PREFILL_STEP]]), cache=self._cache)
             mx.eval([cache.state for cache in self._cache])
         logits = self._model(mx.array([[last]]), cache=self._cache)[:, -1]
         self._read = list(self._text)

@@ -19,6 +19,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 
+from ..models.llama3v import PREFILL_STEP
 from ..sampling import Sampler
 from .drafters import Drafter
 
@@ -192,7 +193,7 @@ def drafted_passes(
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int = PREFILL_STEP,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
