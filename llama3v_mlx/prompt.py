@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
-from .image import ImageSource, page_zoom, tile_image
+from .image import ImageSource, tile_image
 from .pdf import PdfPage
 from .prompt_tokens import BOS, EOT, HEADER_END, HEADER_START, PromptTokens
 from .sampling import Sampling
@@ -75,8 +75,8 @@ class Processor:
             ValueError: if they take more.
         """
         pages = [image for image in images if isinstance(image, PdfPage)]
-        sizes = [page.pixels(page_zoom(page, self.image_config)) for page in pages]
-        tokens = [self.num_image_tokens(plan_tiles(*size, self.image_config)) for size in sizes]
+        config = self.image_config
+        tokens = [self.num_image_tokens(plan_tiles(*page.pixels(config), config)) for page in pages]
         if sum(tokens) > room:
             name, fit = pages[0].file.name, sum(total <= room for total in itertools.accumulate(tokens))
             of_one = fit and pages[fit - 1].file == pages[0].file

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..files import check_file, list_folder, lock
-from .database import Database, connect_readonly, create_database
-from .growing import number_of, open_unbuffered
+from .database import INTO_ENTRIES, Database, connect_readonly, create_database
+from .growing import open_unbuffered, places_of
 from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
 from .store import FeatureStore, StoreInfo, read_info
 from .version1 import VERSION
@@ -52,7 +52,7 @@ def verify(folder: str | Path) -> Verdict:
                 raise FeatureError(f"{folder}: a process is writing to it; verify when it is done")
         database = _open_or_rebuild(folder, verdict)
         places = set(database.rows("SELECT DISTINCT writer, shard FROM entries"))
-        places |= {(int(path.name.split("-")[1]), number_of(path)) for path in list_folder(folder, f"shard-*{SEALED}")}
+        places |= places_of(list_folder(folder, f"shard-*{SEALED}"))
         for writer, number in sorted(places):
             _check_shard(folder, writer, number, read_info(folder), database, verdict)
         verdict.good = database.rows("SELECT count(*) FROM entries")[0][0]
@@ -117,9 +117,7 @@ def _check_shard(folder: Path, writer: int, number: int, info: StoreInfo, databa
             listed = {record.tobytes() for record in records}
             missing = [record for record in shard.records if record.tobytes() not in listed]
             good = [(writer, *record.tolist()) for record in missing if _is_good(shard, record, info.dtype)]
-            marks = ", ".join("?" * (1 + len(COLUMNS)))
-            insert = f"INSERT OR IGNORE INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})"
-            restored = max(0, db.executemany(insert, good).rowcount)
+            restored = max(0, db.executemany(f"INSERT OR IGNORE {INTO_ENTRIES}", good).rowcount)
             lost = 0 if len(records) else len(missing) - len(good)
     verdict.restored += restored
     if lost := lost + len(bad):

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files import explain_denial, find_path, is_junk, read_file, spellings
-from ..image import EXTENSIONS, ImageError, ImageSource, expand
+from ..formats import EXTENSIONS
+from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF, PdfPage, can_read_pdf
 
 FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode; changes when the file is touched

@@ -18,7 +18,7 @@ import numpy as np
 from ..checkpoint import read_json
 from ..fields import Choice, Flag, Number, Text, check_fields
 from ..files import list_folder, lock, write_beside
-from .database import FORMAT, Database, create_database
+from .database import FORMAT, Database, create_database, decode_path, encode_path
 from .shards import COLUMNS, DTYPES, LOCK, STORE, FeatureError, Shard, from_stored, to_records
 from .sources import FileStat
 from .version1 import VERSION, migrate
@@ -267,7 +267,7 @@ class FeatureStore:
             known = self.files_where(f"size IS NOT NULL AND {is_stored}")
             yield from (file[:3] for file in known if file[1] in paths)
             return
-        encoded = (path.encode("utf-8", "surrogatepass") for path in paths)
+        encoded = map(encode_path, paths)
         while chunk := list(itertools.islice(encoded, 500)):
             query = f"""SELECT sha256, path, size, mtime_ns, ctime_ns, inode FROM files JOIN entries USING (sha256)
                 WHERE path IN ({", ".join("?" * len(chunk))}) AND size IS NOT NULL ORDER BY id"""
@@ -276,7 +276,7 @@ class FeatureStore:
 
     def _path(self, stored: bytes) -> str:
         with self.database.converting():
-            return stored.decode("utf-8", "surrogatepass")
+            return decode_path(stored)
 
     def _entries(self) -> np.ndarray:
         """Entries in the order of the shards, as of the last refresh."""

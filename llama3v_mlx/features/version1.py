@@ -12,8 +12,8 @@ import numpy as np
 
 from ..checkpoint import read_json
 from ..files import list_folder, lock, write_beside
-from .database import FORMAT, Database, create_database, fill_new, in_memory
-from .shards import COLUMNS, LOCK, RECORD, STORE
+from .database import FORMAT, INTO_ENTRIES, Database, create_database, encode_path, fill_new, in_memory
+from .shards import LOCK, RECORD, STORE
 from .sources import signed
 
 VERSION = 1
@@ -53,13 +53,12 @@ def remove_version_1(folder: Path) -> None:
 
 
 def _fill(db: Connection, folder: Path) -> None:
-    marks = ", ".join("?" * (1 + len(COLUMNS)))
     for path in list_folder(folder, "manifest-*.bin"):
         writer = int(path.stem.rpartition("-")[2])
         records = np.fromfile(path, RECORD, path.stat().st_size // RECORD.itemsize)  # a partial one was being written
         rows = ((writer, *record) for record in records.tolist())
         # Of entries of one image, the first was the one that counted.
-        db.executemany(f"INSERT OR IGNORE INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})", rows)
+        db.executemany(f"INSERT OR IGNORE {INTO_ENTRIES}", rows)
     for path in list_folder(folder, "names-*.jsonl"):
         damaged: list[int] = []
         query = "INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode) VALUES (?, ?, ?, ?, ?, ?)"
@@ -77,7 +76,7 @@ def _read_names(path: Path, damaged: list[int]) -> Iterator[tuple]:
                 return
             try:
                 entry = json.loads(line)
-                sha256, name = bytes.fromhex(entry["sha256"]), entry["path"].encode("utf-8", "surrogatepass")
+                sha256, name = bytes.fromhex(entry["sha256"]), encode_path(entry["path"])
                 stat = tuple(map(signed, map(int, entry["stat"]))) if "stat" in entry else (None,) * 4
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 sha256, name, stat = b"", b"", ()

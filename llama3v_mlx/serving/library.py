@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..cli import CACHE
+from ..features.database import encode_path
 from ..features.grammar import Filters, QueryError, Term, parse_query
 from ..features.library import Library
 from ..features.query import combine, match_probability
@@ -193,7 +194,7 @@ class ServedLibrary:
         """Local date, bytes of the file, and pixels: of a picture its own, of a page those it is shown with."""
         # All columns: an index on a read-only disk may lack the last ones.
         query = "SELECT * FROM files WHERE sha256 = ? AND path = ? ORDER BY id DESC LIMIT 1"
-        found = self.library.store.database.rows(query, (sha256, path.encode("utf-8", "surrogatepass")))
+        found = self.library.store.database.rows(query, (sha256, encode_path(path)))
         if not found:  # an update has just removed it
             return dict.fromkeys(("date", "bytes", "width", "height"))
         _, _, _, size, mtime, _, _, taken, *pixels = found[0]
