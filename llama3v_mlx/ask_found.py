@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from .cli import CACHE, DEMO_NOTE, loading_options
 from .demo import CHECKPOINT
 from .features.grammar import terms_of
-from .files import printable
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,3 @@ def ask(hits: list[Hit], args: argparse.Namespace) -> tuple[list[Hit], str | Non
     if answer is None and not is_demo:  # which knows images only
         answer = judge.summarize([hit.answer for hit in good], args.ask, args.max_tokens)
     return [*good, *hits[len(good) :]], answer
-
-
-def print_answers(hits: list[Hit], answer: str | None, looked: int) -> None:
-    """Print the answer, with what it is made of, or that nothing was found."""
-    answered = [hit for hit in hits if hit.answer is not None]
-    if answer is not None:
-        print(printable(answer) + " [1]" * (len(answered) == 1))
-    if len(answered) > 1:
-        print("\n".join(f"[{i}] {printable(hit.answer)}" for i, hit in enumerate(answered, 1)))
-    if not answered:
-        print(f"Not found: none of the {looked} images looked at shows it.")
-    print()

@@ -1,4 +1,4 @@
-"""Formats of image files: their suffixes, and HEIF, which Pillow reads by a plugin."""
+"""Formats of image files, by their suffixes."""
 
 # Supported formats, by Pillow's names, and their file suffixes. Pillow's others stay disabled, for files and for the
 # server's clients: they are rarely used, and some start other programs (EPS).
@@ -26,13 +26,3 @@ _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 def is_heif(data: bytes) -> bool:
     """Return True for the contents of a HEIF file, such as a HEIC photo."""
     return data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
-
-
-def register_heif() -> bool:
-    """Register pillow-heif with Pillow; return False if it is not installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from .files import find_path, printable, read_file
-from .formats import FORMATS, RAW, is_heif, register_heif
+from .formats import FORMATS, RAW, is_heif
 from .pdf import PdfError, PdfPage, find_pages
 from .tiling import RELEASED, ImageConfig, TiledImage, plan_tiles
 
@@ -218,7 +218,7 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     if reason := _unread(data):
         raise ImageError(f"{name}: {reason}")
     formats = [*FORMATS]
-    if not (is_heif(data) and register_heif()):
+    if not (is_heif(data) and _register_heif()):
         formats.remove("HEIF")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -235,6 +235,16 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_raw(image.tag_v2):
         raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
     return image
+
+
+def _register_heif() -> bool:
+    """Register pillow-heif with Pillow; return False if it is not installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _unread(data: bytes) -> str | None:

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .ask_found import Hit, ask, print_answers
+from .ask_found import Hit, ask
 from .cli import (
     DEMO_SIGLIP_NOTE,
     add_memory_options,
@@ -293,7 +293,7 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
         _print0([hit.path for hit in hits if hit.path])
     else:
         if args.ask:
-            print_answers(hits, answer, looked)
+            _print_answers(hits, answer, looked)
         elif not hits:
             print("no picture is within these dates and this folder", file=sys.stderr)
         for i, hit in enumerate(hits, 1):
@@ -305,6 +305,18 @@ def _print_hits(hits: list[Hit], args: argparse.Namespace) -> None:
     if args.open:
         paths = [os.path.abspath(file_of(hit.path)) for hit in hits if hit.path]
         show([path for path in paths if os.path.exists(path)], args.sheet)
+
+
+def _print_answers(hits: list[Hit], answer: str | None, looked: int) -> None:
+    """Print the answer, with what it is made of, or that nothing was found."""
+    answered = [hit for hit in hits if hit.answer is not None]
+    if answer is not None:
+        print(printable(answer) + " [1]" * (len(answered) == 1))
+    if len(answered) > 1:
+        print("\n".join(f"[{i}] {printable(hit.answer)}" for i, hit in enumerate(answered, 1)))
+    if not answered:
+        print(f"Not found: none of the {looked} images looked at shows it.")
+    print()
 
 
 def _print0(paths: list[str]) -> None:

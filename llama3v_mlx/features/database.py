@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..files import check_file, flush
-from .shards import COLUMNS, DATABASE, REPAIR, STORE, FeatureError
+from .shards import DATABASE, REPAIR, STORE, FeatureError
 
 FORMAT = 2  # of the store; version 1 had manifests
 WAIT = 60.0  # seconds to wait for another process's transaction
@@ -46,7 +46,6 @@ CREATE INDEX files_by_path ON files (path);
 CREATE INDEX files_by_sha256 ON files (sha256);
 PRAGMA user_version = {FORMAT};
 """
-INTO_ENTRIES = f"INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({', '.join('?' * (1 + len(COLUMNS)))})"
 
 
 class Database:
@@ -147,16 +146,6 @@ class Database:
     def _turn(self) -> Iterator[None]:
         with self._threads, _explained(self.path), _folder_lock(self._lock_folder):
             yield
-
-
-def encode_path(path: str) -> bytes:
-    """Encode a file name for the table of files; bytes that are not UTF-8 are lone surrogates in it."""
-    return path.encode("utf-8", "surrogatepass")
-
-
-def decode_path(stored: bytes) -> str:
-    """Inverse of `encode_path`."""
-    return stored.decode("utf-8", "surrogatepass")
 
 
 def create_database(folder: Path, fill: Callable[[sqlite3.Connection], None] = lambda _: None) -> None:

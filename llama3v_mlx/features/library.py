@@ -24,13 +24,12 @@ from ..files import true_path
 from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF
 from .compaction import compact, compaction_is_due, note_dead
-from .database import decode_path, encode_path
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
 from .location import adopt, default_index
 from .pipeline import Pipeline, Report
 from .ranking import Ranking
-from .sources import FileStat, Skipped, Source, file_of, file_stat, scan_folder
+from .sources import FileStat, Skipped, Source, decode_path, encode_path, file_of, file_stat, scan_folder
 from .store import FeatureError, FeatureStore
 from .writer import FeatureWriter
 

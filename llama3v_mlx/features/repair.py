@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import check_file, list_folder, lock
-from .database import INTO_ENTRIES, Database, connect_readonly, create_database
+from .database import Database, connect_readonly, create_database
 from .growing import open_unbuffered, places_of
 from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
 from .store import FeatureStore, StoreInfo, read_info
@@ -117,7 +117,9 @@ def _check_shard(folder: Path, writer: int, number: int, info: StoreInfo, databa
             listed = {record.tobytes() for record in records}
             missing = [record for record in shard.records if record.tobytes() not in listed]
             good = [(writer, *record.tolist()) for record in missing if _is_good(shard, record, info.dtype)]
-            restored = max(0, db.executemany(f"INSERT OR IGNORE {INTO_ENTRIES}", good).rowcount)
+            marks = ", ".join("?" * (1 + len(COLUMNS)))
+            insert = f"INSERT OR IGNORE INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})"
+            restored = max(0, db.executemany(insert, good).rowcount)
             lost = 0 if len(records) else len(missing) - len(good)
     verdict.restored += restored
     if lost := lost + len(bad):

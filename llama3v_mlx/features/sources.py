@@ -29,6 +29,16 @@ def signed(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+def encode_path(path: str) -> bytes:
+    """Encode a file name as it is stored; bytes that are not UTF-8 are lone surrogates in it."""
+    return path.encode("utf-8", "surrogatepass")
+
+
+def decode_path(stored: bytes) -> str:
+    """Inverse of `encode_path`."""
+    return stored.decode("utf-8", "surrogatepass")
+
+
 LIBRARY = ".photoslibrary"
 LIBRARIES = {LIBRARY, ".photolibrary", ".migratedphotolibrary", ".aplibrary"}  # and those of iPhoto and Aperture
 PLACEHOLDER = ".icloud"  # .NAME.icloud stands for a file that is in iCloud only, on older systems

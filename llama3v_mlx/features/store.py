@@ -18,9 +18,9 @@ import numpy as np
 from ..checkpoint import read_json
 from ..fields import Choice, Flag, Number, Text, check_fields
 from ..files import list_folder, lock, write_beside
-from .database import FORMAT, Database, create_database, decode_path, encode_path
+from .database import FORMAT, Database, create_database
 from .shards import COLUMNS, DTYPES, LOCK, STORE, FeatureError, Shard, from_stored, to_records
-from .sources import FileStat
+from .sources import FileStat, decode_path, encode_path
 from .version1 import VERSION, migrate
 
 _INFO = {"model": Text(), "kind": Choice(("pooled", "patch", "visual-tokens")), "fingerprint": Text()}

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..checkpoint import read_json
 from ..files import list_folder, lock, write_beside
-from .database import FORMAT, INTO_ENTRIES, Database, create_database, encode_path, fill_new, in_memory
-from .shards import LOCK, RECORD, STORE
-from .sources import signed
+from .database import FORMAT, Database, create_database, fill_new, in_memory
+from .shards import INTO_ENTRIES, LOCK, RECORD, STORE
+from .sources import encode_path, signed
 
 VERSION = 1
 

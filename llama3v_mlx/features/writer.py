@@ -5,10 +5,10 @@ from sqlite3 import Connection
 
 import numpy as np
 
-from .database import INTO_ENTRIES, Database, encode_path
+from .database import Database
 from .growing import OpenShard, claim, find_growing, next_number, unseal
-from .shards import COLUMNS, checksums, shard_path, to_records, to_stored
-from .sources import FileStat
+from .shards import COLUMNS, INTO_ENTRIES, checksums, shard_path, to_records, to_stored
+from .sources import FileStat, encode_path
 from .store import Features, FeatureStore
 from .version1 import remove_version_1
 

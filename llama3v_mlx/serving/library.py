@@ -16,11 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..cli import CACHE
-from ..features.database import encode_path
 from ..features.grammar import Filters, QueryError, Term, parse_query
 from ..features.library import Library
 from ..features.query import combine, match_probability
-from ..features.sources import file_of
+from ..features.sources import encode_path, file_of
 from ..features.store import FeatureError
 from ..files import find_path, printable
 from ..image import ImageError, ImageSource, expand, image_sha256, load_image

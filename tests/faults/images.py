@@ -25,9 +25,9 @@ def make_images(folder: Path) -> None:
     """Write several images of each format, in many modes and compressions, with EXIF and ICC data where possible."""
     from PIL import Image, ImageCms
 
-    from llama3v_mlx.formats import register_heif
+    from llama3v_mlx.image import _register_heif
 
-    register_heif()
+    _register_heif()
     base = Image.effect_mandelbrot((70, 50), (-3, -2.5, 2, 2.5), 9).convert("RGB")
     exif = Image.Exif()
     exif[274], exif[270] = 6, "a description"
