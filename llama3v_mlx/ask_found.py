@@ -24,7 +24,7 @@ class Hit:
 def ask(hits: list[Hit], args: argparse.Namespace) -> tuple[list[Hit], str | None]:
     """Rank hits by Llama3-V's judgement, and answer a question about those that match.
 
-    Visual tokens are kept in the cache, so that an image is encoded once, whatever it is asked later.
+    Visual tokens are cached, so that later questions about an image do not encode it again.
 
     Returns:
         All usable hits, best first, and the answer: of the only match, or summarized from the matches' own; None if

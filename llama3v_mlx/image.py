@@ -32,7 +32,7 @@ class ImageError(ValueError):
 
 
 class ImageFacts(NamedTuple):
-    """What the header of an image says."""
+    """Facts from the header of an image."""
 
     taken: float | None = None  # when the photo was taken, in seconds since 1970 in local time
     width: int | None = None  # in pixels, upright

@@ -31,7 +31,7 @@ class Sampling:
         """Sampler of log-probabilities (1, vocab_size), greedy at temperature 0.
 
         Args:
-            key: its random key; by default one is drawn from MLX's global random state.
+            key: random key, uint32 (2,); by default one is drawn from MLX's global random state.
         """
         if self.temperature == 0:
             return greedy_sampler
@@ -78,7 +78,7 @@ class Sampler:
         return self.draw(logprobs)[0]
 
     def draw(self, logprobs: mx.array) -> tuple[mx.array, mx.array]:
-        """Draw a token (1,); also return the scores (1, N) of the tokens left, the highest of which has won."""
+        """Draw a token (1,); also return the scores (1, N) of the tokens left, the highest of which is the token's."""
         self.key, own = mx.random.split(self.key)
         noise = mx.random.gumbel(logprobs.shape, key=own)
         tokens, scores = self.sampling.filter(logprobs)

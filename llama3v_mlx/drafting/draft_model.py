@@ -46,12 +46,12 @@ class DraftModel:
     def see(self, tokens: Sequence[int]) -> None:
         self._text += [token for token in tokens if token != self._placeholder]
 
-    def hopes(self) -> bool:
+    def is_likely(self) -> bool:
         context = self._model.args.max_position_embeddings
         return not context or len(self._text) + MOST <= context
 
     def draft(self, most: int) -> list[int]:
-        if not self._text or not self.hopes():
+        if not self._text or not self.is_likely():
             return []
         logits = self._catch_up()
         # With the same random numbers as the model will: where both expect the same, they draw the same tokens.

@@ -1,4 +1,4 @@
-"""Where the index of a folder of pictures is: it goes with a folder that is renamed, which is not read again."""
+"""Location of the index of a folder of pictures; it follows a folder that is renamed, without reading it again."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Everything the server uses of mlx-lm beyond its documented functions; `tests/test_engine.py` checks the contract.
+"""Interface to mlx-lm's undocumented `BatchGenerator`, the server's only one; `tests/test_engine.py` checks it.
 
 `BatchGenerator` runs one step for all answers at a time. A prompt is read into caches of its own first, all but the
 last token, and joins the batch with them.
@@ -64,7 +64,7 @@ class BatchAnswer:
 
     @property
     def context(self) -> list[int]:
-        """What logits processors see: the prompt's last token, and the answer."""
+        """Tokens that logits processors see: the prompt's last one, and the answer's."""
         return [self.prompt.ids[-1], *self.tokens]
 
     @property

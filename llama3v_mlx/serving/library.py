@@ -185,7 +185,7 @@ class ServedLibrary:
         return os.fspath(find_path(folder))
 
     def _is_inside(self, path: str) -> bool:
-        """Whether a file is in the folder, and no link out of it."""
+        """Return True if a file is in the folder, and not a link out of it."""
         folder = self.library.folder
         return os.path.commonpath([os.path.realpath(file_of(path)), folder]) == folder
 

@@ -219,7 +219,7 @@ class GenerationRequest:
         """Check combinations of fields, and values against this model.
 
         Raises:
-            RequestError: if they cannot be had.
+            RequestError: if a value is out of range, or two fields exclude each other.
         """
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "is allowed only with stream")
