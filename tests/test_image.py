@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import UPRIGHT
 from PIL import ExifTags, Image, features
 
 from llama3v_mlx.image import ImageError, load_image, tile_image
 from llama3v_mlx.tiling import ImageConfig, plan_tiles
-from tests.conftest import UPRIGHT
 
 SMALL = ImageConfig(scale_resolution=56, patch_size=8, max_slice_nums=4)
 

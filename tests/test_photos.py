@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import UPRIGHT
 from PIL import EpsImagePlugin, ExifTags, Image
 
 from llama3v_mlx import stream_generate
@@ -26,7 +27,6 @@ from llama3v_mlx.files import find_path, list_folder, new_folder
 from llama3v_mlx.image import ImageError, expand, image_sha256, image_size, load_image, tile_image
 from llama3v_mlx.pdf import PdfError, find_pages
 from llama3v_mlx.tiling import ImageConfig, plan_tiles
-from tests.conftest import UPRIGHT
 
 CIRCLES = IMAGES / "three-blue-circles.png"
 
