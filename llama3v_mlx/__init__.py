@@ -97,7 +97,7 @@ def _prefer_openblas() -> bool:
 
 
 def reserve_blas(threads: int) -> None:
-    """Load OpenBLAS and have it allocate its buffers: later, in want of memory, a matrix product would never end.
+    """Load OpenBLAS and have it allocate its buffers: if memory ran out later, a matrix product would never end.
 
     Args:
         threads: number of threads that will compute products at the same time.

@@ -40,7 +40,6 @@ from .tiling import ImageConfig, TiledImage
 WORKERS = min(4, os.cpu_count() or 1)  # threads that decode images
 AHEAD = 2 * WORKERS  # images being decoded, or waiting for the batch
 BATCH_SIZE = 16  # most answers at once, unless --batch-size says otherwise
-SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Lines:
@@ -204,9 +203,8 @@ def ask_folder(args: argparse.Namespace, prompt: str, schema: dict | None) -> No
     need = footprint(find_checkpoint(name), **needs, max_image_tiles=args.max_image_tiles, **options)
     batch_size = args.batch_size or num_answers(need, BATCH_SIZE)
     model, processor = load(name, max_image_tiles=args.max_image_tiles, adapter_path=args.adapter_path, **options)
-    given = {"temperature": args.temp} | {key: getattr(args, key) for key in SAMPLING}
-    given = {key: value for key, value in given.items() if value is not None}
-    sampling = dataclasses.replace(processor.sampling, **given)
+    own = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    sampling = processor.sampling.override(temperature=args.temp, **own)
     settings["sampling"] = dataclasses.asdict(sampling)
     settings["weights"] = fingerprint(model, (model.args, processor.image_config))
     model.release_vision()

@@ -9,8 +9,7 @@ import mlx.core as mx
 
 from .features.lookup import FeatureCache
 from .generation import check_length
-from .memory import PREFILL_STEP
-from .models.llama3v import TILE_BATCH_SIZE, Model
+from .models.llama3v import PREFILL_STEP, TILE_BATCH_SIZE, Model
 from .prompt import Processor, Prompt
 from .serving import batch as mlx_lm
 from .serving.batch import BatchAnswer, Settings

@@ -27,7 +27,7 @@ DEMO_SIGLIP_NOTE = (
     "note: this is the bundled demo SigLIP, which knows plain shapes and handwritten numbers and nothing else; for "
     "your pictures: --model google/siglip-so400m-patch14-384"
 )
-# What MLX, C++ and Python say where memory, or an address for a thread's stack, is not to be had.
+# Errors of MLX, C++ and Python for memory, or a thread's stack, that cannot be allocated.
 _OUT_OF_MEMORY = re.compile("[Uu]nable to allocate|bad_alloc|can't start new thread|Resource temporarily unavailable")
 # A relative XDG_CACHE_HOME, or an empty one, is to be ignored. A user without a home has /, as in a container.
 _CACHES = [Path(os.environ.get("XDG_CACHE_HOME", "")), Path(os.path.expanduser("~/.cache")), Path("/.cache")]

@@ -37,7 +37,7 @@ def select() -> None:
 
 @functools.cache
 def check_threads() -> None:
-    """Check that MLX's threads, which compute and read files, can be started: it would abort, or wait forever.
+    """Check that MLX's threads, which compute and read files, can be started; if not, MLX would abort or hang.
 
     Raises:
         RuntimeError: if there is no memory for their stacks.

@@ -1,14 +1,13 @@
 """Load a checkpoint and generate answers: the Python interface, modelled on mlx-lm's and mlx-vlm's."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import itertools
 import sys
 import time
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +19,16 @@ from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint import MODEL_TYPE, check_tensors, find_checkpoint, read_config, read_generation_config, read_shard
-from .config import ADAPTER, LORA, one_line, read_json
+from .checkpoint import MODEL_TYPE, find_checkpoint, read_config, read_generation_config
 from .device import on_gpu, select
 from .drafting.draft_model import DraftModel, load_draft_model
 from .drafting.drafters import Drafter, Forced, NGrams
 from .drafting.stream import stream_generate as drafted_stream_generate
 from .drafting.verify import can_draft
 from .features.lookup import FeatureCache
-from .fields import CheckpointError, check_fields
 from .files import printable
 from .image import ImageSource, expand
-from .loading import load_model, model_tensors
+from .loading import load_adapters, load_model, model_tensors
 from .models import llama3v as model_module
 from .models.llama3v import Model
 from .prompt import Processor, Prompt
@@ -40,7 +37,6 @@ from .schema import keep_to, schemas_of
 from .tokenizer import load_tokenizer
 
 VISION = ("vision_tower.", "projector.")
-ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 Images = ImageSource | Sequence[ImageSource] | None
 
 
@@ -101,41 +97,11 @@ def load(
         # A projector from the adapters is not in the folder, so it stays in memory.
         now = dict(tree_flatten(model.parameters()))
         names = [n for n in on_disk if n.startswith(VISION) and now[n] is on_disk[n]]
-        model.reload_vision = functools.partial(_read_again, folder, dtype, names)
+        model.reload_vision = functools.partial(model_tensors, folder, dtype, names)
     tokenizer = load_tokenizer(folder, config)
     sampling = Sampling.from_config(read_generation_config(folder, config))
     processor = Processor.from_config(config, tokenizer).with_max_tiles(max_image_tiles)
-    return model, dataclasses.replace(processor, sampling=sampling)
-
-
-def _read_again(folder: Path, dtype: mx.Dtype | None, names: list[str]) -> dict[str, mx.array]:
-    tensors = model_tensors(folder, dtype)
-    return {name: tensors[name] for name in names}
-
-
-def load_adapters(model: Model, folder: str | Path) -> None:
-    """Load adapters into a model: LoRA layers, or whole parameters, cast to the model's dtypes.
-
-    Raises:
-        CheckpointError: if the folder has no adapters, or those of another model.
-    """
-    from mlx_lm.tuner.utils import linear_to_lora_layers  # slow to import
-
-    path = Path(folder) / ADAPTER_CONFIG
-    config = check_fields(str(path), read_json(path), ADAPTER, ("num_layers",))
-    kind = config.get("fine_tune_type", "lora")
-    if kind != "full":
-        where = f"{path}: lora_parameters"
-        parameters = check_fields(where, config.get("lora_parameters"), LORA, ("rank", "scale"))
-        try:
-            linear_to_lora_layers(model, config["num_layers"], {"dropout": 0.0, **parameters}, use_dora=kind == "dora")
-        except (TypeError, ValueError, KeyError) as e:
-            raise CheckpointError(f"{path}: {one_line(e)}") from e
-    expected = dict(tree_flatten(model.parameters()))
-    tensors = read_shard(Path(folder) / ADAPTERS)
-    check_tensors(Path(folder), model, {**expected, **tensors})
-    model.load_weights([(name, tensor.astype(expected[name].dtype)) for name, tensor in tensors.items()], strict=False)
-    model.eval()
+    return model, replace(processor, sampling=sampling)
 
 
 def stream_generate(
@@ -189,7 +155,7 @@ def stream_generate(
     images = [each for source in images for each in expand(source)]
     processor.check_pages(images, model.language_model.args.max_position_embeddings)
     tiler = features.tile if features else None
-    encoded = dataclasses.replace(processor, tiler=tiler).encode(prompt, images, system_prompt)
+    encoded = replace(processor, tiler=tiler).encode(prompt, images, system_prompt)
     length, context = len(encoded.ids), model.language_model.args.max_position_embeddings
     cached = kwargs["prompt_cache"][0].offset if kwargs.get("prompt_cache") else 0
     check_length(cached + length, context)
@@ -204,10 +170,8 @@ def stream_generate(
         mx.eval(kwargs["input_embeddings"])
     vision_seconds = time.perf_counter() - tic
 
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-    given |= {"repetition_penalty": repetition_penalty}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    sampling = dataclasses.replace(processor.sampling, **chosen)
+    own = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    sampling = processor.sampling.override(**own, repetition_penalty=repetition_penalty)
     processors = list(kwargs.pop("logits_processors", sampling.logits_processors(length)) or ())
     matcher = None
     if schema is not None:
@@ -358,5 +322,5 @@ class Llama3V:
         processor = self.processor
         if tokenizer is not None and tokenizer is not processor.tokenizer:
             wrapped = TokenizerWrapper(tokenizer, eos_token_ids=list(processor.tokenizer.eos_token_ids))
-            processor = dataclasses.replace(processor, tokenizer=wrapped)
+            processor = replace(processor, tokenizer=wrapped)
         return generate(self.model, processor, message, image, **kwargs)

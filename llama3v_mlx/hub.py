@@ -13,13 +13,13 @@ class HubError(OSError):
 
 
 def download(name: str, revision: str | None, patterns: Sequence[str], more: float = 0.0) -> Path:
-    """The folder in the cache with a repository's files; what it lacks is downloaded, a broken connection resumed.
+    """Download what the cache lacks of a repository's files, resuming a broken download; return their folder.
 
     Args:
         name: owner/name.
         revision: a branch, tag or commit; by default the main branch.
-        patterns: of the files that are needed.
-        more: what will be written to the same disk afterwards, as a share of the size of all these files.
+        patterns: glob patterns of the files that are needed.
+        more: bytes that will be written to the same disk afterwards, as a share of the size of all these files.
 
     Raises:
         HubError: if the disk has no room, or the Hub does not give the files.
@@ -84,13 +84,13 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, GatedRepoError):
-        return f"its licence is to be accepted at https://huggingface.co/{name}, and then: hf auth login"
+        return f"accept its licence at https://huggingface.co/{name}, then: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
         return "no such folder, and no such repository on the Hub; for a private one: hf auth login"
     if isinstance(error, RevisionNotFoundError):
         return f"the repository has no revision {revision!r}"
     if isinstance(error, OfflineModeIsEnabled):
-        return "no such folder, and not in the cache, or not whole; HF_HUB_OFFLINE forbids to download it"
+        return "no such folder, and not in the cache, or not whole; HF_HUB_OFFLINE forbids downloading it"
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answered {error.response.status_code}; try again later"
     line = " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import hashlib
 import io
-import math
 import os
 import re
 import sys
@@ -19,33 +18,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from .files import find_path, printable, read_file
+from .formats import FORMATS, RAW, is_heif
 from .pdf import PdfError, PdfPage, find_pages
 from .tiling import RELEASED, ImageConfig, TiledImage, plan_tiles
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
 
-# Supported formats, by Pillow's names, and their file suffixes. Pillow's others stay disabled, for files and for the
-# server's clients: they are rarely used, and some start other programs (EPS).
-FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".mpo"),
-    "PNG": (".png",),
-    "GIF": (".gif",),
-    "BMP": (".bmp",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif",),  # before HEIF, because they share brands
-    "HEIF": (".heic", ".heif", ".hif"),  # needs pillow-heif
-    "JPEG2000": (".jp2",),
-    "TGA": (".tga",),  # last: it has no magic number
-}
-EXTENSIONS = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-# Unsupported image formats, for clear error messages.
-RAW = {".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2"}
-RAW |= {".srw", ".x3f"}
-UNREAD = RAW | {".jxl", ".psd", ".svg", ".eps", ".ico", ".icns"}
-
-_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
@@ -58,7 +36,7 @@ class ImageError(ValueError):
 
 
 class ImageFacts(NamedTuple):
-    """What the header of an image says."""
+    """Facts from the header of an image."""
 
     taken: float | None = None  # when the photo was taken, in seconds since 1970 in local time
     width: int | None = None  # in pixels, upright
@@ -111,8 +89,7 @@ def read_size(source: ImageSource) -> tuple[int, int]:
         ImageError: if the header is unusable, or the image is over the limit of `load_image`.
     """
     _, image = _open_bounded(source, RELEASED)
-    width, height = image.size
-    return (height, width) if (_orientation(image) or 1) in _SIDEWAYS else (width, height)
+    return _upright_size(image)
 
 
 def expand(source: ImageSource) -> list[ImageSource]:
@@ -141,23 +118,10 @@ def image_sha256(source: ImageSource, config: ImageConfig) -> bytes | None:
     if isinstance(source, (Image.Image, np.ndarray)):
         return None
     if isinstance(source, PdfPage):
-        return source.sha256(page_zoom(source, config))
+        return source.sha256(config)
     if isinstance(source, (str, os.PathLike)):
-        source = _decode_data_uri(os.fspath(source)) if _is_data_uri(source) else _read(source)
+        source = decode_data_uri(os.fspath(source)) if _is_data_uri(source) else _read(source)
     return hashlib.sha256(source).digest()
-
-
-def page_zoom(page: PdfPage, config: ImageConfig) -> float:
-    """Return the pixels per point at which a page fills its tiles, with hardly any pixels to spare."""
-    width, height = page.size
-    most = config.scale_resolution**2 * (1 if config.square else config.max_slice_nums)
-    zoom = math.sqrt(most / (width * height))
-    tiling = plan_tiles(*page.pixels(zoom), config)
-    shown = tiling.overview
-    if tiling.grid:
-        shown = tiling.grid[0] * tiling.cell[0], tiling.grid[1] * tiling.cell[1]
-    # Avoid upscaling either side; but do not render millions of pixels for a strip squeezed into a square.
-    return min(max(shown[0] / width, shown[1] / height), 2 * zoom)
 
 
 def image_size(source: ImageSource, config: ImageConfig) -> tuple[int, int]:
@@ -167,7 +131,7 @@ def image_size(source: ImageSource, config: ImageConfig) -> tuple[int, int]:
         ImageError: see `load_image`.
     """
     source = _one_page(source)
-    return source.pixels(page_zoom(source, config)) if isinstance(source, PdfPage) else load_image(source).size
+    return source.pixels(config) if isinstance(source, PdfPage) else load_image(source).size
 
 
 def tile_image(source: ImageSource, config: ImageConfig = RELEASED) -> TiledImage:
@@ -218,7 +182,7 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
         return "image", source
     if isinstance(source, PdfPage):
         try:
-            return str(source), source.render(page_zoom(source, config))
+            return str(source), source.render(config)
         except PdfError as e:
             raise ImageError(str(e)) from e
     if isinstance(source, np.ndarray):
@@ -229,7 +193,7 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
         return "image data", _open_bytes("image data", bytes(source))
     text = os.fspath(source)
     if _is_data_uri(text):
-        return "data URI", _open_bytes("data URI", _decode_data_uri(text))
+        return "data URI", _open_bytes("data URI", decode_data_uri(text))
     name, data = _printable(text or "."), _read(source)
     if Path(text).suffix.lower() in RAW:
         raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
@@ -261,8 +225,7 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     if reason := _unread(data):
         raise ImageError(f"{name}: {reason}")
     formats = [*FORMATS]
-    is_heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
-    if not (is_heif and _register_heif()):
+    if not (is_heif(data) and _register_heif()):
         formats.remove("HEIF")
     file = _File(data)
     try:
@@ -270,7 +233,7 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter under `python -W error`
         raise ImageError(f"{name}: over the limit of {Image.MAX_IMAGE_PIXELS:,} pixels; resize it first") from None
     except Image.UnidentifiedImageError:
-        if is_heif and "HEIF" not in formats:
+        if is_heif(data) and "HEIF" not in formats:
             raise ImageError(
                 f"{name}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the heif extra), or {_CONVERT}"
             ) from None
@@ -324,7 +287,12 @@ def _is_raw(tags: TiffImagePlugin.ImageFileDirectory_v2) -> bool:
     return ExifTags.Base.DNGVersion in tags or bool(tags.get(ExifTags.Base.NewSubfileType, 0) & 1)
 
 
-def _decode_data_uri(uri: str) -> bytes:
+def decode_data_uri(uri: str) -> bytes:
+    """Decode an image given as a `data:` URI in base64.
+
+    Raises:
+        ImageError: if it is malformed.
+    """
     head, comma, body = uri.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ImageError("data URI: must have the form data:image/png;base64,…")
@@ -341,6 +309,10 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return image.size[::-1] if (_orientation(image) or 1) in _SIDEWAYS else image.size
+
+
 def read_facts(source: bytes | PdfPage, config: ImageConfig) -> ImageFacts:
     """Read the date and size of an image from its header; what is missing or damaged is None.
 
@@ -349,11 +321,11 @@ def read_facts(source: bytes | PdfPage, config: ImageConfig) -> ImageFacts:
         config: slicing for which a page is rendered.
     """
     if isinstance(source, PdfPage):
-        return ImageFacts(None, *source.pixels(page_zoom(source, config)))
+        return ImageFacts(None, *source.pixels(config))
     taken, size = None, ()
     with contextlib.suppress(Exception):  # as for the orientation
         with _open_bytes("", source) as image:
-            size = image.size[::-1] if (_orientation(image) or 1) in _SIDEWAYS else image.size
+            size = _upright_size(image)
             text = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
         taken = datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
     return ImageFacts(taken, *size)

@@ -1,15 +1,19 @@
-"""Build the Llama3-V of a checkpoint, and load its weights strictly."""
+"""Build the Llama3-V of a checkpoint, and load its weights and adapters strictly."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from .checkpoint import CONFIG, cast, check_tensors, read_tensors
-from .config import one_line
-from .fields import CheckpointError
+from .checkpoint import CONFIG, cast, check_tensors, read_shard, read_tensors
+from .config import ADAPTER, LORA, one_line, read_json
+from .fields import CheckpointError, check_fields
 from .models.llama3v import Model, ModelArgs
 from .models.released import lay_out
+
+ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
 def build_model(config: dict, tensors: dict[str, mx.array] | None = None, folder: Path = Path()) -> Model:
@@ -62,9 +66,47 @@ def load_model(folder: Path, config: dict, dtype: mx.Dtype | None = None, lazy: 
     return model
 
 
-def model_tensors(folder: Path, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-    """Load the tensors of a folder lazily, by our model's names, floating-point ones cast to `dtype`."""
+def model_tensors(
+    folder: Path, dtype: mx.Dtype | None = None, names: Iterable[str] | None = None
+) -> dict[str, mx.array]:
+    """Load the tensors of a folder lazily, by our model's names, floating-point ones cast to `dtype`.
+
+    Args:
+        folder: the checkpoint.
+        dtype: None: they are not cast.
+        names: of the tensors that are wanted; None: all.
+
+    Raises:
+        CheckpointError: if a shard is missing or damaged.
+    """
     tensors = {}
     for name, tensor in read_tensors(folder).items():
         tensors.update(lay_out(name, tensor))
+    if names is not None:
+        tensors = {name: tensors[name] for name in names}
     return cast(tensors, dtype)
+
+
+def load_adapters(model: Model, folder: str | Path) -> None:
+    """Load adapters into a model: LoRA layers, or whole parameters, cast to the model's dtypes.
+
+    Raises:
+        CheckpointError: if the folder has no adapters, or those of another model.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers  # slow to import
+
+    path = Path(folder) / ADAPTER_CONFIG
+    config = check_fields(str(path), read_json(path), ADAPTER, ("num_layers",))
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "full":
+        where = f"{path}: lora_parameters"
+        parameters = check_fields(where, config.get("lora_parameters"), LORA, ("rank", "scale"))
+        try:
+            linear_to_lora_layers(model, config["num_layers"], {"dropout": 0.0, **parameters}, use_dora=kind == "dora")
+        except (TypeError, ValueError, KeyError) as e:
+            raise CheckpointError(f"{path}: {one_line(e)}") from e
+    expected = dict(tree_flatten(model.parameters()))
+    tensors = read_shard(Path(folder) / ADAPTERS)
+    check_tensors(Path(folder), model, {**expected, **tensors})
+    model.load_weights([(name, tensor.astype(expected[name].dtype)) for name, tensor in tensors.items()], strict=False)
+    model.eval()

@@ -10,12 +10,11 @@ import mlx.core as mx
 from .checkpoint import find_checkpoint, read_config, read_tensors
 from .device import memory, memory_limit, on_gpu
 from .drafting.draft_model import read_draft_config
-from .models.llama3v import ModelArgs, tile_batch_size, tile_bytes
+from .models.llama3v import PREFILL_STEP, ModelArgs, tile_batch_size, tile_bytes
 from .models.released import rename
 from .prompt_tokens import PromptTokens
 from .tiling import ImageConfig
 
-PREFILL_STEP = 2048  # tokens per prefill step of mlx-lm
 CONTEXT = 8192  # tokens, of a config that does not say
 SMALL_MEMORY = 9 * 10**9  # bytes; an 8 GB Mac has less
 BITS, GROUP_SIZE = (8, 6, 5, 4, 3, 2), 64  # choices and default of `llama3v convert -q`

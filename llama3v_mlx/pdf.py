@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from .files import find_path
+from .tiling import ImageConfig, plan_tiles
 
 PDF = ".pdf"
 # PDFium is not thread-safe, not even across different documents.
@@ -52,17 +53,32 @@ class PdfPage:
         """Size (width, height) in points."""
         return self.file.sizes[self.number - 1]
 
-    def pixels(self, zoom: float) -> tuple[int, int]:
-        """Return the (width, height) in pixels of the page rendered at `zoom` pixels per point."""
+    def zoom(self, config: ImageConfig) -> float:
+        """Return the pixels per point at which the page fills its tiles, with hardly any pixels to spare."""
+        width, height = self.size
+        most = config.scale_resolution**2 * (1 if config.square else config.max_slice_nums)
+        zoom = math.sqrt(most / (width * height))
+        tiling = plan_tiles(*self._pixels(zoom), config)
+        shown = tiling.overview
+        if tiling.grid:
+            shown = tiling.grid[0] * tiling.cell[0], tiling.grid[1] * tiling.cell[1]
+        # Avoid upscaling either side; but do not render millions of pixels for a strip squeezed into a square.
+        return min(max(shown[0] / width, shown[1] / height), 2 * zoom)
+
+    def pixels(self, config: ImageConfig) -> tuple[int, int]:
+        """Return the (width, height) in pixels of the page as rendered for these tiles."""
+        return self._pixels(self.zoom(config))
+
+    def _pixels(self, zoom: float) -> tuple[int, int]:
         return math.ceil(self.size[0] * zoom), math.ceil(self.size[1] * zoom)
 
-    def sha256(self, zoom: float) -> bytes:
+    def sha256(self, config: ImageConfig) -> bytes:
         """Hash the file's SHA-256, the page number and the rendered size with SHA-256."""
-        width, height = self.pixels(zoom)
+        width, height = self.pixels(config)
         return hashlib.sha256(self.file.sha256 + f"page {self.number} {width}x{height}".encode()).digest()
 
-    def render(self, zoom: float) -> Image.Image:
-        """Render the page on white, in RGB, at `zoom` pixels per point.
+    def render(self, config: ImageConfig) -> Image.Image:
+        """Render the page on white, in RGB, in the size that fills its tiles.
 
         Raises:
             PdfError: if the file is missing or damaged.
@@ -70,7 +86,7 @@ class PdfPage:
         with _opened(self.file.path, str(self)) as document:
             document.init_forms()  # else the contents of form fields are not drawn
             page = document[self.number - 1]
-            bitmap = page.render(scale=zoom)
+            bitmap = page.render(scale=self.zoom(config))
             image = bitmap.to_pil()
             bitmap.close()  # while PDFium is locked, instead of in the garbage collector
             page.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
-from .image import ImageSource, page_zoom, tile_image
+from .image import ImageSource, tile_image
 from .pdf import PdfPage
 from .prompt_tokens import BOS, EOT, HEADER_END, HEADER_START, PromptTokens
 from .sampling import Sampling
@@ -75,8 +75,8 @@ class Processor:
             ValueError: if they take more.
         """
         pages = [image for image in images if isinstance(image, PdfPage)]
-        sizes = [page.pixels(page_zoom(page, self.image_config)) for page in pages]
-        tokens = [self.num_image_tokens(plan_tiles(*size, self.image_config)) for size in sizes]
+        config = self.image_config
+        tokens = [self.num_image_tokens(plan_tiles(*page.pixels(config), config)) for page in pages]
         if sum(tokens) > room:
             name, fit = pages[0].file.name, sum(total <= room for total in itertools.accumulate(tokens))
             of_one = fit and pages[fit - 1].file == pages[0].file
@@ -194,8 +194,7 @@ class Processor:
         ids, tiled, text = [], [], "\n\n"
         if role == "assistant":  # its newlines belong to the prompt, not to the answer
             head, text = head + self._text(text), ""
-        for i, part in enumerate(_trimmed(_parts(message.get("content"), waiting))):
-            text += "\n" if i else ""
+        for part in _joined(_parts(message.get("content"), waiting)):
             if isinstance(part, str):
                 text += part
                 continue
@@ -242,10 +241,15 @@ def _parts(content: Content | None, waiting: Iterable[ImageSource]) -> list[str 
     return parts
 
 
-def _trimmed(parts: list[str | _Image]) -> list[str | _Image]:
-    """Strip whitespace from both ends of a message's content, like the reference."""
-    if parts and isinstance(parts[0], str):
-        parts[0] = parts[0].lstrip()
-    if parts and isinstance(parts[-1], str):
-        parts[-1] = parts[-1].rstrip()
-    return parts
+def _joined(parts: Sequence[str | _Image]) -> list[str | _Image]:
+    """Join a message's parts by newlines and strip the whole, like the reference: text, image, text, …, text."""
+    joined: list[str | _Image] = [""]
+    for i, part in enumerate(parts):
+        joined[-1] += "\n" if i else ""
+        if isinstance(part, str):
+            joined[-1] += part
+        else:
+            joined += [part, ""]
+    joined[0] = joined[0].lstrip()
+    joined[-1] = joined[-1].rstrip()
+    return joined

@@ -16,7 +16,7 @@ from .prompt import Processor, Prompt
 YES, NO = ("Yes", "yes", "YES", " Yes", " yes"), ("No", "no", "NO", " No", " no")
 IMAGE_PROMPT = "What is this image?"
 CAPTION, YES_NO = "caption", "yes-no"
-MATCH = 0.5  # from which on an image is said to show a text
+MATCH = 0.5  # least match of an image that shows a text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Judge:
 
     model: Model
     processor: Processor
-    features: FeatureCache  # of the visual tokens: an image is encoded once, whatever it is asked
+    features: FeatureCache  # visual tokens, so that an image is encoded once for all questions
     by: str = YES_NO
 
     def match(self, image: ImageSource, text: str) -> float:

@@ -1,7 +1,7 @@
 """Sampling of the next token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_p, greedy_sampler, make_repetition_penalty
@@ -23,11 +23,15 @@ class Sampling:
         own = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         return cls(**own if config.get("do_sample", True) else {**own, "temperature": 0.0})
 
+    def override(self, **parameters: float | None) -> "Sampling":
+        """Return a copy with these parameters, except for those that are None."""
+        return replace(self, **{name: value for name, value in parameters.items() if value is not None})
+
     def sampler(self, key: mx.array | None = None) -> Callable[[mx.array], mx.array]:
         """Sampler of log-probabilities (1, vocab_size), greedy at temperature 0.
 
         Args:
-            key: its random key; by default one is drawn from MLX's global random state.
+            key: random key, uint32 (2,); by default one is drawn from MLX's global random state.
         """
         if self.temperature == 0:
             return greedy_sampler
@@ -74,7 +78,7 @@ class Sampler:
         return self.draw(logprobs)[0]
 
     def draw(self, logprobs: mx.array) -> tuple[mx.array, mx.array]:
-        """Draw a token (1,); also return the scores (1, N) of the tokens left, the highest of which has won."""
+        """Draw a token (1,); also return the scores (1, N) of the tokens left, the highest of which is the token's."""
         self.key, own = mx.random.split(self.key)
         noise = mx.random.gumbel(logprobs.shape, key=own)
         tokens, scores = self.sampling.filter(logprobs)

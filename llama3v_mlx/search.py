@@ -7,22 +7,21 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
+from .ask_found import Hit, ask
 from .cli import (
-    CACHE,
-    DEMO_NOTE,
     DEMO_SIGLIP_NOTE,
     add_memory_options,
     error_line,
-    loading_options,
     note_slow_cpu,
     positive,
     run,
     share_or_more,
 )
-from .demo import CHECKPOINT, SIGLIP
+from .demo import SIGLIP
+from .features.grammar import terms_of
 from .files import printable, true_path
 
 FOLDERS = """A Photos library (X.photoslibrary) in FOLDER is skipped; pass it as FOLDER to
@@ -31,18 +30,6 @@ The features of a deleted picture are kept for 30 days, in case it comes back,
 and removed once most of the index is older than that; --compact removes them
 now."""
 POLL = 2.0  # seconds between two looks at a watched folder
-
-
-@dataclass(frozen=True)
-class Hit:
-    """Image found by a search."""
-
-    path: str | None  # first of its names; None if the store has no name for it
-    sha256: str
-    cosine: float
-    probability: float | None  # of a match with the text, SigLIP's sigmoid; None if searched otherwise
-    match: float | None = None  # with the text, as Llama3-V judges; None if it was not asked
-    answer: str | None = None  # Llama3-V's, to --ask
 
 
 def search(folder: str, text: str | None, image: str | None, top: int) -> list[Hit]:
@@ -62,7 +49,7 @@ def search(folder: str, text: str | None, image: str | None, top: int) -> list[H
     if not len(store):
         raise ValueError(f"{folder}: is empty; add images with llama3v embed")
     encoder, checkpoint = load_encoder_of(store)
-    terms = _terms(text, image)
+    terms = terms_of(text, image)
     found = nearest(store, embed_query(terms, encoder, lambda: TextEncoder(checkpoint, encoder.model)), top)
     probable = _probability(encoder, terms)
     return [Hit(store.name_of(sha256), sha256.hex(), cosine, probable(cosine)) for sha256, cosine in found]
@@ -72,16 +59,10 @@ def search_library(library, args: argparse.Namespace) -> list[Hit]:
     """Rank the pictures of a library by the query or image of the command."""
     from .features.query import embed_query
 
-    terms = _terms(args.text, args.image)
+    terms = terms_of(args.text, args.image)
     query, probable = embed_query(terms, library.encoder, library.texts), _probability(library.encoder, terms)
     found = library.rank(query, _recalled(args), _filters(args))
     return [Hit(match.path, match.sha256.hex(), match.cosine, probable(match.cosine)) for match in found]
-
-
-def _terms(text: str | None, image: str | None) -> list:
-    from .features.grammar import Term, parse_query
-
-    return parse_query(text) if image is None else [Term(None, image)]
 
 
 def _filters(args: argparse.Namespace):
@@ -160,49 +141,6 @@ def show(paths: list[str], sheet: Path | None) -> None:
 def _recalled(args: argparse.Namespace) -> int:
     """Number of images that SigLIP finds; those that Llama3-V is to look at are more than those shown."""
     return max(args.top, args.candidates) if args.rerank or args.ask else args.top
-
-
-def ask(hits: list[Hit], args: argparse.Namespace) -> tuple[list[Hit], str | None]:
-    """Rank hits by Llama3-V's judgement, and answer a question about those that match.
-
-    Visual tokens are kept in the cache, so that an image is encoded once, whatever it is asked later.
-
-    Returns:
-        All usable hits, best first, and the answer: of the only match, or summarized from the matches' own; None if
-        nothing is asked or nothing matches.
-    """
-    from tqdm import tqdm
-
-    from .checkpoint import name_of
-    from .features.lookup import FeatureCache
-    from .features.sources import read_named
-    from .generation import load
-    from .rerank import CAPTION, MATCH, YES_NO, Judge, judge_all
-
-    texts = [term.text for term in _terms(args.text, None) if term.text and term.weight > 0]
-    text, is_demo = ", ".join(texts), args.llm is None
-    if not text:
-        raise ValueError("--rerank and --ask need a text to judge the images by")
-    if is_demo:
-        print(DEMO_NOTE, file=sys.stderr)
-    name = args.llm or CHECKPOINT
-    options = loading_options(args, name, 1, args.max_tokens + len(text.encode()) + len((args.ask or "").encode()))
-    model, processor = load(name, max_image_tiles=args.max_image_tiles, **options)
-    features = FeatureCache(CACHE / "visual-tokens", model, processor.image_config, name_of(name), by_fingerprint=True)
-    # The demo describes, but was never taught to say yes or no.
-    judge = Judge(model, processor, features, CAPTION if is_demo else YES_NO)
-    by_name = {hit.path: hit for hit in hits if hit.path}
-    with tqdm(by_name, desc="looking", unit="image", delay=0.5, disable=True if args.json else None) as names:
-        matches = judge_all(judge, names, text)
-    hits = [replace(by_name[name], match=match) for name, match in matches.items()]
-    good = [hit for hit in hits if hit.match >= MATCH][: args.answers]
-    if not args.ask or not good:
-        return hits, None
-    good = [replace(hit, answer=judge.answer(read_named(hit.path), args.ask, args.max_tokens)) for hit in good]
-    answer = good[0].answer if len(good) == 1 else None
-    if answer is None and not is_demo:  # which knows images only
-        answer = judge.summarize([hit.answer for hit in good], args.ask, args.max_tokens)
-    return [*good, *hits[len(good) :]], answer
 
 
 def _score(hit: Hit) -> str:

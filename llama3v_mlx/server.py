@@ -1,7 +1,6 @@
 """Serve Llama3-V as OpenAI does: `llama3v server`; `serving/` is the server."""
 
 import argparse
-import dataclasses
 import logging
 import os
 import re
@@ -99,7 +98,7 @@ def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...], told: int
     name = args.model or CHECKPOINT
     options = loading_options(args, name)
     model, processor = load(name, adapter_path=args.adapter_path, max_image_tiles=args.max_image_tiles, **options)
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    sampling = processor.sampling.override(**{name: getattr(args, name) for name in SAMPLING})
     folder = Path(args.prompt_cache_dir).expanduser() if args.prompt_cache_dir else None
     own = fingerprint(model, (model.args, processor.prompt_tokens)) if folder else ""
     llama = model.language_model.args
@@ -109,7 +108,7 @@ def _serve(args: argparse.Namespace, stop: tuple[signal.Signals, ...], told: int
         llama.head_dim or llama.hidden_size // llama.num_attention_heads,
     )
     prefixes = PrefixCache(args.prompt_cache_bytes, folder, own, args.prompt_cache_dir_bytes, shape)
-    app.listen(model, processor, prefixes, dataclasses.replace(processor.sampling, **given))
+    app.listen(model, processor, prefixes, sampling)
 
     if app.library is not None:
         app.library.indexer.start()

@@ -86,7 +86,7 @@ def _local(text: str) -> str:
 
 def _is_named_like_image(path: str) -> bool:
     """Return True if a path has the suffix of an image or a PDF, supported or not."""
-    from .image import EXTENSIONS, UNREAD
+    from .formats import EXTENSIONS, UNREAD
     from .pdf import PDF
 
     return Path(_PAGES.sub(r"\1", path)).suffix.lower() in EXTENSIONS | UNREAD | {PDF}

@@ -193,8 +193,7 @@ def fuse(args: argparse.Namespace) -> None:
 
     from .checkpoint import CONFIG, find_checkpoint, read_config, read_json
     from .files import list_folder, new_folder, writing
-    from .generation import load_adapters
-    from .loading import load_model
+    from .loading import load_adapters, load_model
 
     folder, out = find_checkpoint(args.model), Path(args.out)
     if "text_config" not in read_json(folder / CONFIG):

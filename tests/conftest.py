@@ -68,6 +68,19 @@ SIGLIP_TEXT = {
 }
 
 
+# Transform of each EXIF orientation, applied to stored (height, width, 3) arrays.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
 def tolerance(dtype: mx.Dtype, scale: float) -> float:
     """How far apart two computations in `dtype` of the same numbers, up to `scale` in size, may end.
 

@@ -226,7 +226,7 @@ class Always(NGrams):
         self._draft = draft
         super().__init__(-1)
 
-    def hopes(self) -> bool:
+    def is_likely(self) -> bool:
         return True
 
     def draft(self, most: int) -> list[int]:
@@ -379,9 +379,9 @@ def test_an_answer_of_blocks_has_the_distribution(at_random: bool) -> None:
 
 def test_ngrams_draft_what_followed() -> None:
     drafter = NGrams(placeholder=0)
-    assert not drafter.hopes() and drafter.draft(4) == []
+    assert not drafter.is_likely() and drafter.draft(4) == []
     drafter.see([1, 2, 3, 4, 5, 6, 9, 2, 3])
-    assert drafter.hopes() and drafter.draft(4) == []  # two tokens are not enough
+    assert drafter.is_likely() and drafter.draft(4) == []  # two tokens are not enough
     drafter.see([4])
     assert drafter.draft(2) == [5, 6]
     assert drafter.draft(9) == [5, 6, 9, 2, 3, 4, 5, 6, 9]  # and so on, as after each repetition
@@ -401,7 +401,7 @@ def test_images_match_nothing() -> None:
     image = [0] * 9
     drafter = NGrams(placeholder=0)
     drafter.see([*image, 1, 2, 3, *image, 4, *image])
-    assert not drafter.hopes() and drafter.draft(4) == []
+    assert not drafter.is_likely() and drafter.draft(4) == []
     drafter.see([1, 2, 3])
     assert drafter.draft(4) == []  # an image followed
     drafter.see([5, 1, 2, 3])
@@ -562,9 +562,9 @@ def test_a_draft_model_computes_no_logits_of_the_prompt() -> None:
 def test_beyond_its_context_a_draft_model_is_not_waited_for() -> None:
     drafter = DraftModel(random_llama(6, 40), placeholder=-1)
     drafter.see([1] * (40 - budget.MOST))
-    assert drafter.hopes() and len(drafter.draft(budget.MOST)) == budget.MOST
+    assert drafter.is_likely() and len(drafter.draft(budget.MOST)) == budget.MOST
     drafter.see([1])
-    assert not drafter.hopes() and drafter.draft(1) == []
+    assert not drafter.is_likely() and drafter.draft(1) == []
 
 
 # The commands, and chat

@@ -214,7 +214,7 @@ def test_converts_straight_from_the_cache(hub: Hub, tmp_path: Path, run_main) ->
 
 def test_closed_doors_say_how_to_open_them(hub: Hub, monkeypatch) -> None:
     hub.gated = True
-    licence = r"owner/llama3v: its licence is to be accepted at https://huggingface.co/owner/llama3v, and then: hf auth"
+    licence = r"owner/llama3v: accept its licence at https://huggingface.co/owner/llama3v, then: hf auth"
     with pytest.raises(CheckpointError, match=licence):
         find_checkpoint("owner/llama3v")
     hub.gated = False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import UPRIGHT
 from PIL import ExifTags, Image, features
 
 from llama3v_mlx.image import ImageError, load_image, tile_image
@@ -326,19 +327,6 @@ def test_files_with_wide_or_odd_samples(tmp_path):
     cmyk = encode(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=95)
     assert Image.open(io.BytesIO(cmyk)).mode == "CMYK"
     assert np.abs(np.asarray(load_image(cmyk), dtype=int) - (0, 255, 255)).max() <= 3
-
-
-# Transform of each EXIF orientation, applied to stored (height, width, 3) arrays.
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

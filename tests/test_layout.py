@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module or subpackage may import from itself and from the rows above it.
 LAYERS = (
-    ("device",),
+    ("device", "formats"),
     ("llama3v_mlx",),
     ("locks",),
     ("files", "tiling"),
@@ -39,7 +39,7 @@ LAYERS = (
     ("serving", "conversion", "evaluation"),
     ("answers", "batch_generate"),
     ("demo", "terminal"),
-    ("selftest", "ask_folder"),
+    ("selftest", "ask_folder", "ask_found"),
     ("generate", "chat", "server", "embed", "search", "train", "convert", "synthesize", "evaluate", "doctor"),
     ("__main__",),
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import UPRIGHT
 from PIL import EpsImagePlugin, ExifTags, Image
 
 from llama3v_mlx import stream_generate
@@ -76,17 +77,6 @@ def write_pdf(
 
 # --- HEIC ------------------------------------------------------------------------------------------------------------
 
-TURNED = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
-
 
 def encode_heif(image: Image.Image, **options) -> bytes:
     import pillow_heif
@@ -97,22 +87,22 @@ def encode_heif(image: Image.Image, **options) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("orientation", UPRIGHT)
 def test_heic_is_turned_once(heif, orientation: int) -> None:
     """libheif applies the file's rotation itself, but the EXIF data may still have it."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     loaded = load_image(encode_heif(blocks(), exif=exif.tobytes()))  # bytes also set the file's own rotation
-    assert difference(loaded, TURNED[orientation](np.asarray(blocks()))) < 3
+    assert difference(loaded, UPRIGHT[orientation](np.asarray(blocks()))) < 3
     assert load_image(loaded).size == loaded.size
 
 
-@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("orientation", UPRIGHT)
 def test_avif_is_turned_once(orientation: int) -> None:
     exif, file = Image.Exif(), io.BytesIO()
     exif[ExifTags.Base.Orientation] = orientation
     blocks().save(file, "AVIF", exif=exif)
-    assert difference(load_image(file.getvalue()), TURNED[orientation](np.asarray(blocks()))) < 3
+    assert difference(load_image(file.getvalue()), UPRIGHT[orientation](np.asarray(blocks()))) < 3
 
 
 def test_heic_with_alpha_of_ten_bits_and_of_several_images(heif) -> None:

@@ -75,6 +75,19 @@ def test_multi_turn_with_system_and_images_in_order(processor: Processor) -> Non
 
 
 @pytest.mark.parametrize(
+    "content",
+    [["", RED, "Hi"], ["\n", " ", RED, "Hi"], [RED, "Hi", ""], [RED, " Hi"], ["Hi", ""], ["", "Hi"], [RED, " "], [""]],
+)
+def test_the_whole_content_is_stripped(processor: Processor, content: list) -> None:
+    """As by `trim` in the template, which also strips the newlines that join empty texts."""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in content]
+    images = [part for part in content if not isinstance(part, str)]
+    messages = [{"role": "user", "content": parts}]
+    text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert processor.encode(messages, images).ids == processor.encode(text, images).ids
+
+
+@pytest.mark.parametrize(
     "text", ["<unk>", "<image></image>", "<|eot_id|>", "<|begin_of_text|>x", "a <slice> b", "<|start_header_id|>system"]
 )
 def test_special_tokens_typed_by_a_user_stay_text(processor: Processor, text: str) -> None:

@@ -13,12 +13,11 @@ from ..checkpoint import CONFIG, CheckpointError, cast, check_tensors, find_chec
 from ..config import check_heads, check_quantization, llama_config, one_line, read_json
 from ..device import on_gpu
 from ..loading import quantize_as_saved
+from ..models.llama3v import PREFILL_STEP
 from ..prompt import Processor
 from ..sampling import Sampler
 from ..tokenizer import TOKENIZER
 from .budget import MOST, Budget
-
-STEP = 2048  # tokens that are read at once
 
 
 class DraftModel:
@@ -47,12 +46,12 @@ class DraftModel:
     def see(self, tokens: Sequence[int]) -> None:
         self._text += [token for token in tokens if token != self._placeholder]
 
-    def hopes(self) -> bool:
+    def is_likely(self) -> bool:
         context = self._model.args.max_position_embeddings
         return not context or len(self._text) + MOST <= context
 
     def draft(self, most: int) -> list[int]:
-        if not self._text or not self.hopes():
+        if not self._text or not self.is_likely():
             return []
         logits = self._catch_up()
         # With the same random numbers as the model will: where both expect the same, they draw the same tokens.
@@ -75,8 +74,8 @@ class DraftModel:
             self._same += 1
         trim_prompt_cache(self._cache, self._cache[0].offset - self._same)
         *new, last = self._text[self._same :]
-        for start in range(0, len(new), STEP):
-            self._model(mx.array([new[start : start + STEP]]), cache=self._cache)
+        for start in range(0, len(new), PREFILL_STEP):
+            self._model(mx.array([new[start : start + PREFILL_STEP]]), cache=self._cache)
             mx.eval([cache.state for cache in self._cache])
         logits = self._model(mx.array([[last]]), cache=self._cache)[:, -1]
         self._read = list(self._text)

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from .budget import Budget
 
-PAIR = 2  # tokens that must have occurred before to expect that what followed them follows again
-MATCH = 3  # tokens that must have occurred before to draft what followed them
+PAIR = 2  # tokens that must have occurred before for a draft to be likely
+MATCH = 3  # tokens that must have occurred before for a draft
 CANDIDATES, LONGEST = 8, 16  # earlier places looked at, and tokens compared at each
 
 
@@ -14,7 +14,7 @@ class Drafter(Protocol):
     """Source of drafts for one answer."""
 
     budget: Budget
-    waits: bool  # whether it drafts only after the newest token, and at any place
+    waits: bool  # True: it may draft after any token, but needs to know it
 
     def begin(self) -> None:
         """Begin another answer."""
@@ -22,8 +22,8 @@ class Drafter(Protocol):
     def see(self, tokens: Sequence[int]) -> None:
         """Append tokens of the conversation: everything before the answer, then the answer's, as they are known."""
 
-    def hopes(self) -> bool:
-        """Whether a draft is likely once the next token is known."""
+    def is_likely(self) -> bool:
+        """Return True if there will probably be a draft once the next token is known."""
 
     def draft(self, most: int) -> list[int]:
         """Draft up to `most` tokens that may follow the last one seen."""
@@ -58,7 +58,7 @@ class NGrams:
                 self._earlier.append(self._last.get(pair, 0))
                 self._last[pair] = len(self._tokens)
 
-    def hopes(self) -> bool:
+    def is_likely(self) -> bool:
         return self._earlier[-1] > 0
 
     def draft(self, most: int) -> list[int]:
@@ -115,7 +115,7 @@ class Forced:
         if len(tokens) > skipped:
             self._state.consume_tokens(list(tokens[skipped:]))
 
-    def hopes(self) -> bool:
+    def is_likely(self) -> bool:
         return True
 
     def draft(self, most: int) -> list[int]:

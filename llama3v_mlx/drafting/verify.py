@@ -19,6 +19,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 
+from ..models.llama3v import PREFILL_STEP
 from ..sampling import Sampler
 from .drafters import Drafter
 
@@ -40,7 +41,7 @@ class Step:
 
 
 def can_draft(cache: Sequence) -> bool:
-    """Whether rejected tokens can be removed from a prompt cache at any time."""
+    """Return True if rejected tokens can be removed from a prompt cache at any time."""
     return all(isinstance(each, (KVCache, QuantizedKVCache)) for each in cache)
 
 
@@ -100,7 +101,7 @@ class Decoder:
         """Read the last token and those drafted after it.
 
         Returns:
-            The tokens that follow it, none or several; and whether the one after these must be decided alone.
+            The tokens that follow it, none or several; and True if the next one needs a pass of its own.
         """
         before = self._cache[0].offset
         steps: list[Step] = []
@@ -123,7 +124,7 @@ class Decoder:
         return steps, token is None
 
     def _draw(self, logits: mx.array) -> Iterator[tuple[int | None, mx.array]]:
-        """Draw the tokens of a block in turn from logits (1, 1 + drafted, vocab_size); None: undecided."""
+        """Draw a block's tokens in turn from logits (1, 1 + drafted, vocab_size); None where rounding may decide."""
         if self._sampler is greedy_sampler and not self._processors:
             logprobs = self._process(logits[0], None)
             tokens, close = self._sampler(logprobs), _close(logprobs, logits[0])
@@ -168,7 +169,7 @@ class Decoder:
 
 
 def _close(scores: mx.array, logits: mx.array) -> mx.array:
-    """Whether rounding of logits (L, vocab_size) may decide between the two highest scores, (L,) for (L, …)."""
+    """Bool (L,): rounding of logits (L, vocab_size) may decide between the two highest of scores (L, N)."""
     best = mx.argmax(scores, axis=-1, keepdims=True)
     others = mx.put_along_axis(scores, best, mx.array(-mx.inf, scores.dtype), axis=-1)
     lead = mx.take_along_axis(scores, best, axis=-1)[:, 0] - mx.max(others, axis=-1)
@@ -192,7 +193,7 @@ def drafted_passes(
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]] | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int = PREFILL_STEP,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
@@ -230,9 +231,9 @@ def drafted_passes(
     pending = decoder.single(prompt[-1:], None if input_embeddings is None else input_embeddings[-1:])
     while True:
         # A pass is in flight. Unless a draft is likely after its token, start the next one before it is known.
-        hopeful = [] if alone else [d for d in drafters if d.budget.room() and d.hopes()]
+        likely = [] if alone else [d for d in drafters if d.budget.room() and d.is_likely()]
         following = None
-        if not hopeful and written + 1 < most_tokens:
+        if not likely and written + 1 < most_tokens:
             following = decoder.single(pending[0])
         token = pending[0].item()
         times.append(clock() - start)
@@ -261,10 +262,10 @@ def drafted_passes(
             single = statistics.median(times)
             seconds = clock() - start
             size = len(draft)
-            # More than all its tokens singly is no block's cost, but some delay's.
+            # A block costs at most as much as its tokens one by one; anything above that is a delay elsewhere.
             drafter.budget.verified(size, len(steps), min(seconds / single, size + 1) if single else 1)
             _see(drafters, [step.token for step in steps])
-            hopeful = []
+            likely = []
             if steps:
                 written, token = written + len(steps), steps[-1].token
                 ended = yield steps
@@ -272,7 +273,7 @@ def drafted_passes(
                     return
             start = clock()
         if following is None:
-            for drafter in hopeful:
+            for drafter in likely:
                 if not drafter.waits:
                     drafter.budget.waited()
             following = decoder.single(mx.array([token], mx.uint32))

@@ -10,13 +10,13 @@ import time
 from sqlite3 import Connection
 
 from ..files import flush, list_folder
-from .growing import claim, number_of, remove_shard
+from .growing import claim_idle, places_of, remove_shard
 from .shards import OPEN, SEALED, Shard
 from .store import FeatureStore
 from .writer import FeatureWriter
 
 KEPT_DAYS = 30  # a picture may come back, with its disk for example
-SHARE = 0.5  # of entries that are removed, for which a compaction is worth its while
+SHARE = 0.5  # of entries without a file, above which a compaction pays
 _WANTED = "sha256 IN (SELECT sha256 FROM files) OR sha256 IN (SELECT sha256 FROM dead WHERE since > ?)"
 
 
@@ -53,11 +53,8 @@ def compact(store: FeatureStore, all_dead: bool) -> int:
         with store.database.transaction() as db:
             note_dead(db)
         writer.start_shard()
-        idle = {writer.number}
-        for number in {number for number, _ in _places(store)} - idle:
-            if held := claim(store.folder, number):
-                claims.enter_context(held)
-                idle.add(number)
+        others = {number for number, _ in _places(store)} - {writer.number}
+        idle = {writer.number} | claim_idle(store.folder, others, claims)
         for place in sorted(_places(store) - {writer.place}):
             if place[0] in idle:
                 _compact_shard(store, writer, *place, since)
@@ -84,8 +81,7 @@ def _compact_shard(store: FeatureStore, writer: FeatureWriter, number: int, shar
 
 def _places(store: FeatureStore) -> set[tuple[int, int]]:
     """Numbers of the writers and shards of a store."""
-    paths = (path for kind in (SEALED, OPEN) for path in list_folder(store.folder, f"shard-*{kind}"))
-    return {(int(path.name.split("-")[1]), number_of(path)) for path in paths}
+    return places_of(path for kind in (SEALED, OPEN) for path in list_folder(store.folder, f"shard-*{kind}"))
 
 
 def _long_ago() -> float:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..files import find_path
-from ..image import EXTENSIONS
+from ..formats import EXTENSIONS
 
 GRAMMAR = """A query is a text, the path of an image, or a sum:
 
@@ -34,7 +34,7 @@ class Term:
     """Text or image of a query."""
 
     text: str | None
-    image: Path | None = None
+    image: Path | str | None = None
     weight: float = 1.0
 
 
@@ -80,6 +80,15 @@ def parse_query(query: str, find: Callable[[str], Path | None] = find_image) -> 
         kind = "no such image" if "/" in bare[0] or Path(bare[0]).suffix.lower() in EXTENSIONS else "a text"
         raise QueryError(f'{bare[0]}: is {kind}; in a sum, put a text in double quotes: "{bare[0]}"')
     return terms
+
+
+def terms_of(text: str | None, image: str | None) -> list[Term]:
+    """Return the terms of a query, or of a search by an image.
+
+    Raises:
+        QueryError: see `parse_query`.
+    """
+    return parse_query(text) if image is None else [Term(None, image)]
 
 
 def _first_term(rest: str, find: Callable[[str], Path | None]) -> tuple[Term, bool, str]:

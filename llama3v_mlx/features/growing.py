@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -46,6 +46,16 @@ def claim(folder: Path, writer: int) -> FileIO | None:
     return held
 
 
+def claim_idle(folder: Path, writers: Iterable[int], claims: contextlib.ExitStack) -> set[int]:
+    """Take the numbers of writers that no process has, until `claims` is closed; return them."""
+    idle = set()
+    for writer in writers:
+        if held := claim(folder, writer):
+            claims.enter_context(held)
+            idle.add(writer)
+    return idle
+
+
 def find_growing(folder: Path, writer: int) -> int | None:
     """Return the number of the growing shard that a writer left, and remove scales without a shard."""
     for scales in folder.glob(f"shard-{writer:03}-*{SCALES}"):
@@ -75,7 +85,13 @@ def remove_shard(folder: Path, writer: int, number: int) -> None:
 
 
 def number_of(path: Path) -> int:
+    """Number of the shard, or of the writer, that a file belongs to."""
     return int(path.stem.rpartition("-")[2])
+
+
+def places_of(shards: Iterable[Path]) -> set[tuple[int, int]]:
+    """Numbers of the writers and of the shards, from the paths of shards."""
+    return {(int(path.name.split("-")[1]), number_of(path)) for path in shards}
 
 
 class OpenShard:

@@ -29,7 +29,7 @@ from .grammar import ALL, Filters
 from .location import adopt, default_index
 from .pipeline import Pipeline, Report
 from .ranking import Ranking
-from .sources import FileStat, Skipped, Source, file_of, file_stat, scan_folder
+from .sources import FileStat, Skipped, Source, decode_path, encode_path, file_of, file_stat, scan_folder
 from .store import FeatureError, FeatureStore
 from .writer import FeatureWriter
 
@@ -176,7 +176,7 @@ class Library:
                 report = read.run(sources)
                 for path, _ in report.failed:
                     if path not in unreadable:  # a failing disk is no property of the picture
-                        (stat,) = database.rows(f"SELECT {_STAT} FROM fresh WHERE path = ?", (_encoded(path),))
+                        (stat,) = database.rows(f"SELECT {_STAT} FROM fresh WHERE path = ?", (encode_path(path),))
                         writer.name(b"", path, stat)
             changes.failed, changes.embedded = report.failed, report.new
         with database.transaction() as db:
@@ -204,7 +204,7 @@ class Library:
             for statement in _TABLES.split(";"):
                 db.execute(statement)
         found = ((path, file_stat(stat)) for path, stat in scan_folder(Path(self.folder), skipped))
-        pictures = ((_encoded(name), *stat) for path, stat in found for name in self._names_of(path, stat))
+        pictures = ((encode_path(name), *stat) for path, stat in found for name in self._names_of(path, stat))
         while chunk := list(islice(pictures, _CHUNK)):
             with self.store.database.transaction("DEFERRED") as db:
                 db.executemany("INSERT OR REPLACE INTO scan VALUES (?, ?, ?, ?, ?)", chunk)
@@ -215,8 +215,8 @@ class Library:
             return [path]
         paths = "(path = ? OR path >= ? AND path < ?)"
         query = f"SELECT DISTINCT path FROM files WHERE {paths} AND ({_STAT}) = (?, ?, ?, ?)"
-        names = [_encoded(path), _encoded(path + "#"), _encoded(path + "$")]  # $ follows # in ASCII
-        known = [_decoded(name) for (name,) in self.store.database.rows(query, (*names, *stat))]
+        names = [encode_path(path), encode_path(path + "#"), encode_path(path + "$")]  # $ follows # in ASCII
+        known = [decode_path(name) for (name,) in self.store.database.rows(query, (*names, *stat))]
         return known or list(_pages(path)) or [path]
 
     def _compare(self, db: Connection, skipped: Skipped) -> int:
@@ -224,10 +224,10 @@ class Library:
         db.execute(_FIND_FRESH)
         db.execute(_FIND_GONE)
         for name, _ in skipped.denied:
-            prefix = _encoded(name)
+            prefix = encode_path(name)
             db.execute("DELETE FROM gone WHERE path >= ? AND path < ?", (prefix + b"/", prefix + b"0"))
         for table in ("fresh", "gone"):  # reading a file that is in iCloud only would download it
-            db.executemany(f"DELETE FROM {table} WHERE path = ?", [(_encoded(path),) for path in skipped.remote])
+            db.executemany(f"DELETE FROM {table} WHERE path = ?", [(encode_path(path),) for path in skipped.remote])
         renamed = db.execute(_FIND_RENAMED).fetchall()
         db.executemany(
             f"INSERT INTO files (sha256, path, {_STAT}, {_FACTS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", renamed
@@ -244,7 +244,7 @@ class Library:
         last = b""
         while found := self.store.database.rows(_LIST_FRESH, (last, _CHUNK)):
             for path, *stat in found:
-                yield _decoded(path), tuple(stat)
+                yield decode_path(path), tuple(stat)
             last = found[-1][0]
 
     def _count(self, db: Connection, changes: Changes, renamed: int) -> None:
@@ -288,7 +288,7 @@ class Library:
         condition, parameters = filters.sql()
         query = f"SELECT path, {_STAT} FROM files WHERE sha256 = ? AND {condition} ORDER BY id"
         for path, *stat in self.store.database.rows(query, (sha256, *parameters)):
-            path = _decoded(path)
+            path = decode_path(path)
             try:
                 if file_stat(os.stat(file_of(path))) == tuple(stat):
                     yield path
@@ -339,11 +339,3 @@ def _pages(path: str) -> dict[str, ImageSource]:
         return {str(page): page for page in expand(path)}
     except ImageError:
         return {}
-
-
-def _encoded(path: str) -> bytes:
-    return path.encode("utf-8", "surrogatepass")
-
-
-def _decoded(path: bytes) -> str:
-    return path.decode("utf-8", "surrogatepass")

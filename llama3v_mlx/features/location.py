@@ -1,4 +1,4 @@
-"""Where the index of a folder of pictures is: it goes with a folder that is renamed, which is not read again."""
+"""Location of the index of a folder of pictures; it follows a folder that is renamed, without reading it again."""
 
 import contextlib
 import hashlib
@@ -9,11 +9,11 @@ from pathlib import Path
 from ..checkpoint import name_of
 from ..cli import CACHE
 from ..files import list_folder
-from .growing import claim, number_of
+from .growing import claim_idle, number_of
 from .sources import file_of, file_stat
 from .store import FeatureStore, StoreInfo
 
-_SAMPLE = 20  # files that are looked at
+_SAMPLE = 20  # files compared, to tell whether a folder was renamed
 
 
 def default_index(folder: str, model: str) -> Path:
@@ -56,8 +56,6 @@ def _has_moved(store: FeatureStore, folder: str) -> bool:
 
 def _is_idle(index: Path) -> bool:
     """Return True if no process is adding to a store."""
+    writers = {number_of(path) for path in list_folder(index, "writer-*.lock")}
     with contextlib.ExitStack() as claims:
-        return all(
-            (held := claim(index, number_of(path))) and claims.enter_context(held)
-            for path in list_folder(index, "writer-*.lock")
-        )
+        return claim_idle(index, writers, claims) == writers

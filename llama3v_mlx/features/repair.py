@@ -11,7 +11,7 @@ import numpy as np
 from ..files import check_file, list_folder
 from ..locks import lock
 from .database import Database, connect_readonly, create_database
-from .growing import number_of, open_unbuffered
+from .growing import open_unbuffered, places_of
 from .shards import COLUMNS, DATABASE, OPEN, SEALED, FeatureError, Shard, shard_path, to_records
 from .store import FeatureStore, StoreInfo, read_info
 from .version1 import VERSION
@@ -53,7 +53,7 @@ def verify(folder: str | Path) -> Verdict:
                 raise FeatureError(f"{folder}: a process is writing to it; verify when it is done")
         database = _open_or_rebuild(folder, verdict)
         places = set(database.rows("SELECT DISTINCT writer, shard FROM entries"))
-        places |= {(int(path.name.split("-")[1]), number_of(path)) for path in list_folder(folder, f"shard-*{SEALED}")}
+        places |= places_of(list_folder(folder, f"shard-*{SEALED}"))
         for writer, number in sorted(places):
             _check_shard(folder, writer, number, read_info(folder), database, verdict)
         verdict.good = database.rows("SELECT count(*) FROM entries")[0][0]

@@ -21,6 +21,7 @@ from ..files import check_file
 # Columns of an entry in the database, and its record in a sealed shard, from which the database can be rebuilt.
 COLUMNS = ("sha256", "shard", "start", "rows", "crc32")
 COLUMNS += ("overview_columns", "overview_rows", "grid_columns", "grid_rows", "cell_columns", "cell_rows")
+INTO_ENTRIES = f"INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({', '.join('?' * (1 + len(COLUMNS)))})"
 RECORD = np.dtype(
     {
         "names": COLUMNS,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files import explain_denial, find_path, is_junk, read_file, spellings
-from ..image import EXTENSIONS, ImageError, ImageSource, expand
+from ..formats import EXTENSIONS
+from ..image import ImageError, ImageSource, expand
 from ..pdf import PDF, PdfPage, can_read_pdf
 
 FileStat = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode; changes when the file is touched
@@ -26,6 +27,16 @@ def file_stat(found: os.stat_result) -> FileStat:
 def signed(value: int) -> int:
     """Wrap an integer to SQLite's signed 64 bits: network disks have larger inodes."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def encode_path(path: str) -> bytes:
+    """Encode a file name as it is stored; bytes that are not UTF-8 are lone surrogates in it."""
+    return path.encode("utf-8", "surrogatepass")
+
+
+def decode_path(stored: bytes) -> str:
+    """Inverse of `encode_path`."""
+    return stored.decode("utf-8", "surrogatepass")
 
 
 LIBRARY = ".photoslibrary"

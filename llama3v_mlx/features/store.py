@@ -21,7 +21,7 @@ from ..files import list_folder, write_beside
 from ..locks import lock
 from .database import FORMAT, Database, create_database
 from .shards import COLUMNS, DTYPES, LOCK, STORE, FeatureError, Shard, from_stored, to_records
-from .sources import FileStat
+from .sources import FileStat, decode_path, encode_path
 from .version1 import VERSION, migrate
 
 _INFO = {"model": Text(), "kind": Choice(("pooled", "patch", "visual-tokens")), "fingerprint": Text()}
@@ -268,7 +268,7 @@ class FeatureStore:
             known = self.files_where(f"size IS NOT NULL AND {is_stored}")
             yield from (file[:3] for file in known if file[1] in paths)
             return
-        encoded = (path.encode("utf-8", "surrogatepass") for path in paths)
+        encoded = map(encode_path, paths)
         while chunk := list(itertools.islice(encoded, 500)):
             query = f"""SELECT sha256, path, size, mtime_ns, ctime_ns, inode FROM files JOIN entries USING (sha256)
                 WHERE path IN ({", ".join("?" * len(chunk))}) AND size IS NOT NULL ORDER BY id"""
@@ -277,7 +277,7 @@ class FeatureStore:
 
     def _path(self, stored: bytes) -> str:
         with self.database.converting():
-            return stored.decode("utf-8", "surrogatepass")
+            return decode_path(stored)
 
     def _entries(self) -> np.ndarray:
         """Entries in the order of the shards, as of the last refresh."""

@@ -14,8 +14,8 @@ from ..checkpoint import read_json
 from ..files import list_folder, printable, write_beside
 from ..locks import lock
 from .database import FORMAT, Database, create_database, fill_new, in_memory
-from .shards import COLUMNS, LOCK, RECORD, STORE
-from .sources import signed
+from .shards import INTO_ENTRIES, LOCK, RECORD, STORE
+from .sources import encode_path, signed
 
 VERSION = 1
 
@@ -54,13 +54,12 @@ def remove_version_1(folder: Path) -> None:
 
 
 def _fill(db: Connection, folder: Path) -> None:
-    marks = ", ".join("?" * (1 + len(COLUMNS)))
     for path in list_folder(folder, "manifest-*.bin"):
         writer = int(path.stem.rpartition("-")[2])
         records = np.fromfile(path, RECORD, path.stat().st_size // RECORD.itemsize)  # a partial one was being written
         rows = ((writer, *record) for record in records.tolist())
         # Of entries of one image, the first was the one that counted.
-        db.executemany(f"INSERT OR IGNORE INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})", rows)
+        db.executemany(f"INSERT OR IGNORE {INTO_ENTRIES}", rows)
     for path in list_folder(folder, "names-*.jsonl"):
         damaged: list[int] = []
         query = "INSERT INTO files (sha256, path, size, mtime_ns, ctime_ns, inode) VALUES (?, ?, ?, ?, ?, ?)"
@@ -79,7 +78,7 @@ def _read_names(path: Path, damaged: list[int]) -> Iterator[tuple]:
                 return
             try:
                 entry = json.loads(line)
-                sha256, name = bytes.fromhex(entry["sha256"]), entry["path"].encode("utf-8", "surrogatepass")
+                sha256, name = bytes.fromhex(entry["sha256"]), encode_path(entry["path"])
                 stat = tuple(map(signed, map(int, entry["stat"]))) if "stat" in entry else (None,) * 4
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 sha256, name, stat = b"", b"", ()

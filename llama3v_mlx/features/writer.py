@@ -7,8 +7,8 @@ import numpy as np
 
 from .database import Database
 from .growing import OpenShard, claim, find_growing, next_number, unseal
-from .shards import COLUMNS, checksums, shard_path, to_records, to_stored
-from .sources import FileStat
+from .shards import COLUMNS, INTO_ENTRIES, checksums, shard_path, to_records, to_stored
+from .sources import FileStat, encode_path
 from .store import Features, FeatureStore
 from .version1 import remove_version_1
 
@@ -121,7 +121,7 @@ class FeatureWriter:
             stat: that of the file at the resolved path when it was read.
             facts: date and size of the image, `ImageFacts`.
         """
-        self._names.append((sha256, path.encode("utf-8", "surrogatepass"), *(stat or [None] * 4), *facts))
+        self._names.append((sha256, encode_path(path), *(stat or [None] * 4), *facts))
         if len(self._names) >= _NAMES:
             self._write_names()
 
@@ -143,8 +143,7 @@ class FeatureWriter:
                 placed.append((self.number, sha256, self._shard.number, start, rows, *more))
                 start += rows
             self._shard.write(first, [values for _, values, _ in prepared], [scales for *_, scales in prepared])
-            marks = ", ".join("?" * (1 + len(COLUMNS)))
-            db.executemany(f"INSERT INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})", placed)
+            db.executemany(f"INSERT {INTO_ENTRIES}", placed)
         return len(prepared)
 
     def _write_names(self) -> None:

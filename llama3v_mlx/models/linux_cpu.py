@@ -63,12 +63,12 @@ def in_streams(encode: Callable[[mx.array], mx.array], batch: np.ndarray, most: 
     results = []
     with _blas_threads(1):
         for i in range(0, len(parts), len(streams)):
-            abreast = []
+            together = []
             for stream, part in zip(streams, parts[i : i + len(streams)], strict=False):
                 with mx.stream(stream):
-                    abreast.append(encode(mx.array(part)))
-            mx.eval(abreast)  # with more at once, MLX would run one stream after the other
-            results += abreast
+                    together.append(encode(mx.array(part)))
+            mx.eval(together)  # with more at once, MLX would run one stream after the other
+            results += together
     return mx.concatenate(results)
 
 

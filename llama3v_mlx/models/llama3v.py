@@ -19,6 +19,7 @@ from .siglip import VisionConfig, VisionTower, encode_by_size
 # Tiles per tower batch: enough to fill a GPU; fewer where their activations would exceed a share of the memory.
 TILE_BATCH_SIZE = 16
 TILE_MEMORY_SHARE = 1 / 16
+PREFILL_STEP = 2048  # tokens of a prompt that Llama reads at once, as in mlx-lm
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Everything the server uses of mlx-lm beyond its documented functions; `tests/test_engine.py` checks the contract.
+"""Interface to mlx-lm's undocumented `BatchGenerator`, the server's only one; `tests/test_engine.py` checks it.
 
 `BatchGenerator` runs one step for all answers at a time. A prompt is read into caches of its own first, all but the
 last token, and joins the batch with them.
@@ -11,14 +11,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generation_stream
 from mlx_lm.models.cache import KVCache
-from mlx_lm.sample_utils import greedy_sampler, make_frequency_penalty, make_presence_penalty
+from mlx_lm.sample_utils import make_frequency_penalty, make_presence_penalty
 
 from ..prompt import Prompt
 from ..sampling import Sampling, on_generated
 from ..schema import keep_to
 from .prompts import RequestPrompt
 
-__all__ = ["BatchGenerator", "KVCache", "generation_stream", "greedy_sampler"]
+__all__ = ["BatchGenerator", "KVCache", "generation_stream"]
 
 ALL = 2**31 - 1  # tokens that a penalty looks back on
 
@@ -64,7 +64,7 @@ class BatchAnswer:
 
     @property
     def context(self) -> list[int]:
-        """What logits processors see: the prompt's last token, and the answer."""
+        """Tokens that logits processors see: the prompt's last one, and the answer's."""
         return [self.prompt.ids[-1], *self.tokens]
 
     @property
@@ -172,9 +172,5 @@ def sampler(sampling: Sampling, seed: int | None, choice: int) -> Callable[[mx.a
         seed: any 64-bit integer; None: another one each time.
         choice: which of a request's answers it is for.
     """
-    if sampling.temperature == 0:
-        return greedy_sampler
-    key = None
-    if seed is not None:
-        key = mx.random.split(mx.random.key(seed % 2**64), choice + 1)[choice]
+    key = None if seed is None else mx.random.split(mx.random.key(seed % 2**64), choice + 1)[choice]
     return sampling.sampler(key)

@@ -5,10 +5,14 @@ What a body has beside these fields is refused by name.
 
 import dataclasses
 import json
+import logging
 import re
+import uuid
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Check = Callable[[Any, str], Any]  # (value, where it stands) to the value that is used; raises RequestError
@@ -35,6 +39,13 @@ class RequestError(ValueError):
 
 def bad(where: str, message: str, code: str = "invalid_value") -> RequestError:
     return RequestError(400, f"{where}: {message}", code, where)
+
+
+def internal_error(error: Exception) -> RequestError:
+    """Log an unexpected error under an id; return the error for the client, with that id."""
+    number = uuid.uuid4().hex[:12]
+    log.error("internal error %s", number, exc_info=error)
+    return RequestError(500, f"internal error {number}; the server's log says more", "internal_error")
 
 
 def read_json(data: bytes) -> Any:

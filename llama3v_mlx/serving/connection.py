@@ -14,8 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 
 from ..files import printable
-from .checks import RequestError, read_json
-from .engine import internal_error
+from .checks import RequestError, internal_error, read_json
 
 if TYPE_CHECKING:
     from .app import App

@@ -250,10 +250,10 @@ class Endpoints(Connection):
 def sampling_of(request: ChatRequest | CompletionRequest, default: Sampling) -> Sampling:
     """Sampling of a request, over the server's defaults."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    chosen = {name: value for name in names if (value := getattr(request, name)) is not None}
+    sampling = default.override(**{name: getattr(request, name) for name in names})
     if request.top_p == 0:  # only the most likely token
-        chosen |= {"temperature": 0.0, "top_p": 1.0}
-    return dataclasses.replace(default, **chosen)
+        return sampling.override(temperature=0.0, top_p=1.0)
+    return sampling
 
 
 def page_headers(page: bytes) -> dict[str, str]:

@@ -10,7 +10,6 @@ import queue
 import statistics
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -22,7 +21,7 @@ from ..prompt import Processor
 from ..tiling import TiledImage
 from . import batch as mlx_lm
 from .batch import BatchAnswer
-from .checks import RequestError
+from .checks import RequestError, internal_error
 from .decoding import Decoding
 from .jobs import Job, Logprob, NeedImages, StopText, Token
 from .prefix_cache import PrefixCache
@@ -30,10 +29,10 @@ from .prompts import Block, token_text
 
 log = logging.getLogger(__name__)
 
-SLICE = 0.6  # steps of all answers: the time for reading between two of them
-LEAST_TOKENS = 4  # that are prefilled at once, however long they take
-RECENT = 15  # steps whose median time counts
-IDLE_TILES = 4  # tiles that are encoded at once while nobody is answered
+SLICE = 0.6  # time for reading between two decoding steps, as a share of a step's median time
+LEAST_TOKENS = 4  # tokens prefilled at once at the least, however long they take
+RECENT = 15  # decoding steps over which the median is taken
+IDLE_TILES = 4  # tiles encoded at once while no answer is generated
 
 
 class _Answer(BatchAnswer):
@@ -349,10 +348,3 @@ class Engine:
         # As in OpenAI's answers, what is impossible has -9999: JSON has no infinity.
         found = [Logprob(t, token_text(t, self._processor), max(-9999.0, float(logprobs[t]))) for t in tokens]
         return found[0], tuple(found[1:])
-
-
-def internal_error(error: Exception) -> RequestError:
-    """Log an unexpected error under an id; return the error for the client, with that id."""
-    number = uuid.uuid4().hex[:12]
-    log.error("internal error %s", number, exc_info=error)
-    return RequestError(500, f"internal error {number}; the server's log says more", "internal_error")

@@ -19,7 +19,7 @@ from ..cli import FOLLOWING, run
 
 log = logging.getLogger(__name__)
 
-NICE = 5  # of the process: answers come first, but it goes on
+NICE = 5  # priority of the process, below the server's
 INTERVAL = 0.2  # seconds between two reports of progress
 GRACE_SECONDS = 5.0  # for an update to end when it is stopped
 COMMAND = (sys.executable, "-P", "-c", FOLLOWING, "llama3v_mlx.serving.indexer")

@@ -1,4 +1,4 @@
-"""What the worker that owns the model is given, and the events that it answers with."""
+"""Jobs for the worker that owns the model, and the events that it sends back."""
 
 import queue
 from collections.abc import Sequence

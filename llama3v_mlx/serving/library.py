@@ -18,7 +18,7 @@ from ..cli import CACHE
 from ..features.grammar import Filters, QueryError, Term, parse_query
 from ..features.library import Library
 from ..features.query import combine, match_probability
-from ..features.sources import file_of
+from ..features.sources import encode_path, file_of
 from ..features.store import FeatureError
 from ..files import find_path, printable
 from ..image import ImageError, ImageSource, expand, image_sha256, load_image
@@ -182,7 +182,7 @@ class ServedLibrary:
         return os.fspath(find_path(folder))
 
     def _is_inside(self, path: str) -> bool:
-        """Whether a file is in the folder, and no link out of it."""
+        """Return True if a file is in the folder, and not a link out of it."""
         folder = self.library.folder
         return os.path.commonpath([os.path.realpath(file_of(path)), folder]) == folder
 
@@ -190,7 +190,7 @@ class ServedLibrary:
         """Local date, bytes of the file, and pixels: of a picture its own, of a page those it is shown with."""
         # All columns: an index on a read-only disk may lack the last ones.
         query = "SELECT * FROM files WHERE sha256 = ? AND path = ? ORDER BY id DESC LIMIT 1"
-        found = self.library.store.database.rows(query, (sha256, path.encode("utf-8", "surrogatepass")))
+        found = self.library.store.database.rows(query, (sha256, encode_path(path)))
         if not found:  # an update has just removed it
             return dict.fromkeys(("date", "bytes", "width", "height"))
         _, _, _, size, mtime, _, _, taken, *pixels = found[0]

@@ -1,6 +1,5 @@
 """Requests as frozen dataclasses; their fields, types and ranges are exactly what the server accepts."""
 
-import base64
 import hashlib
 import json
 import math
@@ -10,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from ..features.grammar import parse_date
-from ..image import ImageError, read_size
+from ..image import ImageError, decode_data_uri, read_size
 from .checks import (
     RequestError,
     an_object,
@@ -171,16 +170,11 @@ def read_image(uri: str, where: str, overview_only: bool = False) -> RequestImag
     """
     if uri[:5].lower() != "data:":
         raise bad(where, "images must be data: URIs; this server fetches none and reads no files", "invalid_image")
-    head, comma, body = uri.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise bad(where, "must have the form data:image/png;base64,…", "invalid_image")
     try:
-        data = base64.b64decode("".join(body.split()), validate=True)
+        data = decode_data_uri(uri)
         return RequestImage(data, read_size(data), where, overview_only)
     except ImageError as e:
         raise bad(where, str(e), "invalid_image") from e
-    except ValueError as e:
-        raise bad(where, f"bad base64 ({e})", "invalid_image") from e
 
 
 def read_images(messages: tuple[Message, ...], limits: Limits) -> dict[ImagePart, RequestImage]:
@@ -240,7 +234,7 @@ class GenerationRequest:
         """Check combinations of fields, and values against this model.
 
         Raises:
-            RequestError: if they cannot be had.
+            RequestError: if a value is out of range, or two fields exclude each other.
         """
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "is allowed only with stream")

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..checkpoint import CONFIG, check_tensors, find_checkpoint, read_json, read_shard
 from ..fields import CheckpointError, Number, check_fields
 from ..files import beside, check_file, check_name, flush, list_folder, new_folder, write_beside, writing
-from ..generation import ADAPTER_CONFIG, ADAPTERS
+from ..loading import ADAPTER_CONFIG, ADAPTERS
 from ..locks import hold
 
 RUN, STATE, OPTIMIZER, BEST = "run.json", "state.json", "optimizer.safetensors", "best"

@@ -41,9 +41,9 @@ def _calibrate(material: Material, place: Path) -> Action:
 
 def _rerank(material: Material, place: Path) -> Action:
     def search() -> None:
-        from llama3v_mlx import search
+        from llama3v_mlx import ask_found
 
-        search.CACHE = place / "cache"
+        ask_found.CACHE = place / "cache"
         options = ("--model", material / "siglip", "--llm", material / "tiny", "--index", place / "index", "--force")
         asked = ("two red stars", "--ask", "What is it?", "--max-tokens", 2, "--json")
         command("search", material / "images", *asked, *options, "--batch-size", 1, "--workers", 1)()
