@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 
 import llama3v_mlx
 from llama3v_mlx import load
-from llama3v_mlx.checkpoint import CheckpointError, read_config
+from llama3v_mlx.checkpoint import INDEX, CheckpointError, read_config
 from llama3v_mlx.conversion import shard_writer as streaming
 from llama3v_mlx.conversion.options import check_quantization
 from llama3v_mlx.conversion.verify import first_token_logprobs, verify
@@ -312,6 +313,17 @@ def test_values_beyond_float16(damaged: Path, tmp_path: Path, capsys) -> None:
     convert(damaged, tmp_path / "out", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(damaged: Path, tmp_path: Path, capsys, value: float) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors["llm.model.embed_tokens.weight"][3, 4] = value
+
+    rewrite(damaged, spoil)
+    error = failure(capsys, "--hf-path", damaged, "--mlx-path", tmp_path / "out", "-q")
+    assert "language_model.model.embed_tokens.weight has values that are not finite" in error
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_full_size_plan(tmp_path: Path) -> None:
     """The released 741 tensors, by name and shape alone: all have their place, and 4 bits make 5.5 GB of them."""
     spec = importlib.util.spec_from_file_location("convert_memory", ROOT / "benchmarks" / "convert_memory.py")
@@ -401,12 +413,16 @@ def truncate(path: Path, size: int) -> None:
             lambda f: [path.unlink() for path in f.glob("model*")] and (f / "pytorch_model.bin").touch(),
             "only safetensors weights are read",
         ),
+        (
+            lambda f: (f / INDEX).unlink() or shutil.copy(f / SHARD, f / "other.safetensors"),
+            "other.safetensors: .* tensors: .* of another file",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: damaged"),
     ],
     ids=[
         *("folder", "config", "json", "type", "version", "dtype", "width", "quantized"),
-        *("shard", "truncated", "header", "empty", "pickle", "tokenizer", "tokens"),
+        *("shard", "truncated", "header", "empty", "pickle", "twice", "tokenizer", "tokens"),
     ],
 )
 def test_sources_that_cannot_be_used(damaged: Path, tmp_path: Path, capsys, damage: Callable, message: str) -> None:
