@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import tolerance
+from huggingface_hub.errors import HTTPError
 from mlx.utils import tree_flatten
 from PIL import Image
 from tokenizers import Tokenizer
@@ -598,6 +599,28 @@ def test_an_upload_that_cannot_succeed_is_told_before_the_work(source: Path, tmp
     failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "me/llama3v")
     assert "repo" in failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "a/b/c")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["whoami", "upload_folder"])
+def test_a_connection_lost_in_an_upload(source: Path, tmp_path: Path, monkeypatch, capsys, when: str) -> None:
+    def answer(self, *args, **kwargs) -> str:
+        return "https://huggingface.co/me/x"
+
+    def fail(self, *args, **kwargs) -> None:
+        raise HTTPError("connection refused")
+
+    methods = {name: fail if name == when else answer for name in ("whoami", "create_repo", "upload_folder")}
+    monkeypatch.setattr("huggingface_hub.HfApi", type("Api", (), methods))
+    with pytest.raises(SystemExit):
+        main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--upload-repo", "me/x"])
+    error = capsys.readouterr().err
+    complete = when == "upload_folder"
+    assert ("is complete, but was not uploaded to me/x: connection refused" in error) == complete
+    assert "Error" not in error and (tmp_path / "out").exists() == complete
+
+
+def test_an_empty_name_to_upload_to(source: Path, tmp_path: Path, capsys) -> None:
+    assert "epo" in failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "")
 
 
 # Verified

@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
+from llama3v_mlx.checkpoint import CheckpointError
 from llama3v_mlx.cli import check_plot
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.image import load_image
@@ -204,6 +205,12 @@ def test_llama_alone_is_trained(data: Path, tmp_path: Path, how: list[str]) -> N
     fused, _ = load(tmp_path / "fused")
     ids = mx.array([processor.encode("What is this?").ids])
     assert mx.abs(adapted(ids) - fused(ids)).max().item() < 0.05  # the fused weights are rounded to float16
+    if "--full" not in how:  # of which any part is usable
+        path = tmp_path / "run" / "adapters.safetensors"
+        name, *others = tensors = mx.load(str(path))
+        mx.save_safetensors(str(path), {other: tensors[other] for other in others})
+        with pytest.raises(CheckpointError, match=f"{name} missing"):
+            load(data / "model", adapter_path=tmp_path / "run")
 
 
 def assert_fused_is_equal_but_for(data: Path, tmp_path: Path, prefix: str) -> None:
