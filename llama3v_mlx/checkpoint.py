@@ -100,6 +100,8 @@ def read_config(folder: Path) -> dict:
     dtype = read_dtype(path, config, config.get("text_config"), config.get("vision_config"))
     if config.get("text_config") is not None:
         return _our_config(path, config, dtype)
+    if config.get("quantization_config") or config.get("quantization"):
+        raise CheckpointError(f"{path}: is quantized already, by another program; give the original checkpoint")
     text = llama_config(path, config)
     if config.get("query_num") is None:
         raise CheckpointError(f"{path}: lacks query_num")
@@ -193,11 +195,16 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
     """Load all tensors of a checkpoint lazily, by name, in the order of its files.
 
     Raises:
-        CheckpointError: if a shard is missing or damaged.
+        CheckpointError: if a shard is missing or damaged, or has a tensor of another one.
     """
     tensors: dict[str, mx.array] = {}
     for path in shard_paths(folder):
-        tensors.update(read_shard(path))
+        shard = read_shard(path)
+        if twice := shard.keys() & tensors.keys():
+            raise CheckpointError(
+                f"{path}: {some('tensor', sorted(twice))} of another file of the folder; are these two checkpoints?"
+            )
+        tensors |= shard
     return tensors
 
 
@@ -248,6 +255,8 @@ def check_shard(path: Path) -> list[str]:
         check_file(path)
         with safe_open(path, framework="np") as file:
             return file.offset_keys()
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path}: no such file") from e
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"{path}: not a safetensors file, damaged or cut short ({one_line(e)}); download it again"

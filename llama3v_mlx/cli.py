@@ -153,6 +153,23 @@ def _hush_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+def check_plot(picture: str) -> None:
+    """Check, before hours of work, that a plot can be drawn and saved.
+
+    Raises:
+        ValueError: if matplotlib is not installed, or cannot write such a file.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    path, formats = Path(picture), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--plot {picture}: matplotlib writes {', '.join(formats)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {picture}: no folder {path.parent}")
+
+
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of generate and chat: adapters, sampling, memory and feature store."""
     parser.add_argument("--adapter-path", metavar="DIR", help="adapters written by llama3v train")

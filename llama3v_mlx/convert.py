@@ -162,7 +162,7 @@ def convert(
     if os.path.lexists(mlx_path):
         way_out = ", or --verify alone to verify it" if verify else ""
         raise FileExistsError(f"{mlx_path} exists already; remove it, or give another --mlx-path{way_out}")
-    if upload_repo:
+    if upload_repo is not None:
         _check_upload(upload_repo)
 
     from .conversion.card import model_card
@@ -309,20 +309,25 @@ def _verify(source: str | Path, revision: str | None, result: Path, rows: dict |
 def _check_upload(repo: str) -> None:
     """Check upload credentials before the conversion starts."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo)
-    HfApi().whoami()
+    try:
+        HfApi().whoami()
+    except HTTPError as e:
+        raise OSError(f"{repo}: the Hub does not accept an upload now ({e})") from e
 
 
 def _upload(folder: Path, repo: str) -> None:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     api = HfApi()
     try:
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model")
-    except OSError as e:  # Hugging Face's HTTP errors are OSErrors
+    except (HTTPError, OSError) as e:  # HTTPError: a lost connection
         raise OSError(f"{folder} is complete, but was not uploaded to {repo}: {e}") from e
     print(f"uploaded to {printable(str(url))}")
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .cli import FOLLOWING, positive, run
+from .cli import FOLLOWING, check_plot, positive, run
 from .demo import CHECKPOINT
 from .evaluation.report import BENCHMARKS, PREFIX, Scores, comparison, plot, read_results, table
 from .files import list_folder
@@ -39,6 +39,8 @@ def evaluate(args: argparse.Namespace) -> None:
     # lmms-eval runs in --output, so relative paths must be absolute; links to a Python must stay, or a venv is lost.
     args.lmms_eval = os.path.abspath(shutil.which(args.lmms_eval) or args.lmms_eval)
     args.data = args.data and os.path.abspath(args.data)
+    if args.plot:
+        check_plot(args.plot)
     harness = find_harness(args.lmms_eval)
     out = Path(args.output).absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -208,7 +208,12 @@ class Processor:
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def _text(self, text: str) -> list[int]:
-        """Tokenize plain text: what looks like a special token is split into ordinary tokens."""
+        """Tokenize plain text: what looks like a special token is split into ordinary tokens.
+
+        Raises:
+            UnicodeEncodeError: if the text has a lone surrogate.
+        """
+        text.encode()
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .cli import note_slow_cpu, positive, run, seed
+from .cli import check_plot, count, note_slow_cpu, positive, run, seed, share, share_or_more
 from .files import printable
 
 LEARNING_RATES = {"pretrain": 1e-3, "lora": 2e-4, "full": 2e-5}
@@ -42,7 +42,7 @@ def train(args: argparse.Namespace) -> None:
         if ranks.rank == 0:
             note_slow_cpu()
             if args.plot:
-                import matplotlib  # noqa: F401  (to fail before hours of training)
+                check_plot(args.plot)
         args.dtype = args.dtype or ("bfloat16" if on_gpu() else "float32")
         model, processor = load(args.model, dtype=getattr(mx, args.dtype), lazy=True)
         sets = [Dialogues(path, args.image_folder, processor, args.strict) for path in (args.data, args.val) if path]
@@ -175,7 +175,7 @@ def plot(metrics: Path, picture: str) -> None:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for key, label in (("loss", "training"), ("validation_loss", "validation")):
-        if points := [(row["step"], row[key]) for row in rows if key in row]:
+        if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if key != "loss" else None)
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -235,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--val", metavar="FILE", help="conversations to validate with")
     data.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
     data.add_argument("--features", metavar="STORE", help="feature store of the images; missing features are embedded")
-    data.add_argument("--workers", type=int, default=4, help="threads that decode images (default: 4)")
+    data.add_argument("--workers", type=positive, default=4, help="threads that decode images (default: 4)")
     data.add_argument(
         "--max-seq-length", type=positive, default=2048, help="longest row in tokens; longer ones are skipped"
     )
@@ -244,18 +244,24 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--full", action="store_true", help="train all of Llama")
     what.add_argument("--lora-rank", type=positive, default=16, help="rank (default: 16)")
     what.add_argument("--lora-layers", type=positive, default=16, help="number of last layers with LoRA (default: 16)")
-    what.add_argument("--lora-scale", type=float, default=2.0, help="scale, alpha / rank in other tools (default: 2)")
-    what.add_argument("--lora-dropout", type=float, default=0.0, help="dropout (default: 0)")
+    what.add_argument(
+        "--lora-scale", type=share_or_more, default=2.0, help="scale, alpha / rank in other tools (default: 2)"
+    )
+    what.add_argument("--lora-dropout", type=share, default=0.0, help="dropout (default: 0)")
     what.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     how = parser.add_argument_group("optimization")
     how.add_argument("--batch-size", type=positive, default=4, help="rows per batch, over all ranks (default: 4)")
     how.add_argument("--grad-accumulation-steps", type=positive, default=1, help="batches per step (default: 1)")
     how.add_argument("--iters", type=positive, help="steps, instead of --epochs")
     how.add_argument("--epochs", type=positive, default=1, help="passes over the data (default: 1)")
-    how.add_argument("--learning-rate", type=float, help="(default: 1e-3 for pretrain, 2e-4 for LoRA, 2e-5 for --full)")
-    how.add_argument("--warmup", type=int, help="warm-up steps (default: 3%% of all)")
+    how.add_argument(
+        "--learning-rate",
+        type=share_or_more,
+        help="(default: 1e-3 for pretrain, 2e-4 for LoRA, 2e-5 for --full)",
+    )
+    how.add_argument("--warmup", type=count, help="warm-up steps (default: 3%% of all)")
     how.add_argument("--lr-schedule", choices=SCHEDULES, default="cosine", help="decay of the rate (default: cosine)")
-    how.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    how.add_argument("--weight-decay", type=share_or_more, default=0.0, help="(default: 0)")
     how.add_argument("--grad-checkpoint", action="store_true", help="recompute activations to save memory")
     how.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="(default: bfloat16; float32 on a CPU)"

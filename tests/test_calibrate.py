@@ -324,8 +324,10 @@ def test_no_more_rows_are_read_than_are_used(tiny: Path, tmp_path: Path, monkeyp
 def test_values_beyond_float16_and_float32() -> None:
     plan = Plan(mx.float16, {"layer": {"group_size": 32, "bits": 4, "mode": "affine"}}, {}, 0)
     quantizer = calibrating.Quantizer(plan, ShardWriter(Path()))
-    with pytest.raises(CheckpointError, match="layer: has values that float16 cannot represent"):
+    with pytest.raises(CheckpointError, match="layer.weight has values up to 1e\\+06, which float16 cannot represent"):
         quantizer("layer", Tensor(mx.full((4, 32), 1e6)), None)
+    with pytest.raises(CheckpointError, match="layer.weight has values that are not finite"):
+        quantizer("layer", Tensor(mx.ones((4, 32)).at[2, 3].add(mx.nan)), None)
     inputs = Inputs()
     inputs.add(mx.full((8, 32), 1e30), mx.ones((8, 32)))
     with pytest.raises(CheckpointError, match="layer: cannot be calibrated: the inputs are not finite"):

@@ -167,6 +167,14 @@ def test_values_of_our_config(converted: Path, tmp_path, keys: tuple[str, ...], 
     refused(folder / "config.json", lambda: read_config(folder), saying)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_quantized_by_another_program(folder: Path, method: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(CheckpointError, match="is quantized already, by another program"):
+        read_config(folder)
+
+
 def test_a_tensor_of_another_type(folder: Path) -> None:
     path = tensor_file(folder)
     tensors = mx.load(str(path))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -16,13 +17,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import tolerance
+from huggingface_hub.errors import HTTPError
 from mlx.utils import tree_flatten
 from PIL import Image
 from tokenizers import Tokenizer
 
 import llama3v_mlx
 from llama3v_mlx import load
-from llama3v_mlx.checkpoint import CheckpointError, read_config
+from llama3v_mlx.checkpoint import INDEX, CheckpointError, read_config
 from llama3v_mlx.conversion import shard_writer as streaming
 from llama3v_mlx.conversion.options import check_quantization
 from llama3v_mlx.conversion.verify import first_token_logprobs, verify
@@ -312,6 +314,17 @@ def test_values_beyond_float16(damaged: Path, tmp_path: Path, capsys) -> None:
     convert(damaged, tmp_path / "out", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(damaged: Path, tmp_path: Path, capsys, value: float) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors["llm.model.embed_tokens.weight"][3, 4] = value
+
+    rewrite(damaged, spoil)
+    error = failure(capsys, "--hf-path", damaged, "--mlx-path", tmp_path / "out", "-q")
+    assert "language_model.model.embed_tokens.weight has values that are not finite" in error
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_full_size_plan(tmp_path: Path) -> None:
     """The released 741 tensors, by name and shape alone: all have their place, and 4 bits make 5.5 GB of them."""
     spec = importlib.util.spec_from_file_location("convert_memory", ROOT / "benchmarks" / "convert_memory.py")
@@ -401,12 +414,16 @@ def truncate(path: Path, size: int) -> None:
             lambda f: [path.unlink() for path in f.glob("model*")] and (f / "pytorch_model.bin").touch(),
             "only safetensors weights are read",
         ),
+        (
+            lambda f: (f / INDEX).unlink() or shutil.copy(f / SHARD, f / "other.safetensors"),
+            "other.safetensors: .* tensors: .* of another file",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: damaged"),
     ],
     ids=[
         *("folder", "config", "json", "type", "version", "dtype", "width", "quantized"),
-        *("shard", "truncated", "header", "empty", "pickle", "tokenizer", "tokens"),
+        *("shard", "truncated", "header", "empty", "pickle", "twice", "tokenizer", "tokens"),
     ],
 )
 def test_sources_that_cannot_be_used(damaged: Path, tmp_path: Path, capsys, damage: Callable, message: str) -> None:
@@ -582,6 +599,28 @@ def test_an_upload_that_cannot_succeed_is_told_before_the_work(source: Path, tmp
     failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "me/llama3v")
     assert "repo" in failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "a/b/c")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["whoami", "upload_folder"])
+def test_a_connection_lost_in_an_upload(source: Path, tmp_path: Path, monkeypatch, capsys, when: str) -> None:
+    def answer(self, *args, **kwargs) -> str:
+        return "https://huggingface.co/me/x"
+
+    def fail(self, *args, **kwargs) -> None:
+        raise HTTPError("connection refused")
+
+    methods = {name: fail if name == when else answer for name in ("whoami", "create_repo", "upload_folder")}
+    monkeypatch.setattr("huggingface_hub.HfApi", type("Api", (), methods))
+    with pytest.raises(SystemExit):
+        main(["--hf-path", str(source), "--mlx-path", str(tmp_path / "out"), "--upload-repo", "me/x"])
+    error = capsys.readouterr().err
+    complete = when == "upload_folder"
+    assert ("is complete, but was not uploaded to me/x: connection refused" in error) == complete
+    assert "Error" not in error and (tmp_path / "out").exists() == complete
+
+
+def test_an_empty_name_to_upload_to(source: Path, tmp_path: Path, capsys) -> None:
+    assert "epo" in failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "")
 
 
 # Verified

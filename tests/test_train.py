@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from llama3v_mlx import load, train
+from llama3v_mlx.checkpoint import CheckpointError
+from llama3v_mlx.cli import check_plot
 from llama3v_mlx.features.store import FeatureStore
 from llama3v_mlx.image import load_image
 from llama3v_mlx.tiling import TiledImage
@@ -78,6 +82,7 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "valu
         ({"image": 3, "conversations": [HUMAN, GPT]}, "path or a list of paths"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": " \n"}]}, "empty answer"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
+        ({"image": "a.png", "conversations": [HUMAN, {"from": ["gpt"], "value": "x"}]}, "unknown role"),
         ({"image": "a.png", "conversations": [HUMAN, HUMAN]}, "alternation"),
         ({"image": "a.png", "conversations": [HUMAN]}, "alternation"),
         ({"conversations": [HUMAN, GPT]}, "1 <image> marks, but 0 images"),
@@ -121,11 +126,24 @@ def test_lists_and_lines_hold_the_same_rows(data: Path, tmp_path: Path, demo) ->
     (tmp_path / "cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(DataError, match="cut short"):
         Dialogues(tmp_path / "cut.json", "f", processor)
-    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{]\n" + "[" * 100_000)
+    half = json.dumps({"conversations": [{"from": "human", "value": "\ud800"}, GPT]})  # of a character
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{]\n" + "[" * 100_000 + "\n" + half)
     rejected = Dialogues(tmp_path / "bad.jsonl", "f", processor).rejected
     assert "row 2: not JSON" in rejected[0] and "row 3: not JSON: maximum recursion" in rejected[1]
+    assert "row 4: " in rejected[2] and "surrogates not allowed" in rejected[2]
     with pytest.raises(DataError, match=r"bad.jsonl, row 2: not JSON"):
         Dialogues(tmp_path / "bad.jsonl", "f", processor, strict=True)
+
+
+def test_a_long_text_takes_no_memory_to_split(tmp_path: Path, demo) -> None:
+    turns = [{"from": "human", "value": "What?"}, GPT]
+    (tmp_path / "rows.json").write_text(json.dumps([{"note": "a" * 1_000_000, "conversations": turns}]))
+    tracemalloc.start()
+    try:
+        assert len(Dialogues(tmp_path / "rows.json", "f", demo[1])) == 1
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_answers_are_what_generation_would_say(demo, picture: Path) -> None:
@@ -187,6 +205,12 @@ def test_llama_alone_is_trained(data: Path, tmp_path: Path, how: list[str]) -> N
     fused, _ = load(tmp_path / "fused")
     ids = mx.array([processor.encode("What is this?").ids])
     assert mx.abs(adapted(ids) - fused(ids)).max().item() < 0.05  # the fused weights are rounded to float16
+    if "--full" not in how:  # of which any part is usable
+        path = tmp_path / "run" / "adapters.safetensors"
+        name, *others = tensors = mx.load(str(path))
+        mx.save_safetensors(str(path), {other: tensors[other] for other in others})
+        with pytest.raises(CheckpointError, match=f"{name} missing"):
+            load(data / "model", adapter_path=tmp_path / "run")
 
 
 def assert_fused_is_equal_but_for(data: Path, tmp_path: Path, prefix: str) -> None:
@@ -287,7 +311,7 @@ def test_resume_takes_the_same_weights_and_images_wherever_they_are(
     shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "0.png")
     with pytest.raises(SystemExit):
         train.main([*options, "--resume"])
-    assert "same data and options; examples was" in capsys.readouterr().err
+    assert "same data and options; examples changed" in capsys.readouterr().err
     shutil.copy(data / "images" / "0.png", tmp_path / "images")
     path = next((tmp_path / "moved").glob("*.safetensors"))
     tensors = mx.load(str(path))
@@ -295,7 +319,7 @@ def test_resume_takes_the_same_weights_and_images_wherever_they_are(
     mx.save_safetensors(str(path), tensors | {name: tensors[name] * 2}, {"format": "mlx"})
     with pytest.raises(SystemExit):
         train.main([*options, "--resume"])
-    assert "same data and options; weights was" in capsys.readouterr().err
+    assert "same data and options; weights changed" in capsys.readouterr().err
 
 
 def test_best_is_kept(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +365,56 @@ def test_a_step_that_is_not_finite_changes_nothing(data: Path) -> None:
     assert trainer.step([bad], 10) is None and trainer.step([bad], 10) is None
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.step([bad], 10)
+
+
+def test_a_run_that_diverges_leaves_no_broken_checkpoint(data: Path, tmp_path: Path, capsys) -> None:
+    def number(text: str) -> float:
+        raise AssertionError(f"{text} is not JSON")
+
+    often = (argument for name in ("save", "eval", "report") for argument in (f"--{name}-every", 1))
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        command(
+            *(data, "finetune", "--features", data / "tokens", "--out", run, "--val", data / "data.jsonl", *often),
+            *("--iters", 9, "--warmup", 1, "--learning-rate", 1e30),  # the first step is taken with a rate of 0
+        )
+    assert "error: 3 steps in a row had no finite loss" in capsys.readouterr().err
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert saved == ["step-0000001", "step-0000002"]  # not the third's, which is the second's again
+    assert (run / "best").resolve().name == "step-0000001"
+    rows = [json.loads(line, parse_constant=number) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] is None for row in rows if "loss" in row] == [False, False, True, True]
+    assert [row["validation_loss"] is None for row in rows if "loss" not in row] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--learning-rate=nan", "--weight-decay=-1", "--lora-scale=inf", "--lora-dropout=2", "--warmup=-5", "--workers=0"],
+)
+def test_numbers_out_of_range(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, option: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        command(data, "finetune", "--features", data / "tokens", "--out", tmp_path / "run", option)
+    assert end.value.code == 2 and f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_any_seed(data: Path, tmp_path: Path) -> None:
+    options = ("--features", data / "tokens", "--out", tmp_path / "run", "--iters", 1, "--seed", 2**64 - 1)
+    command(data, "finetune", *options)
+    assert losses(tmp_path / "run")
+
+
+def test_a_plot_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib"):
+        check_plot("loss.png")
+    canvas = SimpleNamespace(get_supported_filetypes=lambda: {"png": "", "pdf": ""})
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", SimpleNamespace(FigureCanvasBase=canvas))
+    check_plot(str(tmp_path / "loss.PNG"))
+    with pytest.raises(ValueError, match="matplotlib writes png, pdf"):
+        check_plot("loss.doc")
+    with pytest.raises(ValueError, match="no folder .*nowhere"):
+        check_plot(str(tmp_path / "nowhere" / "loss.png"))
 
 
 def test_rows_are_left_out_with_their_reason(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,7 +21,7 @@ from ..memory import MemoryLimitError
 from ..models.released import lay_out
 from .gptq import Inputs, quantize
 from .rows import MAX_TOKENS, Row, embed_rows
-from .shard_writer import SHARD_BYTES, Plan, ShardWriter
+from .shard_writer import SHARD_BYTES, Plan, ShardWriter, check_values
 from .verify import Tensor, Weights
 
 LLAMA, HEAD, EMBEDDING = "language_model.model", "language_model.lm_head", "language_model.model.embed_tokens"
@@ -202,6 +202,7 @@ class Quantizer:
         own = self._plan.quantized.get(path)
         if own is None:
             return weight
+        check_values(f"{path}.weight", weight.weight, self._plan.dtype)
         out_bytes = self._plan.size(f"{path}.weight")
         self._writer.make_room(out_bytes, out_bytes)
         try:

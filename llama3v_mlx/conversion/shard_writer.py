@@ -170,7 +170,7 @@ def write_tensors(
         progress: called with the number of bytes read, after each tensor.
 
     Raises:
-        CheckpointError: if a value overflows the plan's dtype.
+        CheckpointError: if a value is not finite, or overflows the plan's dtype.
     """
     for name in list(tensors):
         tensor = tensors.pop(name)
@@ -191,12 +191,7 @@ def write_tensors(
 def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
     """Convert one tensor to what is written: a cast tensor, or packed weight, scales and (affine) biases."""
     dtype = _cast(tensor.dtype, plan.dtype)
-    if dtype == mx.float16 and tensor.dtype != dtype:
-        largest = mx.maximum(tensor.max(), -tensor.min()).item()
-        if not largest <= mx.finfo(mx.float16).max:
-            raise CheckpointError(
-                f"{name} has values up to {largest:.3g}, which float16 cannot represent; use another --dtype"
-            )
+    check_values(name, tensor, dtype)
     path = name.removesuffix(".weight")
     if path not in plan.quantized:
         return {name: tensor.astype(dtype)}
@@ -206,6 +201,28 @@ def _convert(name: str, tensor: mx.array, plan: Plan) -> dict[str, mx.array]:
         mx.eval(packed[-1])
     arrays = [mx.concatenate(parts) for parts in zip(*packed, strict=True)]
     return dict(zip((f"{path}.weight", f"{path}.scales", f"{path}.biases"), arrays, strict=False))
+
+
+def check_values(name: str, tensor: mx.array, dtype: mx.Dtype) -> None:
+    """Check that the values of a tensor are finite, and that a dtype can represent them.
+
+    Raises:
+        CheckpointError: naming the tensor, if that is not so.
+    """
+    if not mx.issubdtype(tensor.dtype, mx.floating):
+        return
+    # As integers, for which the CPU has fast reductions: the largest is the largest positive value if they are signed,
+    # else the largest negative one.
+    integers = {2: (mx.int16, mx.uint16), 4: (mx.int32, mx.uint32)}[tensor.dtype.size]
+    extremes = [tensor.view(integer).max().reshape(1).view(tensor.dtype).item() for integer in integers]
+    largest = max(map(abs, extremes)) if all(map(math.isfinite, extremes)) else math.inf
+    if largest == math.inf:
+        raise CheckpointError(f"{name} has values that are not finite; the checkpoint is damaged, download it again")
+    if largest > mx.finfo(dtype).max:
+        shown = str(dtype).removeprefix("mlx.core.")
+        raise CheckpointError(
+            f"{name} has values up to {largest:.3g}, which {shown} cannot represent; use another --dtype"
+        )
 
 
 def row_slices(shape: tuple[int, ...], item_bytes: int, chunk_bytes: int | None = None) -> list[slice]:

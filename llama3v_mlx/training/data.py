@@ -194,7 +194,7 @@ class Dialogues:
     def _rows_of_list(self) -> Iterator[tuple[int, int]]:
         """Byte ranges of the objects in a JSON list, found by strings and brackets only."""
         depth, start = 0, 0
-        for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', self._data):
+        for token in re.finditer(rb'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', self._data):
             if token[0] in (b"[", b"{"):
                 start = token.start() if depth == 1 else start
                 depth += 1
@@ -209,7 +209,7 @@ class Dialogues:
         """Call `function`; return None and note the reason if it rejects the row."""
         try:
             return function(*args)
-        except (DataError, ImageError) as e:
+        except (DataError, ImageError, UnicodeError) as e:
             reason = f"{self.path}, row {number}: {e}"
             if self.strict:
                 raise DataError(reason) from e
@@ -238,7 +238,7 @@ def messages_of(row: object, locate: Callable[[str], str]) -> list[dict]:
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise DataError('a turn is not {"from": …, "value": text}')
-        if turn.get("from") not in ROLES:
+        if turn.get("from") not in tuple(ROLES):
             raise DataError(f"unknown role {turn.get('from')!r}; it must be one of {', '.join(ROLES)}")
         if turn["from"] == "gpt" and not turn["value"].strip():
             raise DataError("has an empty answer")

@@ -1,5 +1,6 @@
 """The training loop: steps, and what is reported, validated and saved in between."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -83,14 +84,16 @@ class Loop:
                 plan = self._data.batches(s.batch_size, s.seed, epoch)
             first = (step - 1) % s.steps_per_epoch * s.grad_accumulation_steps
             # Seeded at every step, so that a resumed run needs no saved random state.
-            mx.random.seed((s.seed * 1_000_003 + step) * 1009 + rank)
+            mx.random.seed(((s.seed * 1_000_003 + step) * 1009 + rank) % 2**64)
             self._step(plan[first : first + s.grad_accumulation_steps])
             is_last = step == s.steps
             if step % s.report_every == 0 or is_last:
                 self._report(step)
             if self._validation is not None and (step % s.eval_every == 0 or is_last):
                 self._validate(step)
-            if step % s.save_every == 0 or is_last or self._state["best_step"] == step:
+            # Weights that gave no finite loss do not replace those of an older checkpoint.
+            due = step % s.save_every == 0 and not self._trainer.bad
+            if due or is_last or self._state["best_step"] == step:
                 self._state["skipped"] = self._trainer.skipped
                 model, optimizer = self._trainer.model, self._trainer.optimizer
                 self._run_folder.save(step, model, optimizer, self._state, self._adapter)
@@ -121,19 +124,20 @@ class Loop:
         batches = (self._collate([rows[i] for i in order[start : start + size]], rows) for start in mine)
         sums = mx.distributed.all_sum(mx.array(self._trainer.evaluate(batches)), stream=mx.cpu)
         loss = (sums[0] / sums[1]).item()
-        if self._state["best_loss"] is None or loss < self._state["best_loss"]:
+        best = self._state["best_loss"]
+        if math.isfinite(loss) and (best is None or loss < best):
             self._state |= {"best_loss": loss, "best_step": step}
-        self._run_folder.log({"step": step, "validation_loss": loss})
+        self._run_folder.log({"step": step, "validation_loss": _finite(loss)})
         if group.rank() == 0:
             print(f"step {step}: validation loss {loss:.4f}", file=sys.stderr)
         self._interval.started = time.perf_counter()
 
     def _report(self, step: int) -> None:
         now, trainer, steps = self._interval, self._trainer, self._settings.steps
-        seconds = time.perf_counter() - now.started
+        seconds, loss = time.perf_counter() - now.started, now.loss / now.answers if now.answers else math.nan
         figures = {
             "step": step,
-            "loss": now.loss / max(now.answers, 1),
+            "loss": _finite(loss),
             "learning_rate": trainer.optimizer.learning_rate.item(),
             "tokens_per_second": now.tokens / seconds,
             "images_per_second": now.images / seconds,
@@ -146,10 +150,15 @@ class Loop:
             left = round(seconds / now.steps * (steps - step))
             skipped = f", {trainer.skipped} steps skipped" if trainer.skipped else ""
             print(
-                f"step {step}/{steps}: loss {figures['loss']:.4f}, learning rate {figures['learning_rate']:.2e}, "
+                f"step {step}/{steps}: loss {loss:.4f}, learning rate {figures['learning_rate']:.2e}, "
                 f"{figures['tokens_per_second']:.0f} tokens/s ({figures['real_tokens']:.0%} without padding), "
                 f"{figures['images_per_second']:.1f} images/s, {figures['peak_memory_gb']:.2f} GB, "
                 f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left{skipped}",
                 file=sys.stderr,
             )
         self._interval = _Interval()
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None, which is null in JSON, where NaN and infinity are not allowed."""
+    return value if math.isfinite(value) else None

@@ -62,9 +62,10 @@ class RunFolder:
             if not resume:
                 raise ValueError(f"{folder}: contains a run; continue it with --resume, or use another --out")
             old = read_json(path)
-            if differing := [key for key in options if old.get(key) != options[key]]:
-                was = ", ".join(f"{key} was {old.get(key)!r} and is {options[key]!r}" for key in differing)
-                raise ValueError(f"{folder}: --resume needs the same data and options; {was}")
+            changed = [key for key in options if old.get(key) != options[key]]
+            if changed:
+                what = ", ".join(_change(key, old.get(key), options[key]) for key in changed)
+                raise ValueError(f"{folder}: --resume needs the same data and options; {what}")
         elif any(not path.name.startswith(RUN) for path in list_folder(self.folder)):
             raise ValueError(f"{folder}: is not empty and contains no run; use another --out")
         else:
@@ -168,6 +169,12 @@ class RunFolder:
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def _change(key: str, old: object, new: object) -> str:
+    """Describe a changed option; a digest would tell nothing."""
+    is_digest = key in ("data", "val", "weights", "features", "examples")
+    return f"{key} changed" if is_digest else f"{key} was {old!r} and is {new!r}"
 
 
 def _read_whole(path: Path, expected: dict) -> list[tuple[str, mx.array]]:

@@ -60,7 +60,7 @@ def answer_loss(model: Model, batch: Batch) -> mx.array:
     return (losses * batch.weights).sum()
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Raised when training cannot continue."""
 
 
@@ -78,7 +78,7 @@ class Trainer:
         self.model, self.optimizer = model, optimizer
         self.group = mx.distributed.init()
         self.skipped = 0  # steps whose loss or gradients were not finite
-        self._bad = 0
+        self.bad = 0  # of them, the latest in a row
         self._gradients: dict[tuple, Callable] = {}
         state = [model.state, optimizer.state]
 
@@ -112,11 +112,14 @@ class Trainer:
             mx.eval(array)  # one collective at a time: after a lost peer, MLX's ring never ends the next one
         grads, norm = self._clip(grads)
         if not np.isfinite(loss.item()) or not np.isfinite(norm.item()):
-            self.skipped, self._bad = self.skipped + 1, self._bad + 1
-            if self._bad == self.MOST_BAD_STEPS:
-                raise TrainingError(f"{self._bad} steps in a row had no finite loss; lower --learning-rate")
+            self.skipped, self.bad = self.skipped + 1, self.bad + 1
+            if self.bad == self.MOST_BAD_STEPS:
+                raise TrainingError(
+                    f"{self.bad} steps in a row had no finite loss; start again in another --out with a lower "
+                    "--learning-rate"
+                )
             return None
-        self._bad = 0
+        self.bad = 0
         self._update(grads)
         mx.eval(self._state)
         return loss.item()
