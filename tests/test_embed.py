@@ -128,18 +128,18 @@ def test_export(photos: Path, tmp_path: Path, capsys, siglip: Path) -> None:
 
 
 def test_export_to_a_full_disk(tmp_path: Path, photos: Path, siglip: Path, run_main) -> None:
-    """Files are limited to 1500 bytes, enough for the matrix but not the index, or to 300, too few for either."""
+    """Files are limited to 1160 bytes, enough for the matrix but not the index, or to 300, too few for either."""
     store, folder = tmp_path / "store", tmp_path / "export"
     main([str(photos), "--out", str(store), "--model", str(siglip), "--batch-size", "8"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (1500, 300):
+    for limit in (1160, 300):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             done = run_main("llama3v_mlx.embed", "--out", store, "--export", folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: ") and done.stderr.endswith(f"too large: '{folder}'\n")
+        assert done.stderr.startswith("error: ") and done.stderr.endswith(f"too large: {str(folder)!r}\n")
         assert not folder.exists()
 
 

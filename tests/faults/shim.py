@@ -20,7 +20,10 @@ def start_with_shim(folder: Path) -> None:
     library = folder / "shim.so"
     source = Path(__file__).with_name("shim.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, source, "-ldl"], check=True)
-    environment = os.environ | {_LOADED: str(library), "LD_PRELOAD": str(library)}
+    opened = os.open(library, os.O_RDONLY)
+    os.set_inheritable(opened, True)
+    # LD_PRELOAD cannot name a path with spaces.
+    environment = os.environ | {_LOADED: str(library), "LD_PRELOAD": f"/proc/self/fd/{opened}"}
     os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], environment)
 
 
