@@ -48,6 +48,19 @@ GENERATION = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
 GENERATION += ("kv_bits", "kv_group_size", "quantized_kv_start")
 
 
+def _open_closed_streams() -> None:
+    """Open on /dev/null what the caller has closed (`<&-`), before a file gets its descriptor.
+
+    MLX takes descriptor 0 for a failure, and what is written to 1 and 2 would end in that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+_open_closed_streams()
+
+
 def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -> None:
     """Run a command and exit: 0 on success, 1 with one `error:` line on failure, 130 on Ctrl-C.
 

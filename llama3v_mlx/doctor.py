@@ -232,7 +232,7 @@ def advice(rows: list[dict], disk_free: int) -> str:
     if best["fits"] != "yes":
         text += ", then use --low-memory"
     disk = DOWNLOAD_BYTES + (bits + 0.5) / 8 * 8.03e9 + 1.01e9
-    return text if disk < disk_free else f"{text} (needs {disk / 1e9:.0f} GB of disk space)"
+    return text if disk < disk_free else f"{text} (needs {disk / 1e9:.0f} GB of disk)"
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from .models.llama3v import Model, ModelArgs
 from .models.released import lay_out
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
-ADAPTED = ("lora_a", "lora_b", "m")  # parameters of mlx-lm\'s LoRA and DoRA layers
+ADAPTED = ("lora_a", "lora_b", "m")  # parameters of mlx-lm's LoRA and DoRA layers
 
 
 def build_model(config: dict, tensors: dict[str, mx.array] | None = None, folder: Path = Path()) -> Model:

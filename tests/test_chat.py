@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -188,7 +189,7 @@ def test_a_line_may_begin_with_an_image(talk: Conversation, tmp_path: Path, monk
     asked = []
     chat = Chat(talk, "demo")
     monkeypatch.setattr(chat, "ask", lambda question: asked.append((question, chat.waiting[-1].name)))
-    for text in (str(STARS), str(path).replace(" ", "\\ "), f"'{path}'"):
+    for text in (shlex.quote(str(STARS)), re.sub("([ '\"])", r"\\\1", str(path)), shlex.quote(str(path))):
         assert chat.line(f"{text} /what is it?")
     assert asked == [("/what is it?", str(name)) for name in (STARS, path, path)]
 
@@ -267,7 +268,7 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     assert "no answer yet" in shell.say("/sta\t")
     out = shell.say("What is this image?")
     assert "Two red stars on a yellow background." in out and "\033[2mfirst token" in out
-    assert "One purple cross" in shell.say(f"{CROSS.parent}/one-p\t What is this image?")
+    assert "One purple cross" in shell.say(f"{os.path.relpath(CROSS.parent, ROOT)}/one-p\t What is this image?")
     assert "The background is orange." in shell.say("What color is the background?")
     assert "saved to" in shell.say(f"/save {tmp_path}/talk")
     shell.interrupt()
@@ -345,7 +346,7 @@ def test_control_sequences_are_not_obeyed(talk: Conversation, tmp_path: Path, ca
     response = SimpleNamespace(text="red\x1b]0;title\x07\n\r\u2066star")
     monkeypatch.setattr(Conversation, "ask", lambda *_: (each for each in [response]))
     monkeypatch.setattr("llama3v_mlx.conversation.last_figures", lambda *_: "")
-    chat._image(f"'{path}'")
+    chat._image(shlex.quote(str(path)))
     chat._images("")
     chat.ask("What?")
     said = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The doctor command: its report on a machine, and its detection of wrong results."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,9 @@ from llama3v_mlx.models import llama3v, siglip
 from llama3v_mlx.selftest import GOLDEN, Check, compare, observe
 
 
-def test_what_is_right_is_told(run_main) -> None:
+@pytest.mark.parametrize("free", [10**9, 10**12])
+def test_what_is_right_is_told(run_main, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     done = run_main("llama3v_mlx.doctor", "--no-speed")
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("This machine", device.chip(), mx.__version__, "projector     ok", "tokens        ok     identical"):

@@ -158,11 +158,11 @@ def test_a_name_of_a_store_is_printed_harmlessly() -> None:
 
 
 def test_export_to_a_full_disk(tmp_path: Path, photos: Path, siglip: Path, run_main) -> None:
-    """Files are limited to 1500 bytes, enough for the matrix but not the index, or to 300, too few for either."""
+    """Files are limited to 1160 bytes, enough for the matrix but not the index, or to 300, too few for either."""
     store, folder = tmp_path / "store", tmp_path / "export"
     main([str(photos), "--out", str(store), "--model", str(siglip), "--batch-size", "8"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (1500, 300):
+    for limit in (1160, 300):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             done = run_main("llama3v_mlx.embed", "--out", store, "--export", folder)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -205,7 +206,7 @@ def caffeinate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Like the real one, it exits when the process given by -w does.
     program.write_text(
         f"#!{shutil.which('sh')}\n"
-        f"cd {tmp_path}\n"
+        f"cd {shlex.quote(str(tmp_path))}\n"
         'note() { echo "$2" > "$1.partial"; mv "$1.partial" "$1"; }\n'
         "trap 'note end stopped; exit' TERM\n"
         'note notes "$*"\n'

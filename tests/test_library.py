@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -515,13 +516,14 @@ def test_names_are_printed_harmlessly(pictures: Path, capsysbinary) -> None:
 
 def test_open_shows_the_hits(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     for name in ("open", "xdg-open"):
-        (tmp_path / name).write_text(f'#!{shutil.which("sh")}\nfor a; do echo "$a" >> {tmp_path}/{name}.args; done\n')
+        said = shlex.quote(f"{tmp_path}/{name}.args")
+        (tmp_path / name).write_text(f'#!{shutil.which("sh")}\nfor a; do echo "$a" >> {said}; done\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for platform in ("darwin", "linux"):
         monkeypatch.setattr(command.sys, "platform", platform)
         main([str(pictures), "words", "--top", "2", "--open"])
-    found = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[:2]]
+    found = [line[line.index(str(pictures)) :] for line in capsys.readouterr().out.splitlines()[:2]]
     assert (tmp_path / "open.args").read_text().splitlines() == ["-R", *found]
     assert (tmp_path / "xdg-open.args").read_text().splitlines() == [os.path.dirname(found[0])]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -298,7 +299,7 @@ class TestPictures:
             "../../../etc/passwd",
             "..%2f..%2fetc%2fpasswd",
             "//etc/passwd",
-            f"{folder}/{STARS}",
+            urllib.parse.quote(f"{folder}/{STARS}"),
             f"{id}/",
             f"{id}/{id}",
         ]

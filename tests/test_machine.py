@@ -50,6 +50,32 @@ def test_the_cache(given: dict, cache: str) -> None:
     assert (done.stdout, done.stderr) == (f"{cache}/llama3v_mlx\n", "")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    """A file that is opened later has another descriptor than theirs, and nothing fails for want of them."""
+    code = """
+import sys
+from llama3v_mlx.cli import run
+
+def command():
+    print("to stdout")
+    print("to stderr", file=sys.stderr)
+    with open(sys.argv[1], "w") as file:
+        file.write(f"{file.fileno() > 2} {sys.stdin.read()}")
+
+run(command)
+"""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" "$2" {closed}', sys.executable, code, tmp_path / "written"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and (tmp_path / "written").read_text() == "True "
+    assert done.stdout == ("" if " >&-" in f" {closed}" else "to stdout\n")
+    assert done.stderr == ("" if "2>&-" in closed else "to stderr\n")
+
+
 def test_the_disk_of_a_path() -> None:
     """A parent that cannot be looked at is not an error: here its name is too long, elsewhere it is forbidden."""
     assert existing(Path("/", "n" * 300, "m")) == Path("/")

@@ -165,7 +165,7 @@ def test_a_local_teacher(captions: Path, teacher: Path, tmp_path: Path, capsys: 
 
 
 def test_a_server(captions: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with served("mlx_lm", "server", "--model", teacher) as (server, port, _):
+    with served("llama3v_mlx", "mlx-lm", "server", "--model", teacher) as (server, port, _):
         assert server.poll() is None
         url = f"http://127.0.0.1:{port}"
         out = tmp_path / "rows.jsonl"

@@ -138,8 +138,8 @@ def test_text_stays_text(text: str) -> None:
         ("file:///no/such%20file.png", "/no/such file.png"),
         ("is IMG_1.DNG sharp?", "IMG_1.DNG"),
         ("paper.pdf#3-5", "paper.pdf#3-5"),
-        (f"what is in {IMAGES}?", str(IMAGES)),
-        (f"read {__file__}", __file__),
+        (f"what is in {dragged(IMAGES)}?", str(IMAGES)),
+        (f"read {dragged(__file__)}", __file__),
     ],
 )
 def test_what_is_meant_as_a_path_is_never_text(demo, text: str, path: str) -> None:
@@ -185,10 +185,12 @@ def ask_pasted(demo, capsys, line: str) -> str:
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has its own clipboard")
 @pytest.mark.parametrize("name", ["wl-paste", "xclip"])
 def test_paste_on_linux(demo, program, capsys, name: str) -> None:
-    program(name, f'case "$*" in *uri-list*) exit 1;; esac\nexec /bin/cat {STARS}')
+    program(name, f'case "$*" in *uri-list*) exit 1;; esac\nexec /bin/cat {quoted(STARS)}')
     out = ask_pasted(demo, capsys, "/paste What is this image?")
     assert out.startswith("pasted image: 505x433, 5 tiles") and "Two red stars on a yellow background." in out
-    program(name, f'case "$*" in *uri-list*) echo file://{CROSS}; echo "file://{STARS}";; *) exit 1;; esac')
+    program(
+        name, f'case "$*" in *uri-list*) echo {quoted(f"file://{CROSS}")}; echo {quoted(url(STARS))};; *) exit 1;; esac'
+    )
     assert read_clipboard() == [str(CROSS), str(STARS)]
     assert str(CROSS) in ask_pasted(demo, capsys, "/paste")
     program(name, 'case "$*" in *uri-list*) exit 1;; esac\necho Nothing is copied >&2; exit 1')
@@ -217,7 +219,8 @@ def test_paste_on_a_mac(program, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (30, 20), "red").save(image, "PNG")
     icon = f"«data PNGf{image.getvalue().hex().upper()}»"
     program(
-        "osascript", f"if [ \"$1\" = -l ]; then echo '{json.dumps([str(STARS), 'b c.png'])}'; else echo '{icon}'; fi"
+        "osascript",
+        f"if [ \"$1\" = -l ]; then /bin/cat <<'E'\n{json.dumps([str(STARS), 'b c.png'])}\nE\nelse echo '{icon}'; fi",
     )
     assert read_clipboard() == [str(STARS), "b c.png"]  # not the icon
     program("osascript", f"if [ \"$1\" = -l ]; then echo '[]'; else echo '{icon}'; fi")
@@ -271,7 +274,10 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_completes_is_found(tmp_path: Path) -> None:
     for name in ODD:
         (tmp_path / name).touch()
-        for start in (dragged(tmp_path / name[:3]), f"'{tmp_path}/{name[:3]}" if "'" not in name else None):
+        for start in (
+            dragged(tmp_path / name[:3]),
+            f"'{tmp_path}/{name[:3]}" if "'" not in f"{tmp_path}{name}" else None,
+        ):
             if start:
                 (line,) = complete(f"what is {start}")
                 assert find_images(line) == ([str(tmp_path / name)], "what is")

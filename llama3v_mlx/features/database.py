@@ -192,7 +192,7 @@ def in_memory() -> sqlite3.Connection:
 def _connect(path: Path, vfs: str, mode: str = "rw") -> sqlite3.Connection:
     uri = f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}&vfs={vfs}"
     with _explained(path):
-        connection = sqlite3.connect(uri, WAIT, isolation_level=None, check_same_thread=False, uri=True)
+        connection = sqlite3.connect(uri, timeout=WAIT, isolation_level=None, check_same_thread=False, uri=True)
         connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
         connection.execute("PRAGMA fullfsync = 1")  # macOS: fsync alone leaves the data in the drive's cache
         return connection

@@ -120,7 +120,9 @@ def _check_shard(folder: Path, writer: int, number: int, info: StoreInfo, databa
             good = [(writer, *record.tolist()) for record in missing if _is_good(shard, record, info.dtype)]
             marks = ", ".join("?" * (1 + len(COLUMNS)))
             insert = f"INSERT OR IGNORE INTO entries (writer, {', '.join(COLUMNS)}) VALUES ({marks})"
-            restored = max(0, db.executemany(insert, good).rowcount)
+            before = db.total_changes  # in a Turkish locale, Python up to 3.12 has no rowcount: "I" is not "i" there
+            db.executemany(insert, good)
+            restored = db.total_changes - before
             lost = 0 if len(records) else len(missing) - len(good)
     verdict.restored += restored
     if lost := lost + len(bad):

@@ -21,7 +21,11 @@ def start_with_shim(folder: Path) -> None:
     library = folder / "shim.so"
     source = Path(__file__).with_name("shim.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, source, "-ldl"], check=True)
-    environment = os.environ | {_LOADED: str(library), "LD_PRELOAD": str(library), _STATE: str(folder / "state")}
+    opened = os.open(library, os.O_RDONLY)
+    os.set_inheritable(opened, True)
+    # LD_PRELOAD cannot name a path with spaces; the program keeps its number, also for what it starts.
+    library = f"/proc/{os.getpid()}/fd/{opened}"
+    environment = os.environ | {_LOADED: library, "LD_PRELOAD": library, _STATE: str(folder / "state")}
     os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], environment)
 
 
@@ -31,7 +35,7 @@ def shim() -> ctypes.CDLL | None:
     if _LOADED not in os.environ:
         return None
     os.environ.pop("LD_PRELOAD", None)  # not for what the commands start, but see `disturb_started`
-    atexit.register(shutil.rmtree, Path(os.environ[_LOADED]).parent, ignore_errors=True)
+    atexit.register(shutil.rmtree, Path(os.environ[_STATE]).parent, ignore_errors=True)
     library = ctypes.CDLL(os.environ[_LOADED])
     library.faults_seen.restype = ctypes.c_long
     library.faults_log.restype = ctypes.c_char_p
