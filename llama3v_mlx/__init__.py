@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import sys
+from types import ModuleType
 
 __version__ = "0.2.0"
 
@@ -36,6 +37,16 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import of the command `generate` does not hide the function.
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 _MLX_LM_FILES = 4096  # the hard limit of open files that mlx-lm sets when it is imported
