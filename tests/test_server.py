@@ -713,6 +713,12 @@ class TestWhoMayAsk:
                 error = json.loads(said)["error"]
                 assert (status, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
 
+    def test_a_key_may_have_any_letters(self, demo) -> None:
+        with serving(*demo, api_key="schlüssel") as app:
+            for key, status in (("schlüssel", b"200"), ("schlussel", b"401")):
+                sent = f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+                assert raw(app.server_port, f"{sent}\r\n".encode()).startswith(b"HTTP/1.1 " + status)
+
     def test_the_key_is_compared_in_constant_time(self, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
         compared = []
         monkeypatch.setattr(connection.hmac, "compare_digest", lambda *given: compared.append(given) or False)

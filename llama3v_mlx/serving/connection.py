@@ -141,7 +141,7 @@ class Connection(BaseHTTPRequestHandler):
         key = self.server.options.api_key
         if key is None:
             return
-        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")  # as it was decoded
         if not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise RequestError(401, "wrong or missing API key", "invalid_api_key")
 
