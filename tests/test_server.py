@@ -597,6 +597,8 @@ class TestBodies:
             b"no colon\r\nContent-Length: %d",
             b"no colon\r\nX: %d\r\nTransfer-Encoding: chunked",
             b"X\0Y: 1\r\nContent-Length: %d",
+            b"X: 1\r\n Content-Length: %d",
+            b"Content-Length:\r\n %d",
         ],
     )
     def test_a_body_that_a_proxy_sees_is_not_the_next_request(self, port: int, lines: bytes) -> None:

@@ -80,8 +80,9 @@ class Connection(BaseHTTPRequestHandler):
         self.server.note_idle(self.connection, False)
         if self.request_version < "HTTP/1.1":
             self.close_connection = True
-        if any(isinstance(defect, MALFORMED) for defect in self.headers.defects):
-            # Python ignores what follows a line that is no header; a proxy may read a Content-Length there.
+        folded = any("\n" in value for value in self.headers.values())
+        if folded or any(isinstance(defect, MALFORMED) for defect in self.headers.defects):
+            # In lines that continue others, or follow one that is no header, a proxy may see a Content-Length.
             self.send_error(400, "malformed header")
             return False
         return True
