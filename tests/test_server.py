@@ -597,6 +597,8 @@ class TestBodies:
             b"no colon\r\nContent-Length: %d",
             b"no colon\r\nX: %d\r\nTransfer-Encoding: chunked",
             b"X\0Y: 1\r\nContent-Length: %d",
+            b"X: 1\r\n Content-Length: %d",
+            b"Content-Length:\r\n %d",
         ],
     )
     def test_a_body_that_a_proxy_sees_is_not_the_next_request(self, port: int, lines: bytes) -> None:
@@ -712,6 +714,12 @@ class TestWhoMayAsk:
                 status, said = request(port, path, body, key=key)
                 error = json.loads(said)["error"]
                 assert (status, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
+
+    def test_a_key_may_have_any_letters(self, demo) -> None:
+        with serving(*demo, api_key="schlüssel") as app:
+            for key, status in (("schlüssel", b"200"), ("schlussel", b"401")):
+                sent = f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+                assert raw(app.server_port, f"{sent}\r\n".encode()).startswith(b"HTTP/1.1 " + status)
 
     def test_the_key_is_compared_in_constant_time(self, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
         compared = []

@@ -79,8 +79,9 @@ class Connection(BaseHTTPRequestHandler):
         self.server.note_idle(self.connection, False)
         if self.request_version < "HTTP/1.1":
             self.close_connection = True
-        if any(isinstance(defect, MALFORMED) for defect in self.headers.defects):
-            # Python ignores what follows a line that is no header; a proxy may read a Content-Length there.
+        folded = any("\n" in value for value in self.headers.values())
+        if folded or any(isinstance(defect, MALFORMED) for defect in self.headers.defects):
+            # In lines that continue others, or follow one that is no header, a proxy may see a Content-Length.
             self.send_error(400, "malformed header")
             return False
         return True
@@ -140,7 +141,7 @@ class Connection(BaseHTTPRequestHandler):
         key = self.server.options.api_key
         if key is None:
             return
-        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")  # as it was decoded
         if not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise RequestError(401, "wrong or missing API key", "invalid_api_key")
 
