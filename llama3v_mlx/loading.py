@@ -14,6 +14,7 @@ from .models.llama3v import Model, ModelArgs
 from .models.released import lay_out
 
 ADAPTERS, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+ADAPTED = ("lora_a", "lora_b", "m")  # parameters of mlx-lm's LoRA and DoRA layers
 
 
 def build_model(config: dict, tensors: dict[str, mx.array] | None = None, folder: Path = Path()) -> Model:
@@ -91,7 +92,7 @@ def load_adapters(model: Model, folder: str | Path) -> None:
     """Load adapters into a model: LoRA layers, or whole parameters, cast to the model's dtypes.
 
     Raises:
-        CheckpointError: if the folder has no adapters, or those of another model.
+        CheckpointError: if the folder has no adapters, not all of them, or those of another model.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers  # slow to import
 
@@ -107,6 +108,7 @@ def load_adapters(model: Model, folder: str | Path) -> None:
             raise CheckpointError(f"{path}: {one_line(e)}") from e
     expected = dict(tree_flatten(model.parameters()))
     tensors = read_shard(Path(folder) / ADAPTERS)
-    check_tensors(Path(folder), model, {**expected, **tensors})
+    rest = {name: p for name, p in expected.items() if name.rpartition(".")[2] not in ADAPTED}
+    check_tensors(Path(folder), model, {**rest, **tensors})
     model.load_weights([(name, tensor.astype(expected[name].dtype)) for name, tensor in tensors.items()], strict=False)
     model.eval()
