@@ -18,6 +18,7 @@ from .batch import Settings
 from .checks import RequestError, parse
 from .connection import Connection
 from .forms import Chat, Completion, Form, usage_of
+from .images import read_image
 from .jobs import Job, NeedImages, Token
 from .library import SIDE, ServedLibrary
 from .prompts import chat_prompt, completion_prompt, num_tokens, plan_image
@@ -28,7 +29,6 @@ from .requests import (
     LibrarySearchRequest,
     LibraryUpdateRequest,
     TilesRequest,
-    read_image,
 )
 
 PAGE = Path(__file__).parent / "page.html"
