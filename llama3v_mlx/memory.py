@@ -40,6 +40,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
+        """Peak memory in bytes; images are encoded before the prefill."""
         if self.low_memory:
             return self.draft + max(self.vision + self.tiles, self.language + self.cache + self.prefill)
         return self.draft + self.vision + self.language + self.cache + max(self.tiles, self.prefill)

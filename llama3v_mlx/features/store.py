@@ -159,6 +159,7 @@ class FeatureStore:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows of all entries."""
         return int(self._entries()["rows"].sum())
 
     def sizes(self) -> list[tuple[bytes, int]]:
@@ -171,7 +172,11 @@ class FeatureStore:
         return self._entries()["sha256"]
 
     def get(self, sha256: bytes) -> Features | None:
-        """Features of the image file with this SHA-256, or None."""
+        """Features of the image file with this SHA-256, rows in the stored dtype (int8: float16); None if missing.
+
+        Raises:
+            FeatureError: if the entry is damaged.
+        """
         query = f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?"
         found = self.database.rows(query, (sha256,))
         if not found:
