@@ -308,13 +308,10 @@ def table(figures: dict) -> str:
 
 
 def machine() -> str:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    from llama3v_mlx.device import chip, cores, memory
+
     load = os.getloadavg()[0]
-    return f"{platform.system()}, {name}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB, load {load:.1f} at the start"
+    return f"{platform.system()}, {chip()}, {cores()} cores, {memory() / 1e9:.0f} GB, load {load:.1f} at the start"
 
 
 def say(text: str) -> None:

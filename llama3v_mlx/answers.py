@@ -33,6 +33,7 @@ class _Line:
 
 
 def settings_path(path: Path) -> Path:
+    """Path of the settings that belong to a file of answers."""
     return path.with_name(f"{path.name}.settings.json")
 
 
@@ -113,6 +114,7 @@ class AnswerFile:
         return sum(line.sha256 is not None for line in self._lines.values())
 
     def has_answer(self, path: str) -> bool:
+        """Return True if the last line of a path is an answer, not an error."""
         line = self._lines.get(path)
         return line is not None and line.sha256 is not None
 

@@ -18,6 +18,8 @@ from .tiling import TiledImage
 
 @dataclass(frozen=True)
 class Answer:
+    """A complete answer about one image."""
+
     text: str
     finish_reason: str  # "stop" or "length"
     num_tokens: int  # generated, the end-of-turn token included

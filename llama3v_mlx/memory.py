@@ -40,6 +40,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
+        """Peak memory in bytes; images are encoded before the prefill."""
         if self.low_memory:
             return self.draft + max(self.vision + self.tiles, self.language + self.cache + self.prefill)
         return self.draft + self.vision + self.language + self.cache + max(self.tiles, self.prefill)
@@ -136,18 +137,25 @@ def footprint_of(
     kv_bits: int | None = None,
     low_memory: bool = False,
 ) -> Footprint:
-    """Compute the footprint from a config in our layout and named tensors, which are not evaluated."""
+    """Compute the footprint from a config in our layout and named tensors, which are not evaluated.
+
+    The other arguments are those of `footprint`.
+    """
     args, text = ModelArgs.from_dict(config), config["text_config"]
-    weights, parameters, item_bytes = {True: 0, False: 0}, 0, 1
+    vision = language = parameters = 0
+    item_bytes = 1
     for name, tensor in tensors:
         name, size = rename(name), _item_size(tensor, dtype)
-        is_language, is_floating = name.startswith("language_model."), mx.issubdtype(tensor.dtype, mx.floating)
+        is_floating = mx.issubdtype(tensor.dtype, mx.floating)
         if is_floating:
             item_bytes = max(item_bytes, size)
-        weights[is_language] += tensor.size * size
-        if is_language and name.endswith(".scales"):
+        if not name.startswith("language_model."):
+            vision += tensor.size * size
+            continue
+        language += tensor.size * size
+        if name.endswith(".scales"):
             parameters += tensor.size * config["quantization"]["group_size"]
-        elif is_language and is_floating and not name.endswith(".biases"):
+        elif is_floating and not name.endswith(".biases"):
             parameters += tensor.size
 
     image = ImageConfig(**config["image_config"]).with_max_tiles(max_image_tiles)
@@ -163,8 +171,8 @@ def footprint_of(
 
     cache, prefill = _llama_memory(text, tokens, item_bytes, kv_bits)
     return Footprint(
-        vision=weights[False],
-        language=weights[True],
+        vision=vision,
+        language=language,
         parameters=parameters,
         cache=cache,
         tiles=at_once * tile_bytes(args, patches, item_bytes),

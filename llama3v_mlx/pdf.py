@@ -35,6 +35,7 @@ class PdfFile:
 
     @functools.cached_property
     def sha256(self) -> bytes:
+        """SHA-256 of the file's bytes."""
         return hashlib.sha256(self.path.read_bytes()).digest()
 
 

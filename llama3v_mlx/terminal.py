@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .files import find_path, is_junk
+from .files import find_path, is_junk, write_beside
 
 # A word of a line: quoted if it begins with a quote, else with backslashes before spaces. Not split at \s, which
 # includes U+202F, the narrow space in the names of macOS screenshots.
@@ -209,11 +209,7 @@ def read_history(path: Path) -> list[str]:
 def write_history(path: Path, lines: Sequence[str]) -> None:
     """Write a history file of plain lines, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(
-        "".join(f"{line}\n" for line in lines[-_HISTORY_LINES:]), encoding="utf-8", errors="surrogateescape"
-    )
-    os.replace(partial, path)
+    write_beside(path, "".join(f"{line}\n" for line in lines[-_HISTORY_LINES:]).encode(errors="surrogateescape"))
 
 
 def read_clipboard() -> list:

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from llama3v_mlx.serving.images import RequestImage
 from llama3v_mlx.serving.prefix_cache import PrefixCache, fingerprint
 from llama3v_mlx.serving.prompts import BLOCK, PlannedImage, RequestPrompt
-from llama3v_mlx.serving.requests import RequestImage
 from llama3v_mlx.tiling import Tiling
 
 TOKEN_BYTES = 2 * 2 * 1 * 1 * 3 * 4  # layers, keys and values, batch, heads, head_dim, float32

@@ -158,13 +158,19 @@ def test_a_transaction_flushes_the_removal_of_its_journal(tmp_path: Path, run_py
     assert run_python("-c", ask, tmp_path / "store").stdout == "[(3,)]\n"  # EXTRA; tests use OFF themselves
 
 
+def killed(folder: Path) -> Path:
+    """Add ten entries without sealing their shard, as a writer that is killed; return the shard."""
+    writer = FeatureWriter(FeatureStore.create(folder, info()))
+    writer.add(entries(0, 10))
+    del writer
+    (path,) = folder.glob("*.open")
+    return path
+
+
 def test_half_written_rows_are_never_taken_for_whole(tmp_path: Path) -> None:
     """As after a power failure on a disk that does not flush: the database lists more rows than the shard has."""
     folder = tmp_path / "store"
-    writer = FeatureWriter(FeatureStore.create(folder, info()))
-    writer.add(entries(0, 10))
-    del writer  # without sealing, as after a kill
-    (path,) = folder.glob("*.open")
+    path = killed(folder)
     with path.open("r+b") as shard:
         shard.truncate(path.stat().st_size - 1)
     with FeatureWriter(FeatureStore(folder)):
@@ -298,10 +304,7 @@ def test_an_entry_is_compared_with_its_checksum_once(tmp_path: Path, monkeypatch
 def test_a_writer_goes_on_where_verify_has_dropped_an_entry(tmp_path: Path) -> None:
     """In an unsealed shard with a gap, rows after the gap are kept and not overwritten."""
     folder = tmp_path / "store"
-    writer = FeatureWriter(FeatureStore.create(folder, info()))
-    writer.add(entries(0, 10))
-    del writer  # without sealing, as after a kill
-    (path,) = folder.glob("*.open")
+    path = killed(folder)
     change_a_byte(path, 4096 + 5)
     assert verify(folder).good == 9
     fill(folder, 12)

@@ -35,6 +35,7 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all written tensors, without headers."""
         return sum(self.sizes.values())
 
     @property
@@ -130,6 +131,7 @@ class ShardWriter:
             self._write()
 
     def add(self, tensors: dict[str, mx.array]) -> None:
+        """Add evaluated tensors, by name, to the pending shard."""
         self._waiting |= tensors
         self._waiting_bytes += sum(tensor.nbytes for tensor in tensors.values())
 

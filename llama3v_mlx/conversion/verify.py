@@ -121,6 +121,7 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape before packing."""
         *outer, inner = self.weight.shape
         return (*outer, inner * 32 // self.quantization["bits"] if self.quantization else inner)
 
@@ -162,10 +163,12 @@ class Weights:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensors that were not taken yet."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes before packing, by name, of the tensors that were not taken yet."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def take(self, name: str) -> Tensor:

@@ -38,6 +38,8 @@ class DraftModel:
         self._read: list[int] = []  # tokens in the cache
         self.begin()
 
+    # The methods of a `Drafter`.
+
     def begin(self) -> None:
         self.budget = Budget()
         self._text: list[int] = []

@@ -63,6 +63,7 @@ class ImageEncoder:
 
     @property
     def dtype(self) -> mx.Dtype:
+        """Compute dtype: that of the tower's weights."""
         return self.model.vision_tower.post_layernorm.weight.dtype
 
     @property

@@ -23,6 +23,7 @@ _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "int8": 
 
 
 def lock_path(folder: Path, writer: int) -> Path:
+    """Path of the file whose lock is a writer's claim on its number; it also has the next shard's number."""
     return folder / f"writer-{writer:03}.lock"
 
 

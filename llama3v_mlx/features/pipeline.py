@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..image import image_sha256, read_facts
+from ..image import ImageFacts, image_sha256, read_facts
+from ..tiling import TiledImage
 from .encoder import ImageEncoder
 from .shards import FeatureError
 from .sources import FileStat, Source, reason
@@ -28,6 +29,7 @@ class Report:
 
     @property
     def seen(self) -> int:
+        """Number of images read, or tried to."""
         return self.new + self.known + len(self.failed)
 
 
@@ -78,7 +80,7 @@ class Pipeline:
             self.report.wall = time.perf_counter() - start
         return self.report
 
-    def _prepare(self, source: Source):
+    def _prepare(self, source: Source) -> tuple[bytes, TiledImage | None, ImageFacts, float, float]:
         """Return (SHA-256, tiles or None if already stored, facts, seconds of reading, seconds of decoding)."""
         start = time.perf_counter()
         image = source.read()

@@ -42,6 +42,7 @@ class FeatureError(ValueError):
 
 
 def shard_path(folder: Path, writer: int, number: int) -> Path:
+    """Path of a sealed shard, by the numbers of its writer and of the shard."""
     return folder / f"shard-{writer:03}-{number:05}{SEALED}"
 
 
@@ -133,6 +134,7 @@ class Shard:
 
     @property
     def growing(self) -> bool:
+        """True for a shard that is still being written."""
         return self.path.suffix == OPEN
 
     def _map(self, file: FileIO) -> None:

@@ -160,6 +160,7 @@ class FeatureStore:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows of all entries."""
         return int(self._entries()["rows"].sum())
 
     def sizes(self) -> list[tuple[bytes, int]]:
@@ -172,7 +173,11 @@ class FeatureStore:
         return self._entries()["sha256"]
 
     def get(self, sha256: bytes) -> Features | None:
-        """Features of the image file with this SHA-256, or None."""
+        """Features of the image file with this SHA-256, rows in the stored dtype (int8: float16); None if missing.
+
+        Raises:
+            FeatureError: if the entry is damaged.
+        """
         query = f"SELECT writer, {', '.join(COLUMNS)} FROM entries WHERE sha256 = ?"
         found = self.database.rows(query, (sha256,))
         if not found:
@@ -240,15 +245,16 @@ class FeatureStore:
 
     def names(self) -> Iterator[tuple[bytes, str]]:
         """Yield (SHA-256, file name) in the order added; an image may have several names, and one name repeatedly."""
-        return ((sha256, path) for sha256, path, _ in self.files())
-
-    def files(self) -> Iterator[tuple[bytes, str, FileStat | None]]:
-        """Yield (SHA-256, file name, stat of the file when it was read, if recorded), in the order added."""
-        for sha256, path, stat, _ in self.files_where("sha256 != X''"):
-            yield sha256, path, stat if stat[0] is not None else None
+        return ((sha256, path) for sha256, path, *_ in self.files_where("sha256 != X''"))
 
     def files_where(self, condition: str) -> Iterator[tuple[bytes, str, tuple, tuple]]:
-        """Yield (SHA-256, file name, stat, facts), in the order added; a read-only store may have fewer facts."""
+        """Yield (SHA-256, file name, `FileStat`, `ImageFacts`) of files, in the order added.
+
+        What is not known is None in stat and facts; an older store that cannot be written has fewer facts.
+
+        Args:
+            condition: of the rows of the table, in SQL.
+        """
         query = f"SELECT * FROM files WHERE id > ? AND {condition} ORDER BY id LIMIT {_CHUNK}"
         last = 0
         while found := self.database.rows(query, (last,)):

@@ -24,6 +24,8 @@ PREFILL_STEP = 2048  # tokens of a prompt that Llama reads at once, as in mlx-lm
 
 @dataclass
 class ModelArgs(BaseModelArgs):
+    """Config of a converted checkpoint, as mlx-lm reads it; the nested configs are validated in `config.py`."""
+
     model_type: str
     text_config: dict
     vision_config: dict

@@ -70,6 +70,8 @@ def _torch_arange(start: float, step: float, count: int) -> np.ndarray:
 
 
 class Embeddings(nn.Module):
+    """Patch and position embeddings: uint8 (B, H, W, 3) → (B, h·w, hidden_size), patches in row-major order."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
@@ -78,6 +80,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.side**2, config.hidden_size)
 
     def position_ids(self, num_patches: int) -> mx.array:
+        """Rows of the position table, int32 (num_patches,)."""
         if self.config.model_type == "siglip_vision_model":
             return mx.arange(num_patches)
         return strip_ids(num_patches, self.config.side)
@@ -99,6 +102,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention, (B, L, hidden_size) → (B, L, hidden_size), with biases and without a mask."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         D = config.hidden_size
@@ -130,6 +135,8 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Pre-norm transformer block, (B, L, hidden_size) → (B, L, hidden_size)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -15,8 +15,9 @@ from ..features.encoder import TextEncoder, load_encoder
 from ..image import ImageError
 from ..tiling import TiledImage
 from .checks import RequestError, bad
+from .images import RequestImage, read_image
 from .prompts import DECODING
-from .requests import Limits, RequestImage, read_image
+from .requests import Limits
 
 BATCH_SIZE = 8
 MAX_CHARACTERS = 1 << 15  # of a text, of which SigLIP sees some 64 tokens

@@ -17,6 +17,7 @@ from .batch import Settings
 from .checks import RequestError, parse
 from .connection import Connection
 from .forms import Chat, Completion, Form, usage_of
+from .images import read_image
 from .jobs import Job, NeedImages, Token
 from .library import SIDE, ServedLibrary
 from .prompts import chat_prompt, completion_prompt, num_tokens, plan_image
@@ -27,7 +28,6 @@ from .requests import (
     LibrarySearchRequest,
     LibraryUpdateRequest,
     TilesRequest,
-    read_image,
 )
 
 PAGE = Path(__file__).parent / "page.html"
@@ -164,7 +164,7 @@ class Endpoints(Connection):
         form.name, form.created = options.name, int(time.time())
         self.server.engine.submit(job)
         try:
-            (self._stream if request.stream else self._collect)(job, form, request)
+            (self._stream if request.stream else self._collect)(job, form)
         finally:
             self.server.engine.cancel(job)
 
@@ -207,7 +207,7 @@ class Endpoints(Connection):
         except (OSError, ValueError):
             return True
 
-    def _collect(self, job: Job, form: Form, request) -> None:
+    def _collect(self, job: Job, form: Form) -> None:
         answers: list[list[Token]] = [[] for _ in range(job.settings.choices)]
         for token in self._events(job):
             if token is not None:
@@ -216,7 +216,8 @@ class Endpoints(Connection):
         choices = [form.choice(i, tokens) for i, tokens in enumerate(answers)]
         self._send(200, {**form.head(form.kind), "choices": choices, "usage": usage})
 
-    def _stream(self, job: Job, form: Form, request) -> None:
+    def _stream(self, job: Job, form: Form) -> None:
+        include_usage = form.request.include_usage
         count, start = 0, time.monotonic()
         begun: set[int] = set()
         for token in self._events(job):
@@ -229,10 +230,10 @@ class Endpoints(Connection):
             self._begin_stream()
             count += 1
             for choice in form.chunks(token, token.choice not in begun):
-                head = form.head(form.chunk_kind) | ({"usage": None} if request.include_usage else {})
+                head = form.head(form.chunk_kind) | ({"usage": None} if include_usage else {})
                 self._write_event({**head, "choices": [choice]})
             begun.add(token.choice)
-        if request.include_usage:
+        if include_usage:
             self._write_event({**form.head(form.chunk_kind), "choices": [], "usage": usage_of(job, count)})
         self.wfile.write(b"data: [DONE]\n\n")
 

@@ -14,7 +14,8 @@ from ..prompt import Processor
 from ..prompt_tokens import BOS
 from ..tiling import TiledImage, Tiling, plan_tiles
 from .checks import RequestError, bad
-from .requests import ChatRequest, CompletionRequest, Limits, RequestImage, read_images
+from .images import RequestImage, read_images
+from .requests import ChatRequest, CompletionRequest, Limits
 
 BLOCK = 16  # text tokens in a block of the prefix cache
 

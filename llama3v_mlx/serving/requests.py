@@ -1,15 +1,12 @@
 """Requests as frozen dataclasses; their fields, types and ranges are exactly what the server accepts."""
 
-import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from ..features.grammar import parse_date
-from ..image import ImageError, decode_data_uri, read_size
 from .checks import (
     RequestError,
     an_object,
@@ -57,20 +54,6 @@ def logit_bias(value: Any, where: str) -> dict[int, float]:
             raise bad(where, f"{key[:20]!r} is not a token id")
         biases[int(key)] = number(-100, 100)(bias, f"{where}.{key}")
     return biases
-
-
-@dataclass(frozen=True)
-class RequestImage:
-    """An image of a request, its header read."""
-
-    data: bytes  # the file
-    size: tuple[int, int]  # (width, height) in pixels, upright
-    where: str
-    overview_only: bool = False  # OpenAI's `detail: "low"`
-
-    @property
-    def sha256(self) -> bytes:
-        return hashlib.sha256(self.data).digest()
 
 
 @dataclass(frozen=True)
@@ -160,43 +143,6 @@ class _TextPart(_Part):
 class _ImagePart(_Part):
     image_url: ImageURL = required(image_url)
     detail: str | None = optional(detail)
-
-
-def read_image(uri: str, where: str, overview_only: bool = False) -> RequestImage:
-    """Parse an image given as a `data:` URI and read its header.
-
-    Raises:
-        RequestError: if it is something else, or no image.
-    """
-    if uri[:5].lower() != "data:":
-        raise bad(where, "images must be data: URIs; this server fetches none and reads no files", "invalid_image")
-    try:
-        data = decode_data_uri(uri)
-        return RequestImage(data, read_size(data), where, overview_only)
-    except ImageError as e:
-        raise bad(where, str(e), "invalid_image") from e
-
-
-def read_images(messages: tuple[Message, ...], limits: Limits) -> dict[ImagePart, RequestImage]:
-    """Images of messages by their parts; bounds are checked and nothing is decoded.
-
-    Raises:
-        RequestError: if there are too many, in number or in pixels, or one is no image.
-    """
-    parts = [part for each in messages for part in each.content if isinstance(part, ImagePart)]
-    if len(parts) > limits.max_images:
-        raise bad("messages", f"{len(parts)} images are over the limit of {limits.max_images}", "too_many_images")
-    images, pixels = {}, 0
-    for part in parts:
-        images[part] = image = read_image(part.uri, part.where, part.detail == "low")
-        pixels += math.prod(image.size)
-        if pixels > limits.max_pixels:
-            raise bad(
-                part.where,
-                f"images of {pixels:,} pixels and more are over the limit of {limits.max_pixels:,}; resize them first",
-                "too_many_pixels",
-            )
-    return images
 
 
 @dataclass(frozen=True)
