@@ -210,6 +210,10 @@ class Processor:
 
     def _text(self, text: str) -> list[int]:
         """Tokenize plain text: what looks like a special token is split into ordinary tokens."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{text[:40]!r} is no text: it has a lone surrogate") from None
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
 

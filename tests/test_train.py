@@ -78,6 +78,8 @@ HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "valu
         ({"image": 3, "conversations": [HUMAN, GPT]}, "path or a list of paths"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": " \n"}]}, "empty answer"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
+        ({"image": "a.png", "conversations": [HUMAN, {"from": ["gpt"], "value": "x"}]}, r"unknown role \['gpt'\]"),
+        ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": "\ud800"}]}, "a lone surrogate"),
         ({"image": "a.png", "conversations": [HUMAN, HUMAN]}, "alternation"),
         ({"image": "a.png", "conversations": [HUMAN]}, "alternation"),
         ({"conversations": [HUMAN, GPT]}, "1 <image> marks, but 0 images"),
