@@ -211,9 +211,12 @@ class Processor:
         """Tokenize plain text: what looks like a special token is split into ordinary tokens.
 
         Raises:
-            UnicodeEncodeError: if the text has a lone surrogate.
+            ValueError: if the text has a lone surrogate.
         """
-        text.encode()
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{text[:40]!r} is no text: it has a lone surrogate") from None
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
 

@@ -159,6 +159,7 @@ def test_max_tiles(processor: Processor) -> None:
 @pytest.mark.parametrize(
     ("messages", "images", "message"),
     [
+        ("\ud800", (), "a lone surrogate"),
         ([{"role": "tool", "content": "x"}], (), "role 'tool'"),
         ([{"content": "x"}], (), "role None"),
         ([{"role": "user", "content": [{"type": "image"}]}], (), "more images than were given"),

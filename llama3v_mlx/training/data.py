@@ -238,6 +238,10 @@ def messages_of(row: object, locate: Callable[[str], str]) -> list[dict]:
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise DataError('a turn is not {"from": …, "value": text}')
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{turn['value'][:40]!r} is no text: it has a lone surrogate") from None
         if turn.get("from") not in tuple(ROLES):
             raise DataError(f"unknown role {turn.get('from')!r}; it must be one of {', '.join(ROLES)}")
         if turn["from"] == "gpt" and not turn["value"].strip():
