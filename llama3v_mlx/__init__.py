@@ -37,6 +37,10 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 # OpenBLAS's kernels by the CPU features that they need, the fastest first.
 _KERNELS = {
     "Cooperlake": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16"},

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import math
 import os
@@ -40,9 +41,10 @@ def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -
     With `debug`, a failure shows its traceback instead of that line, and library warnings are shown. With `awake`, a
     Mac does not sleep until the command has ended.
     """
+    _prepare_streams()
     _leave_torch_out()
     if not debug:
-        _hush_libraries()
+        hush_libraries()
     try:
         if os.environ.get("LLAMA3V_DEVICE"):
             from .device import select
@@ -109,6 +111,21 @@ def note_slow_cpu() -> None:
         )
 
 
+def _prepare_streams() -> None:
+    """Escape what a terminal's encoding lacks, and open /dev/null for standard streams that the caller has closed.
+
+    A file opened in the place of one would get its messages, and MLX takes descriptor 0 for a failure.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _leave_torch_out() -> None:
     """Keep transformers from importing torch if it is installed: no command uses it, and importing it takes 2 s.
 
@@ -120,7 +137,8 @@ def _leave_torch_out() -> None:
         sys.modules.setdefault("torch", None)  # Python treats this as not installed
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
+    """Silence warnings of libraries that a user cannot act on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
