@@ -39,6 +39,10 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         # The import of the command `generate` does not hide the function.

@@ -28,7 +28,7 @@ def mlx_lm(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="llama3v mlx-lm",
         usage="llama3v mlx-lm COMMAND ...",
-        description="Run one of mlx-lm's own commands (generate, chat, server, lora, perplexity, …) on a converted "
+        description="Run one of mlx-lm's own commands (generate, chat, server, lora, perplexity, ...) on a converted "
         "Llama3-V checkpoint.",
         epilog="llama3v mlx-lm COMMAND --help lists the options of a command.",
     )
@@ -36,9 +36,11 @@ def mlx_lm(arguments: list[str]) -> None:
     command = parser.parse_args(arguments[:1]).command
     if command in SAVING:
         parser.error(f"mlx_lm.{command} saves checkpoints without their vision part; use llama3v convert or train")
+    from .cli import error_line, hush_libraries
+
+    hush_libraries()  # before transformers is imported
     from mlx_lm import cli
 
-    from .cli import error_line
     from .generation import register
 
     register()

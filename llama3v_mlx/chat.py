@@ -26,7 +26,7 @@ HELP = """\
 Ask a question; paste, type or drag the path of an image or a PDF anywhere
 into the line to add it. A path that is not an image is an error, unless it is
 in `backticks`. Tab completes commands and paths.
-  /image PATH [PATH…]   add images to the next question; paper.pdf#3-5: pages
+  /image PATH ...       add images to the next question; paper.pdf#3-5: pages
   /paste [QUESTION]     add the clipboard's image or files
   /images               list the images so far
   /undo                 remove the last question and its answer
@@ -98,7 +98,7 @@ class Chat:
             for response in stream:
                 print(printable(response.text, keep=LINES), end="", flush=True)
         except KeyboardInterrupt:
-            print(" …", end="" if response else "\n")
+            print(" ...", end="" if response else "\n")
         finally:
             stream.close()
         if response is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import math
 import os
@@ -67,10 +68,10 @@ def run(command: Callable[[], None], debug: bool = False, awake: bool = False) -
     With `debug`, a failure shows its traceback instead of that line, and library warnings are shown. With `awake`, a
     Mac does not sleep until the command has ended.
     """
-    _open_closed_streams()
+    _prepare_streams()
     _leave_torch_out()
     if not debug:
-        _hush_libraries()
+        hush_libraries()
     try:
         if os.environ.get("LLAMA3V_DEVICE"):
             from .device import select
@@ -137,14 +138,19 @@ def note_slow_cpu() -> None:
         )
 
 
-def _open_closed_streams() -> None:
-    """Connect closed standard streams (`>&-`) to /dev/null.
+def _prepare_streams() -> None:
+    """Escape what a terminal's encoding lacks, and open /dev/null for standard streams that the caller has closed.
 
-    Otherwise the next files opened get their descriptors: MLX reads no file as 0, and libraries print to 1 and 2.
+    A file opened in the place of one would get its messages, and MLX takes descriptor 0 for a failure.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _leave_torch_out() -> None:
@@ -158,7 +164,8 @@ def _leave_torch_out() -> None:
         sys.modules.setdefault("torch", None)  # Python treats this as not installed
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
+    """Silence warnings of libraries that a user cannot act on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -309,12 +309,14 @@ def _verify(source: str | Path, revision: str | None, result: Path, rows: dict |
 def _check_upload(repo: str) -> None:
     """Check upload credentials before the conversion starts."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo)
     try:
         HfApi().whoami()
+    except LocalTokenNotFoundError as e:
+        raise OSError(f"--upload-repo {repo}: not logged in to the Hub; run hf auth login, or set HF_TOKEN") from e
     except HTTPError as e:
         raise OSError(f"{repo}: the Hub does not accept an upload now ({e})") from e
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import itertools
 import sys
@@ -15,6 +16,7 @@ import mlx.core as mx
 import mlx_lm.processors
 from mlx.utils import tree_flatten
 from mlx_lm.generate import GenerationResponse as MLXResponse
+from mlx_lm.generate import generate_step
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -24,7 +26,7 @@ from .device import on_gpu, select
 from .drafting.draft_model import DraftModel, load_draft_model
 from .drafting.drafters import Drafter, Forced, NGrams
 from .drafting.stream import stream_generate as drafted_stream_generate
-from .drafting.verify import can_draft
+from .drafting.verify import can_draft, drafted_passes
 from .features.lookup import FeatureCache
 from .files import printable
 from .image import ImageSource, expand
@@ -132,7 +134,7 @@ def stream_generate(
         prompt: a question, messages, a templated text, or ids, see `Processor.encode`; or the encoded `Prompt`.
         image: one image or several; None for a text-only prompt. The path of a PDF stands for its pages.
         system_prompt: precedes a question or messages; not allowed with other prompts.
-        max_tokens: maximum number of tokens to generate, limited by the remaining context.
+        max_tokens: maximum number of tokens to generate, limited by the remaining context; -1: no other limit.
         temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; by default the checkpoint's.
         features: a store to look images up in and to add new ones to.
         schema: a JSON schema that the answer keeps to (`pip install 'llama3v-mlx[json]'`).
@@ -147,9 +149,14 @@ def stream_generate(
         A response per generated token.
 
     Raises:
-        ValueError: if the prompt is malformed or longer than the context.
+        ValueError: if the prompt is malformed or longer than the context, or an option out of its range.
         ImageError: if an image cannot be used.
     """
+    known = inspect.signature(generate_step).parameters.keys() | inspect.signature(drafted_passes).parameters.keys()
+    if unknown := kwargs.keys() - known:
+        raise TypeError(f"stream_generate() got an unexpected keyword argument {min(unknown)!r}")
+    if max_tokens == 0:
+        raise ValueError("max_tokens is 0; it must be 1 or more, or -1 for as many as the context has room for")
     tic = time.perf_counter()
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     images = [each for source in images for each in expand(source)]

@@ -191,9 +191,9 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
         return "array", Image.fromarray(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "image data", _open_bytes("image data", bytes(source))
+    if _is_data_uri(source):
+        return "data URI", _open_bytes("data URI", decode_data_uri(os.fspath(source)))
     text = os.fspath(source)
-    if _is_data_uri(text):
-        return "data URI", _open_bytes("data URI", decode_data_uri(text))
     name, data = _printable(text or "."), _read(source)
     if Path(text).suffix.lower() in RAW:
         raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
@@ -201,6 +201,9 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
 
 
 def _is_data_uri(source: str | os.PathLike) -> bool:
+    if not isinstance(source, (str, os.PathLike)):
+        kinds = "a path, the bytes of a file, a data: URI, a PIL image or a uint8 array"
+        raise TypeError(f"an image must be {kinds}, not {type(source).__name__}")
     return os.fspath(source)[:5].lower() == "data:"
 
 

@@ -129,6 +129,8 @@ class Processor:
             ImageError: if an image is unusable.
         """
         if not isinstance(prompt, (str, Prompt)):
+            if not isinstance(prompt, Iterable):
+                raise TypeError(f"a prompt must be a text, messages or ids, not {type(prompt).__name__}")
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
             if not prompt:
                 raise ValueError("the prompt is empty: it has no messages or ids")

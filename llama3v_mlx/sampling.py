@@ -6,16 +6,34 @@ from dataclasses import dataclass, fields, replace
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_p, greedy_sampler, make_repetition_penalty
 
+from .fields import Number
+
+RANGES = {
+    "temperature": Number(0),
+    "top_p": Number(0, 1),
+    "top_k": Number(0, whole=True),
+    "min_p": Number(0, 1),
+    "repetition_penalty": Number(0),
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters; the defaults are those of the reference and the released generation config."""
+    """Sampling parameters; the defaults are those of the reference and the released generation config.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
 
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.8  # nucleus sampling: cumulative probability cutoff; 1: off
     top_k: int = 100  # number of most likely tokens to sample from; 0: all
     min_p: float = 0.0  # minimum probability relative to the most likely token; 0: off
     repetition_penalty: float = 1.05  # of generated tokens, never of the prompt's; 1: off
+
+    def __post_init__(self):
+        for name, number in RANGES.items():
+            number.check(name, getattr(self, name))
 
     @classmethod
     def from_config(cls, config: dict) -> "Sampling":

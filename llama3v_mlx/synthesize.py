@@ -97,15 +97,15 @@ class LocalTeacher:
     """Text model of mlx-lm, run in batches."""
 
     def __init__(self, name: str, max_tokens: int, temperature: float):
-        from huggingface_hub import hf_hub_download
         from mlx_lm import load
         from mlx_lm.sample_utils import make_sampler
 
         from .checkpoint import CONFIG
         from .config import older_rope, read_json
+        from .hub import download
 
         folder = Path(name).expanduser()
-        config = read_json(folder / CONFIG if folder.is_dir() else Path(hf_hub_download(name, CONFIG)))
+        config = read_json((folder if folder.is_dir() else download(name, None, [CONFIG])) / CONFIG)
         path = str(folder) if folder.is_dir() else name
         self.model, self.tokenizer = load(path, model_config=older_rope(config))
         self.options = {"max_tokens": max_tokens, "sampler": make_sampler(temperature, top_p=0.95)}
@@ -159,7 +159,7 @@ class RemoteTeacher:
                     raise ValueError(f"{self.url}{path}: HTTP {e.code}: {said}") from e
             except (OSError, ValueError) as e:
                 if left == 0:
-                    raise ValueError(f"{self.url}{path}: {e}") from e
+                    raise ValueError(f"{self.url}{path}: {getattr(e, 'reason', e)}") from e  # a URLError's is plain
             time.sleep(2.0 ** (TRIES - left))
 
 
@@ -297,9 +297,9 @@ def main(argv: list[str] | None = None) -> None:
         description="Have a teacher model write conversations about captioned images, as training data.",
     )
     parser.add_argument(
-        "--teacher", required=True, help="folder or Hub repository of an mlx-lm model, or http(s)://…/v1"
+        "--teacher", required=True, help="folder or Hub repository of an mlx-lm model, or http(s)://.../v1"
     )
-    parser.add_argument("--captions", required=True, help='.jsonl of {"image": path, "captions": [text, …]}')
+    parser.add_argument("--captions", required=True, help='.jsonl of {"image": path, "captions": [text, ...]}')
     parser.add_argument("--out", required=True, help=".jsonl file to write or to continue")
     parser.add_argument(
         "--kinds", type=_kinds, default=list(KINDS), help=f"kinds of conversation (default: {','.join(KINDS)})"

@@ -594,6 +594,18 @@ def test_from_the_hub_and_to_it(source: Path, tmp_path: Path, monkeypatch, capsy
     assert "https://huggingface.co/me/llama3v-4bit" in capsys.readouterr().out
 
 
+def test_an_upload_without_a_token(source: Path, tmp_path: Path, monkeypatch) -> None:
+    from huggingface_hub import HfApi, errors
+
+    def whoami(_: HfApi) -> None:
+        raise errors.LocalTokenNotFoundError("Token is required to call the /whoami-v2 endpoint")
+
+    monkeypatch.setattr(HfApi, "whoami", whoami)
+    with pytest.raises(OSError, match="^--upload-repo me/mine: not logged in to the Hub; run hf auth login"):
+        convert(source, tmp_path / "out", upload_repo="me/mine")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_upload_that_cannot_succeed_is_told_before_the_work(source: Path, tmp_path: Path, capsys) -> None:
     """No token, or, as in these tests, no network."""
     failure(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--upload-repo", "me/llama3v")

@@ -1,6 +1,7 @@
 """The Python interface with the bundled model."""
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_public_names() -> None:
         assert getattr(llama3v_mlx, name) is not None
     with pytest.raises(AttributeError):
         _ = llama3v_mlx.nothing
+    assert set(llama3v_mlx.__all__) == set(dir(llama3v_mlx))
 
 
 def test_answers_about_an_image(demo, circles: Image.Image) -> None:
@@ -152,6 +154,29 @@ def test_fewer_tiles(circles: Image.Image) -> None:
     model, processor = load(CHECKPOINT, max_image_tiles=1)
     *_, last = stream_generate(model, processor, "What is this image?", image=circles, temperature=0)
     assert last.num_tiles == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": -1}, ValueError, "temperature is -1; it must be a number of 0 or more"),
+        ({"temperature": "0"}, ValueError, "temperature is '0'"),
+        ({"top_p": 2}, ValueError, "top_p is 2; it must be a number of 0 or more and at most 1"),
+        ({"max_tokens": 0}, ValueError, "max_tokens is 0; it must be 1 or more"),
+        ({"temp": 0}, TypeError, r"stream_generate\(\) got an unexpected keyword argument 'temp'"),
+        ({"image": io.BytesIO(b"x")}, TypeError, "an image must be a path, .*, not BytesIO"),
+        ({"image": [None]}, TypeError, "an image must be a path, .*, not NoneType"),
+    ],
+)
+def test_wrong_arguments(demo, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        generate(*demo, "What is this image?", **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_what_is_no_prompt(demo, prompt) -> None:
+    with pytest.raises(TypeError, match=f"a prompt must be a text, messages or ids, not {type(prompt).__name__}"):
+        generate(*demo, prompt)
 
 
 def test_visual_tokens_do_not_depend_on_neighbours(demo, circles: Image.Image) -> None:

@@ -1,6 +1,7 @@
 """The installed package: its commands, its metadata, and that it imports only what it declares."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -53,7 +54,20 @@ def test_help_is_instant(run_main, name: str) -> None:
     """`--help` names the command as it is typed, and what takes its time to import is not imported for it."""
     done = run_main(f"llama3v_mlx.{name}", "--help")
     assert done.returncode == 0 and done.stdout.startswith(f"usage: llama3v {name} ")
-    assert max(map(len, done.stdout.splitlines())) < 80
+    assert max(map(len, done.stdout.splitlines())) < 80 and done.stdout.isascii()  # in any terminal
+
+
+def test_closed_streams_and_an_ascii_terminal() -> None:
+    """What is printed lands on stdout, escaped, and no file in place of a closed stream."""
+    printed = "'\\u2026', open(0).fileno(), sys.stderr.write('x')"
+    code = f"import sys; from llama3v_mlx.cli import run; run(lambda: print({printed}))"
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "\\u2026 0 1\n")
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import mlx.core as mx
@@ -195,6 +196,18 @@ def test_captions_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, l
         ask(tmp_path / "captions.jsonl", tmp_path / "out.jsonl", "/no/teacher")
     assert "captions.jsonl, row 1: is not" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not run, and a name that is neither a folder nor a repository."""
+    monkeypatch.setattr(synthesize.time, "sleep", lambda _: None)
+    with socket.socket() as unused:  # bound and not listening
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        with pytest.raises(ValueError, match=rf"^{url}/models: \[Errno \d+\] Connection refused$"):
+            synthesize.RemoteTeacher(url, None, None, None)
+    with pytest.raises(OSError, match="^no--such: no such folder"):
+        synthesize.LocalTeacher("no--such", 1, 0)
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.rejected.jsonl"])
