@@ -60,12 +60,15 @@ def find_checkpoint(path_or_hf_repo: str | Path, revision: str | None = None, mo
         more: what the caller will write to the same disk, as a share of the download.
 
     Raises:
-        CheckpointError: if there is no such folder, and the repository cannot be downloaded.
+        CheckpointError: if there is no such folder, and the repository cannot be downloaded; or if the folder has no
+            config, or a revision of it is asked for.
     """
     path = BUNDLED.get(str(path_or_hf_repo)) or Path(path_or_hf_repo).expanduser()
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{path}: has no {CONFIG}; give a checkpoint folder")
+        if revision is not None:
+            raise CheckpointError(f"{path}: is a folder here, which has no revision {revision}")
         return path
     name = str(path_or_hf_repo)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

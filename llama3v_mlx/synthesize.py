@@ -44,6 +44,7 @@ FORMAT = (
 # Answers that mention their source read as if nobody saw the image.
 TELLTALE = re.compile(r"\bcaptions?\b|\bprovided (text|description)", re.IGNORECASE)
 MAX_WORDS = {"question": 60, "answer": 400}
+MARK = "<image>"  # stands for the image in a turn
 TRIES, TIMEOUT = 3, 300.0  # attempts at a request to a server; seconds
 
 Row = dict
@@ -68,7 +69,7 @@ def conversation_of(kind: str, text: str, finished: bool) -> list[dict]:
     """Parse a teacher's output into turns in LLaVA's format.
 
     Raises:
-        Rejected: if turns do not alternate, are empty or too long, or mention captions.
+        Rejected: if turns do not alternate, are empty or too long, have an image mark, or mention captions.
     """
     if not finished:
         raise Rejected("cut off by --max-tokens")
@@ -83,13 +84,15 @@ def conversation_of(kind: str, text: str, finished: bool) -> list[dict]:
             raise Rejected(f"an empty {role}")
         if len(value.split()) > MAX_WORDS[role]:
             raise Rejected(f"a {role} of more than {MAX_WORDS[role]} words")
+        if MARK in value:
+            raise Rejected(f"a {role} with {MARK}")
         if TELLTALE.search(value):
             raise Rejected("mentions the captions")
     if len(set(values[::2])) < len(values[::2]):
         raise Rejected("a repeated question")
     names = {"question": "human", "answer": "gpt"}
     turns = [{"from": names[role], "value": value} for role, value in zip(roles, values, strict=True)]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    turns[0]["value"] = f"{MARK}\n{turns[0]['value']}"
     return turns
 
 

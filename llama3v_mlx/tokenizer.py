@@ -81,6 +81,8 @@ def token_ids(folder: Path, texts: Iterable[str]) -> list[int]:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:
         raise CheckpointError(f"{path}: damaged ({one_line(e)}); download it again") from e
+    tokenizer.no_padding()  # which the file may have from the tokenizer's last use
+    tokenizer.no_truncation()
     ids = []
     for text in texts:
         encoded = tokenizer.encode(text, add_special_tokens=False).ids

@@ -6,6 +6,7 @@ embedded first; after that, neither the tower nor the images are needed.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -202,7 +203,7 @@ def fuse(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.model}: not an MLX checkpoint; convert it first: llama3v convert --hf-path {args.model}"
         )
-    if out.exists():
+    if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; remove it, or give another --out")
     model = load_model(folder, read_config(folder), lazy=True)
     dtypes = {name: tensor.dtype for name, tensor in tree_flatten(model.parameters())}
@@ -212,7 +213,8 @@ def fuse(args: argparse.Namespace) -> None:
     model.update(tree_unflatten([(n, t.astype(dtypes[n])) for n, t in tree_flatten(model.parameters())]))
     with new_folder(out, sum(t.nbytes for _, t in tree_flatten(model.parameters()))) as partial:
         for path in list_folder(folder):
-            if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+            old = path.name.endswith((".safetensors", ".safetensors.index.json", "README.md"))  # of other weights
+            if path.is_file() and not old:
                 shutil.copyfile(path, partial / path.name)
         with writing(out):
             save_model(partial, model)

@@ -199,6 +199,18 @@ def test_ids_beyond_the_vocabulary(folder: Path) -> None:
     refused(folder / "tokenizer.json", lambda: load_tokenizer(folder, config), "<more>")
 
 
+def test_a_tokenizer_saved_with_padding_and_truncation(folder: Path) -> None:
+    expected = read_config(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    padding = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "padding": padding, "truncation": truncation}))
+    assert read_config(folder) == expected
+    ids = load_tokenizer(folder, expected).encode("one two three four five", add_special_tokens=False)
+    assert len(ids) > 4 and ids[-1] != 0
+
+
 def test_special_tokens(folder: Path) -> None:
     change(folder / "tokenizer_config.json", "bos_token", value={"type": "AddedToken"})
     refused(folder / "tokenizer_config.json", lambda: load_tokenizer(folder, read_config(folder)), "bos_token is None")

@@ -243,6 +243,11 @@ def test_without_a_network_the_cache_does(hub: Hub, monkeypatch) -> None:
         find_checkpoint("owner/llama3v")
 
 
+def test_a_folder_has_no_revisions(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder here, which has no revision v2"):
+        find_checkpoint(folder, "v2")
+
+
 def test_a_hub_that_is_down_is_told(hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()

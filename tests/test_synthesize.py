@@ -45,6 +45,7 @@ def test_turns() -> None:
         ("Question: What?\nQuestion: What?\nAnswer: It.", True, "alternate"),
         ("Question: What?\nAnswer:", True, "empty answer"),
         ("Question: What?\nAnswer: " + "red " * 401, True, "more than 400 words"),
+        ("Question: <image>\nWhat?\nAnswer: This.", True, "a question with <image>"),
         ("Question: What?\nAnswer: The captions say so.", True, "mentions the captions"),
         ("Question: What?\nAnswer: A.\nQuestion: What?\nAnswer: B.", True, "a repeated question"),
     ],

@@ -222,6 +222,7 @@ def assert_fused_is_equal_but_for(data: Path, tmp_path: Path, prefix: str) -> No
     before, after = weights(data / "model"), weights(tmp_path / "fused")
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed
+    assert not (tmp_path / "fused" / "README.md").exists()  # that of the model is about other weights
     assert all(name.startswith(prefix) for name in changed)
     assert all(before[name].dtype == after[name].dtype for name in before)
 
