@@ -123,7 +123,7 @@ def test_lists_and_lines_hold_the_same_rows(data: Path, tmp_path: Path, demo) ->
         Dialogues(tmp_path / "cut.json", "f", processor)
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{]\n" + "[" * 100_000)
     rejected = Dialogues(tmp_path / "bad.jsonl", "f", processor).rejected
-    assert "row 2: not JSON" in rejected[0] and "row 3: not JSON: maximum recursion" in rejected[1]
+    assert "row 2: not JSON" in rejected[0] and "row 3: not JSON" in rejected[1]
     with pytest.raises(DataError, match=r"bad.jsonl, row 2: not JSON"):
         Dialogues(tmp_path / "bad.jsonl", "f", processor, strict=True)
 
