@@ -50,7 +50,8 @@ def check(store: FeatureStore, count: int = 10) -> None:
     assert len(store) == count
     same(store, entries(0, count))
     (first, _), (second, _) = entries(0, 2)
-    assert list(store.files()) == [(first, "a", None), (second, "b", KNOWN)]
+    found = [(sha256, path, stat) for sha256, path, stat, _ in store.files_where("TRUE")]
+    assert found == [(first, "a", (None,) * 4), (second, "b", KNOWN)]
 
 
 @pytest.mark.parametrize("growing", [False, True])
