@@ -17,7 +17,9 @@ from .files import find_path, is_junk, write_beside
 
 # A word of a line: quoted if it begins with a quote, else with backslashes before spaces. Not split at \s, which
 # includes U+202F, the narrow space in the names of macOS screenshots.
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*")(?:\\.|'[^']*'|"[^"]*"|[^ \t\n\\])*|(?:\\.|[^ \t\n\\])+|\\""")
+_WORD = re.compile(
+    r"""(?:'[^']*'|"(?:\\.|[^"\\])*")(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^ \t\n\\])*|(?:\\.|[^ \t\n\\])+|\\"""
+)
 _PARTIAL = re.compile(r"""(?:^|(?<=[ \t]))('[^']*|"[^"]*|(?:\\.|[^ \t\\])*)$""")
 _SPECIAL = re.compile(r"""([ \t\\'"()&;|<>$`!*?\[\]{}])""")
 _PAGES = re.compile(r"(\.pdf)#[-0-9, ]*[-0-9]$", re.IGNORECASE)
@@ -148,9 +150,16 @@ def completions(line: str, begin: int, commands: Sequence[str]) -> list[str]:
                 end = f"{quote} "
             else:
                 continue
-            found.append(head + (name if quote else _SPECIAL.sub(r"\\\1", name)) + end)
+            found.append(head + _escape(name, quote) + end)
     typed = line[start:begin]
     return [candidate[len(typed) :] for candidate in found if candidate.startswith(typed)]
+
+
+def _escape(name: str, quote: str) -> str:
+    """Escape a name as a shell does within these quotes, or without any."""
+    if quote == "'":
+        return name.replace("'", r"'\''")
+    return (re.compile(r'(["\\])') if quote else _SPECIAL).sub(r"\\\1", name)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from PIL import Image
 
 from llama3v_mlx import files
 from llama3v_mlx import search as command
-from llama3v_mlx.demo import IMAGES, SIGLIP
+from llama3v_mlx.demo import CHECKPOINT, IMAGES, SIGLIP
 from llama3v_mlx.features import library as libraries
 from llama3v_mlx.features.grammar import Filters, parse_date
 from llama3v_mlx.features.library import Changes, Library
@@ -560,6 +560,8 @@ def test_errors(library: Library, pictures: Path, tmp_path: Path, capsys) -> Non
     assert f"no-dir: no such folder in {pictures}" in error(pictures, "words", "--in", tmp_path / "no-dir")
     assert "empty/broken.png: is not a folder" in error(tmp_path / "empty" / "broken.png", "words")
     assert "nowhere: no such folder" in error(tmp_path / "nowhere", "words")
+    llama3v = error(pictures, "words", "--model", CHECKPOINT, "--index", tmp_path / "other")
+    assert "is a Llama3-V" in llama3v and "give a SigLIP" in llama3v
     assert "is a text; in a sum, put" in error(pictures, '"dog" + cat')
     assert "cancel out" in error(pictures, '"dog" - "dog"')
     assert "these options are for folders" in error(library.index, "words", "--after", "2020", code=2)

@@ -233,6 +233,11 @@ def load_encoder(
         if kind == "pooled" and not model.vision_tower.config.vision_use_head:
             raise ValueError(f"{path_or_hf_repo}: has no pooling head; use --kind patch")
         return ImageEncoder(name, model, kind, None, resample, draft)
+    if kind == "pooled":
+        raise ValueError(
+            f"{path_or_hf_repo}: is a Llama3-V, whose tower has no pooled embeddings to search; give a SigLIP, such as "
+            "google/siglip-so400m-patch14-384 (or embed with --kind patch or visual-tokens)"
+        )
     from ..loading import load_model  # brings mlx-lm, which a SigLIP does not need and takes a second to import
 
     config = read_config(folder)
@@ -241,8 +246,6 @@ def load_encoder(
     model = load_model(folder, config, dtype, lazy=True)
     mx.eval(model.vision_tower.parameters(), model.projector.parameters())
     kind = kind or "patch"
-    if kind == "pooled":
-        raise ValueError(f"{path_or_hf_repo}: a llama3v tower has no pooling head; use --kind patch or visual-tokens")
     return ImageEncoder(name, model, kind, ImageConfig(**config["image_config"]))
 
 
