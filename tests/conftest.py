@@ -47,6 +47,9 @@ from llama3v_mlx.serving.app import App, Options
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 
 ROOT = Path(__file__).parents[1]
+unicode_names = pytest.mark.skipif(
+    sys.getfilesystemencoding() != "utf-8", reason="names of files are not Unicode, by PYTHONUTF8=0 and the locale"
+)
 # A job in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
+from conftest import ROOT, unicode_names
 
 from llama3v_mlx import stream_generate
 from llama3v_mlx.chat import HELP, Chat
@@ -338,6 +338,7 @@ def test_a_save_that_fails_keeps_the_last(talk: Conversation, tmp_path: Path, mo
         assert os.listdir(tmp_path) == ["talk.safetensors"] and path.read_bytes() == before
 
 
+@unicode_names
 def test_control_sequences_are_not_obeyed(talk: Conversation, tmp_path: Path, capsys, monkeypatch) -> None:
     """In an answer and in the name of an image: a terminal would be cleared, or its title set."""
     path = tmp_path / "a\x1b[2J\u202e.jpg"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import UPRIGHT
+from conftest import UPRIGHT, unicode_names
 from PIL import ExifTags, Image, features
 
 from llama3v_mlx.image import ImageError, load_image, tile_image
@@ -214,6 +214,7 @@ def test_with_max_tiles():
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
+@unicode_names
 def test_every_kind_of_source(tmp_path):
     array = noise(5, 4)
     image = Image.fromarray(array)

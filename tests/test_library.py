@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import odd_character
+from conftest import odd_character, unicode_names
 from PIL import Image
 
 from llama3v_mlx import files
@@ -500,6 +500,7 @@ def test_words_and_sums_find_pictures(tmp_path: Path, capsys) -> None:
 EVIL = "a\n\x1b[31mb\u202ec.png"
 
 
+@unicode_names
 def test_names_are_printed_harmlessly(pictures: Path, capsysbinary) -> None:
     draw(pictures / EVIL, 100)
     odd = odd_character(pictures)

@@ -11,6 +11,7 @@ import pytest
 
 import llama3v_mlx
 from llama3v_mlx import device
+from llama3v_mlx.demo import IMAGES
 from llama3v_mlx.files import existing
 
 
@@ -48,6 +49,14 @@ def test_the_cache(given: dict, cache: str) -> None:
     env = {name: value for name, value in env.items() if value is not None}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"{cache}/llama3v_mlx\n", "")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("llama3v_mlx.features.location.CACHE", tmp_path / "file")
+    done = run_main("llama3v_mlx.search", IMAGES, "words")
+    assert done.returncode == 1 and "--index DIR" in done.stderr.splitlines()[-1]
+    assert run_main("llama3v_mlx.search", IMAGES, "words", "--index", tmp_path / "index").returncode == 0
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

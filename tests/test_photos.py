@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import UPRIGHT
+from conftest import UPRIGHT, unicode_names
 from PIL import EpsImagePlugin, ExifTags, Image
 
 from llama3v_mlx import stream_generate
@@ -544,6 +544,7 @@ NFC = "Caf\u00e9 \uac00"
 NFD = unicodedata.normalize("NFD", NFC)
 
 
+@unicode_names
 @pytest.mark.parametrize(("stored", "asked"), [(NFC, NFD), (NFD, NFC)])
 def test_names_in_either_form_find_the_file(tmp_path: Path, run_main, siglip: Path, stored: str, asked: str) -> None:
     (tmp_path / stored).mkdir()
@@ -570,6 +571,7 @@ def test_names_in_either_form_find_the_file(tmp_path: Path, run_main, siglip: Pa
     assert json.loads(done.stdout)["hits"][0]["cosine"] > 0.999
 
 
+@unicode_names
 @pytest.mark.parametrize(("stored", "asked"), [(NFC, NFD), (NFD, NFC)])
 def test_rows_of_either_form_are_trained_on(tmp_path: Path, run_main, stored: str, asked: str) -> None:
     shutil.copy(CIRCLES, tmp_path / f"{stored}.png")
@@ -587,6 +589,7 @@ def test_rows_of_either_form_are_trained_on(tmp_path: Path, run_main, stored: st
     assert done.returncode == 0, done.stderr
 
 
+@unicode_names
 def test_a_narrow_space_that_was_folded(tmp_path: Path) -> None:
     file = tmp_path / "Screenshot 2026-11-21 at 10.00.00\u202fAM.png"
     blocks().save(file)

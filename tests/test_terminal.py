@@ -10,6 +10,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from conftest import unicode_names
 from PIL import Image, ImageGrab
 
 from llama3v_mlx.chat import Chat
@@ -25,6 +26,8 @@ from llama3v_mlx.terminal import (
     split_paths,
     write_history,
 )
+
+pytestmark = unicode_names
 
 STARS, CROSS = IMAGES / "two-red-stars.jpg", IMAGES / "one-purple-cross.jpg"
 SCREENSHOT = "Screenshot 2026-11-21 at 10.00.00\u202fAM.png"

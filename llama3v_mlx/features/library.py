@@ -26,7 +26,7 @@ from ..pdf import PDF
 from .compaction import compact, compaction_is_due, note_dead
 from .encoder import ImageEncoder, TextEncoder, load_encoder
 from .grammar import ALL, Filters
-from .location import adopt, default_index
+from .location import default_index, open_default
 from .pipeline import Pipeline, Report
 from .ranking import Ranking
 from .sources import FileStat, Skipped, Source, decode_path, encode_path, file_of, file_stat, scan_folder
@@ -107,9 +107,7 @@ class Library:
         self.encoder = encoder
         self.index = Path(index) if index else default_index(self.folder, model)
         info = self.encoder.store_info("float32")
-        if not index and not self.index.exists():
-            adopt(self.index, self.folder, info)
-        self.store = FeatureStore.create(self.index, info)
+        self.store = FeatureStore.create(self.index, info) if index else open_default(self.index, self.folder, info)
         self.ranking = Ranking(self.store)
         self._checkpoint = find_checkpoint(model)
         self._texts: TextEncoder | None = None

@@ -23,6 +23,21 @@ def default_index(folder: str, model: str) -> Path:
     return CACHE / "libraries" / f"{name.encode('ascii', 'ignore').decode()}-{digest[:16]}"
 
 
+def open_default(index: Path, folder: str, info: StoreInfo) -> FeatureStore:
+    """Open the index in the cache, or create it, or adopt that of a folder that was renamed.
+
+    Raises:
+        OSError: if it cannot be written; the message says how to keep it elsewhere.
+        FeatureError: if it is another model's, or damaged.
+    """
+    try:
+        if not os.path.exists(index):
+            adopt(index, folder, info)
+        return FeatureStore.create(index, info)
+    except OSError as e:
+        raise OSError(f"{e}; keep the index elsewhere: --index DIR, or --library-index DIR of the server") from e
+
+
 def adopt(index: Path, folder: str, info: StoreInfo) -> None:
     """Rename an index beside `index` to it, if its pictures are now in `folder`.
 
