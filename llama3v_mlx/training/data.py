@@ -209,7 +209,7 @@ class Dialogues:
         """Call `function`; return None and note the reason if it rejects the row."""
         try:
             return function(*args)
-        except (DataError, ImageError, UnicodeError) as e:
+        except (DataError, ImageError) as e:
             reason = f"{self.path}, row {number}: {e}"
             if self.strict:
                 raise DataError(reason) from e
