@@ -10,7 +10,6 @@ import pytest
 from conftest import ROOT
 
 from tests.faults.__main__ import KINDS
-from tests.faults.more import MORE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and watches files by inotify")
 
@@ -23,12 +22,11 @@ def run(run_python, *args: object) -> str:
 
 
 def test_a_sample(run_python) -> None:
-    """One case of most kinds, on another file or call each."""
-    slow = ("memory:", "kills:", "names:", "vanishing:", "power:pre", "power:fine", "signals:pre", "signals:fine")
-    slow += ("calls:fine", "calls:index", "calls:ask", "signals:index", "signals:ask", "signals:features")
-    slow += ("power:features", "power:index", "power:ask", "power:synthesize", "signals:synthesize")
-    big = MORE.keys() - {"synthesize"}
-    kinds = [kind for kind in KINDS if not kind.startswith(slow) and kind.partition(":")[2] not in big]
+    """One case of the kinds that take no more than a moment, on another file or call each."""
+    written = (
+        f"{what}:{name}" for what in ("calls", "signals", "power") for name in ("convert", "embed", "prompt-cache")
+    )
+    kinds = [kind for kind in KINDS if kind.startswith(("checkpoints:", "stores:", "images:", "inputs:", *written))]
     out = run(run_python, "--cases", 1, "--seed", 20, *(word for kind in kinds for word in ("--only", kind)))
     assert f"| {kinds[0]} | 1 | 0 |" in out
 
