@@ -6,9 +6,7 @@ The tiles match those of the released code bit for bit: Pillow's bicubic on uint
 import base64
 import contextlib
 import hashlib
-import io
 import os
-import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,17 +16,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from .files import find_path, printable, read_file
-from .formats import FORMATS, RAW, is_heif
+from .formats import CONVERT, FORMATS, MAX_SCANS, RAW, BoundedFile, has_many_scans, is_heif, refusal
 from .pdf import PdfError, PdfPage, find_pages
 from .tiling import RELEASED, ImageConfig, TiledImage, plan_tiles
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | PdfPage
 
-_RAW_MAGIC = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb")
-MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-_CONVERT = "convert it first (on a Mac: sips -s format jpeg FILE --out FILE.jpg)"
 
 
 class ImageError(ValueError):
@@ -65,7 +59,7 @@ def load_image(
     name, image = _open_bounded(source, config)
     try:
         file = getattr(image, "fp", None)
-        if image.info.get("progressive") and isinstance(file, io.BytesIO) and _has_many_scans(file.getvalue()):
+        if image.info.get("progressive") and isinstance(file, BoundedFile) and has_many_scans(file.getvalue()):
             raise ValueError(f"a JPEG of over {MAX_SCANS} scans")
         if draft is not None and image.format in ("JPEG", "MPO"):  # other formats would use a thumbnail
             image.draft(None, draft)
@@ -196,7 +190,7 @@ def _open(source: ImageSource, config: ImageConfig) -> tuple[str, Image.Image]:
     text = os.fspath(source)
     name, data = _printable(text or "."), _read(source)
     if Path(text).suffix.lower() in RAW:
-        raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
+        raise ImageError(f"{name}: camera RAW files are not supported; {CONVERT}")
     return name, _open_bytes(name, data)
 
 
@@ -225,12 +219,12 @@ def _read(source: str | os.PathLike) -> bytes:
 def _open_bytes(name: str, data: bytes) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: the file is empty")
-    if reason := _unread(data):
+    if reason := refusal(data):
         raise ImageError(f"{name}: {reason}")
     formats = [*FORMATS]
     if not (is_heif(data) and _register_heif()):
         formats.remove("HEIF")
-    file = _File(data)
+    file = BoundedFile(data)
     try:
         image = Image.open(file, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter under `python -W error`
@@ -238,7 +232,7 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         if is_heif(data) and "HEIF" not in formats:
             raise ImageError(
-                f"{name}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the heif extra), or {_CONVERT}"
+                f"{name}: HEIC and HEIF need pillow-heif: pip install pillow-heif (the heif extra), or {CONVERT}"
             ) from None
         raise ImageError(f"{name}: not an image, damaged, or not one of {', '.join(FORMATS)}") from None
     except Exception as e:
@@ -246,22 +240,8 @@ def _open_bytes(name: str, data: bytes) -> Image.Image:
     if image.format == "BMP":
         file.reads_left = sys.maxsize  # Pillow reads its run lengths one by one
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _is_raw(image.tag_v2):
-        raise ImageError(f"{name}: camera RAW files are not supported; {_CONVERT}")
+        raise ImageError(f"{name}: camera RAW files are not supported; {CONVERT}")
     return image
-
-
-class _File(io.BytesIO):
-    """Bytes of an image file, which are read in few pieces; a header of millions of parts would take minutes."""
-
-    def __init__(self, data: bytes):
-        super().__init__(data)
-        self.reads_left = 20_000 + len(data) // 64
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise OSError("its header has too many parts")
-        return super().read(size)
 
 
 def _register_heif() -> bool:
@@ -272,17 +252,6 @@ def _register_heif() -> bool:
         return False
     pillow_heif.register_heif_opener()
     return True
-
-
-def _unread(data: bytes) -> str | None:
-    """Return the error message for a file in a well-known but unsupported format, by its first bytes."""
-    if b"%PDF-" in data[:1024]:
-        return "is a PDF, not an image; pass the path of a .pdf file to use its pages"
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return f"JPEG XL is not supported; {_CONVERT}"
-    if data.startswith(_RAW_MAGIC) or data[4:12] == b"ftypcrx " or (data[:2] == b"II" and data[8:10] == b"CR"):
-        return f"camera RAW files are not supported; {_CONVERT}"
-    return None
 
 
 def _is_raw(tags: TiffImagePlugin.ImageFileDirectory_v2) -> bool:
@@ -332,15 +301,6 @@ def read_facts(source: bytes | PdfPage, config: ImageConfig) -> ImageFacts:
             text = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
         taken = datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC).timestamp()
     return ImageFacts(taken, *size)
-
-
-def _has_many_scans(jpeg: bytes) -> bool:
-    """Whether the first image of a file has over `MAX_SCANS` scans, each of which costs a pass over all pixels."""
-    scans, end = 0, 2
-    while scans <= MAX_SCANS and (marker := _MARKER.search(jpeg, end)) and marker[0] != b"\xff\xd9":
-        scans += marker[0] == b"\xff\xda"
-        end = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
-    return scans > MAX_SCANS
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
