@@ -104,7 +104,8 @@ def train(args: argparse.Namespace) -> None:
         )
         loop.run(step)
     if ranks.rank == 0:
-        print(f"{args.out}: done; --adapter-path {args.out} uses it, train --fuse merges it", file=sys.stderr)
+        out = printable(args.out)
+        print(f"{out}: done; --adapter-path {out} uses it, train --fuse merges it", file=sys.stderr)
     if ranks.rank == 0 and args.plot:
         plot(run_folder.metrics, args.plot)
 
