@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from .cli import positive, run
 from .conversion.options import DTYPES, MODES, RECIPES, SENSITIVE, check_prompts, check_quantization, check_sources
+from .fields import CheckpointError
 from .files import existing, new_folder, printable, write_beside, writing
 
 if TYPE_CHECKING:
@@ -184,7 +185,10 @@ def convert(
             config["quantization"] = config["quantization_config"] = {**quantization, **overrides}
         card = functools.partial(model_card, origin, upload_repo or mlx_path.name, config, plan)
         with new_folder(mlx_path, plan.num_bytes + SPARE_BYTES) as partial:
-            num_shards, used = _write(folder, partial, tensors, plan, _texts(folder, config), rows)
+            try:
+                num_shards, used = _write(folder, partial, tensors, plan, _texts(folder, config), rows)
+            except CheckpointError as e:  # about a tensor
+                raise CheckpointError(f"{origin}: {e}") from e
             (partial / CARD).write_text(card(used), encoding="utf-8")
     print(
         f"{printable(str(mlx_path))}: {plan.num_bytes / 1e9:.3f} GB in {num_shards} shard{'s' * (num_shards > 1)}, "
@@ -233,11 +237,11 @@ def _new_config(folder: Path, dtype: str | None) -> dict:
 
     raw, config = ck.read_json(folder / ck.CONFIG), ck.read_config(folder)
     if raw.get("quantization") or raw.get("quantization_config"):
-        raise ck.CheckpointError(f"{folder}: is quantized already; convert the original checkpoint")
+        raise CheckpointError(f"{folder}: is quantized already; convert the original checkpoint")
     config.pop("auto_map", None)
     config["dtype"] = dtype or config.get("dtype")
     if config["dtype"] not in DTYPES:
-        raise ck.CheckpointError(f"{folder / ck.CONFIG}: its dtype is {config['dtype']!r}; give --dtype")
+        raise CheckpointError(f"{folder / ck.CONFIG}: its dtype is {config['dtype']!r}; give --dtype")
     return config
 
 

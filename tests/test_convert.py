@@ -321,7 +321,7 @@ def test_values_that_are_not_finite(damaged: Path, tmp_path: Path, capsys, value
 
     rewrite(damaged, spoil)
     error = failure(capsys, "--hf-path", damaged, "--mlx-path", tmp_path / "out", "-q")
-    assert "language_model.model.embed_tokens.weight has values that are not finite" in error
+    assert f"{damaged}: language_model.model.embed_tokens.weight has values that are not finite" in error
     assert not list(tmp_path.glob("out*"))
 
 
