@@ -148,7 +148,7 @@ def _prepare_streams() -> None:
     os.close(descriptor)
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
