@@ -47,6 +47,8 @@ from llama3v_mlx.serving.app import App, Options
 from llama3v_mlx.serving.prefix_cache import PrefixCache
 
 ROOT = Path(__file__).parents[1]
+# Interrupted at every fourth place of many, and, marked `faults`, at each.
+at_every = pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.faults)])
 unicode_names = pytest.mark.skipif(
     sys.getfilesystemencoding() != "utf-8", reason="names of files are not Unicode, by PYTHONUTF8=0 and the locale"
 )

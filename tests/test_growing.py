@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import at_every
 from safetensors.numpy import load_file
 from test_store import WIDTH, entries, info
 
@@ -25,7 +26,7 @@ from llama3v_mlx.tiling import ImageConfig, TiledImage
 
 PACKAGE = Path(llama3v_mlx.__file__).parent
 STORE = ("features/store.py", "features/writer.py", "features/database.py", "features/growing.py", "features/shards.py")
-FILES = {str(PACKAGE / name) for name in (*STORE, "files.py")}
+FILES = {str(PACKAGE / name) for name in (*STORE, "files.py", "locks.py")}
 PIPELINE = {str(PACKAGE / "features" / "pipeline.py")}
 ENTRIES = entries(0, 9)
 
@@ -123,12 +124,13 @@ def tracing(trace: Callable) -> Iterator[None]:
         sys.settrace(before)
 
 
-def test_ctrl_c_at_any_line_stores_nothing_wrong(tmp_path: Path) -> None:
+@at_every
+def test_ctrl_c_at_any_line_stores_nothing_wrong(tmp_path: Path, every: int) -> None:
     lines = list(executed_lines(lambda: embed(tmp_path / "whole")))
     expected = contents(tmp_path / "whole")
     check(tmp_path / "whole", expected)
     assert len(lines) > 200
-    for i, (file, line, time) in enumerate(lines):
+    for i, (file, line, time) in enumerate(lines[::every]):
         folder = tmp_path / str(i)
         interrupt(lambda folder=folder: embed(folder), file, line, time)
         if (folder / "store.json").exists():
@@ -154,7 +156,8 @@ class Encoder:
         return 1.0
 
 
-def test_ctrl_c_at_any_line_of_the_pipeline(tmp_path: Path) -> None:
+@at_every
+def test_ctrl_c_at_any_line_of_the_pipeline(tmp_path: Path, every: int) -> None:
     """Started batches are finished, and the next run does the rest; two of the eleven files are identical."""
     files = {f"{i}.png": bytes([min(i, 9), 1, 1]) for i in range(11)}
 
@@ -166,7 +169,7 @@ def test_ctrl_c_at_any_line_of_the_pipeline(tmp_path: Path) -> None:
     lines = list(executed_lines(lambda: run(tmp_path / "whole"), PIPELINE))
     expected = contents(tmp_path / "whole")
     assert len(expected["features"]) == 10 and len(expected["names"]) == 11 and len(lines) > 60
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines[::every]):
         folder = tmp_path / str(i)
         interrupt(lambda folder=folder: run(folder), *line)
         assert contents(folder)["features"].items() <= expected["features"].items(), line
@@ -174,7 +177,8 @@ def test_ctrl_c_at_any_line_of_the_pipeline(tmp_path: Path) -> None:
         assert contents(folder) == expected, line
 
 
-def test_ctrl_c_while_a_reader_looks_for_more(tmp_path: Path) -> None:
+@at_every
+def test_ctrl_c_while_a_reader_looks_for_more(tmp_path: Path, every: int) -> None:
     """The same reader continues, as in a chat; entries of two writers must not be mixed up."""
 
     def fill(folder: Path) -> FeatureStore:
@@ -191,7 +195,7 @@ def test_ctrl_c_while_a_reader_looks_for_more(tmp_path: Path) -> None:
     whole = fill(tmp_path / "whole")
     lines = list(executed_lines(lambda: look(whole)))
     assert len(lines) > 40
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines[::every]):
         reader = fill(tmp_path / str(i))
         interrupt(lambda reader=reader: look(reader), *line)
         with FeatureWriter(FeatureStore(tmp_path / str(i))) as writer:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from conftest import at_every
 
 from llama3v_mlx import files as atomic
 from llama3v_mlx.training import run as run_folder
@@ -57,12 +58,13 @@ def interrupted_at(line: int) -> Iterator[None]:
         sys.settrace(before)
 
 
-def test_ctrl_c_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@at_every
+def test_ctrl_c_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """Step 4 is the best so far: a checkpoint that is kept, and that `best` leads to, once it is there at all."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time, and matters to power alone
     line, interrupted = 0, True
     while interrupted:
-        line += 1
+        line += every
         run = Run(tmp_path / str(line))
         for step in (1, 2, 3):
             run.save(step, best=1)

@@ -1119,6 +1119,6 @@ class TestStartAndStop:
 
 def test_soak(run_main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    done = run_main("soak", "--requests", "60")
+    done = run_main("soak", "--requests", "30")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "60 requests of 8 clients" in done.stdout and "0 wrong, traceback: False" in done.stdout
+    assert "30 requests of 8 clients" in done.stdout and "0 wrong, traceback: False" in done.stdout
