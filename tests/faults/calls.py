@@ -84,12 +84,9 @@ def _judge(written: Written, material: Material, place: Path, ended: Ended, want
     problem = problem or written.kept(material, place, wanted)
     if problem:
         return problem
-    if ended.code == 0:
+    if ended.code == 0 and not written.goes_on(ended):
         found = written.result(material, place)
-        if found == wanted:
-            return None  # the call did not matter
-        if not written.goes_on(ended):
-            return f"succeeded, but the result differs: {_difference(found, wanted)}"
+        return None if found == wanted else f"succeeded, but the result differs: {_difference(found, wanted)}"
     again = _run(written, material, place)
     is_done = ended.code != 1 and "exists already" in again.errors  # stopped after the last step, the new name
     if again.code and not is_done:

@@ -18,7 +18,7 @@ from .material import QUESTION, Material
 from .shim import disturb_started
 from .written import Action, Written, entries, hashes, whole_or_absent
 
-NOT_UPDATED = "note: the library is not up to date: "  # what the server's client prints
+LOOKED = "note: the library is complete"  # what the server's client prints
 
 
 def _synthesize(material: Material, place: Path, *teacher: str | Path) -> Action:
@@ -95,19 +95,23 @@ def _look() -> None:
         found := re.search(r"serving .* at http://127.0.0.1:(\d+)", said.read_text(encoding="utf-8", errors="replace"))
     ):
         time.sleep(0.1)
-    port, problem = int(found[1]), None
+    with contextlib.suppress(OSError, http.client.HTTPException):  # a signal stops the server
+        _look_at(int(found[1]))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _look_at(port: int) -> None:
+    problem = None
     if _updated(port):
         _get(port, "/v1/library/update", {})
-        if error := _updated(port):
-            print(f"{NOT_UPDATED}{error}", file=sys.stderr)
+    error = _updated(port)
     status, data = _get(port, "/v1/library/search", {"query": "two red stars", "top": 9})
     for hit in json.loads(data)["data"] if status == 200 else ():
         status, data = _get(port, f"/v1/library/thumbnail/{hit['id']}")
         if status != 200 or not data.endswith(b"\xff\xd9"):
             problem = f"thumbnail of {hit['name']}: {status} {data[-80:]!r}"
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if problem or not error:
+        print(f"error: {problem}" if problem else LOOKED, file=sys.stderr)
 
 
 def _updated(port: int) -> str | None:
@@ -160,7 +164,7 @@ MORE = {
     "teacher-server": Written(_remote, lambda material, place: hashes(place)),
     "calibrate": Written(_calibrate, lambda material, place: hashes(place), kept=whole_or_absent),
     "rerank": Written(_rerank, _reranked),
-    "server": Written(_serve, _served, goes_on=lambda ended: NOT_UPDATED in ended.errors, slow=10),
+    "server": Written(_serve, _served, goes_on=lambda ended: LOOKED not in ended.errors, slow=10),
 }
 if importlib.util.find_spec("llguidance"):
     MORE["schema"] = Written(_ask_by_schema, lambda material, place: hashes(place))

@@ -25,7 +25,7 @@ class Written:
     prepare: Callable[[Material, Path], object] = lambda material, place: None  # what exists before
     kept: Callable[[Material, Path, object], str | None] = lambda material, place, wanted: None  # after a disturbance
     stdin: Callable[[Path], str] = lambda place: ""
-    goes_on: Callable[[Ended], bool] = lambda ended: False  # has said what it could not do, and succeeded otherwise
+    goes_on: Callable[[Ended], bool] = lambda ended: False  # it succeeds without all that it is to write
     slow: int = 1  # how many times as long as others it may take
 
 
