@@ -12,6 +12,7 @@ from .cli import (
     CACHE,
     DEMO_NOTE,
     add_generation_options,
+    add_inputs,
     error_line,
     generation_options,
     loading_options,
@@ -210,15 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="llama3v chat [--model MODEL] [--image FILE ...] [options]",
         description="Chat with Llama3-V about images.",
     )
-    parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument(
-        "--image",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="images or PDFs for the first question",
-    )
+    add_inputs(parser, "images or PDFs for the first question")
     parser.add_argument("--system-prompt", help="instructions before the first question (default: none)")
     add_generation_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")

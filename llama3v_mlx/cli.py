@@ -190,6 +190,12 @@ def check_plot(picture: str) -> None:
         raise ValueError(f"--plot {picture}: no folder {path.parent}")
 
 
+def add_inputs(parser: argparse.ArgumentParser, images: str) -> None:
+    """Add --model and --image, whose help is `images`."""
+    parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help=images)
+
+
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of generate and chat: adapters, sampling, memory and feature store."""
     parser.add_argument("--adapter-path", metavar="DIR", help="adapters written by llama3v train")

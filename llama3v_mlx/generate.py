@@ -5,7 +5,16 @@ import json
 import sys
 from pathlib import Path
 
-from .cli import DEMO_NOTE, add_generation_options, generation_options, loading_options, note_slow_cpu, positive, run
+from .cli import (
+    DEMO_NOTE,
+    add_generation_options,
+    add_inputs,
+    generation_options,
+    loading_options,
+    note_slow_cpu,
+    positive,
+    run,
+)
 from .demo import CHECKPOINT
 
 IMAGE_PROMPT = "What is this image?"
@@ -17,15 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="llama3v generate [--image FILE ...] [--prompt PROMPT] [options]",
         description="Ask Llama3-V about images.",
     )
-    parser.add_argument("--model", help="folder or Hub repository of a checkpoint (default: the bundled demo)")
-    parser.add_argument(
-        "--image",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="images, PDFs (paper.pdf#3-5: pages) or data: URIs; - reads stdin",
-    )
+    add_inputs(parser, "images, PDFs (paper.pdf#3-5: pages) or data: URIs; - reads stdin")
     parser.add_argument(
         "--images",
         nargs="+",

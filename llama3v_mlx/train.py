@@ -106,8 +106,8 @@ def train(args: argparse.Namespace) -> None:
     if ranks.rank == 0:
         out = printable(args.out)
         print(f"{out}: done; --adapter-path {out} uses it, train --fuse merges it", file=sys.stderr)
-    if ranks.rank == 0 and args.plot:
-        plot(run_folder.metrics, args.plot)
+        if args.plot:
+            plot(run_folder.metrics, args.plot)
 
 
 def _options(args: argparse.Namespace, steps: int, sets: list, store) -> dict:
